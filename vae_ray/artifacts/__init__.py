@@ -1,0 +1,1 @@
+"""What a run leaves behind for people: images, TensorBoard events and the run's files."""

@@ -1,0 +1,30 @@
+"""Writing files so that a kill or a power cut leaves the old content or the new, never a part."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def write_durably(file: Path, content: bytes) -> None:
+    """Write and sync a file: when this returns, a power cut does not lose it."""
+    with file.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def replace_durably(file: Path, content: bytes) -> None:
+    """Like `write_durably`, but a reader sees either the old or the new content, never a part."""
+    partial = file.with_name(f".partial-{file.name}")
+    write_durably(partial, content)
+    os.replace(partial, file)
+
+
+def sync_directory(directory: Path) -> None:
+    """Make renames inside `directory` survive a power cut."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

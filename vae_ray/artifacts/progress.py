@@ -1,0 +1,90 @@
+"""How training is going, for people: a live view on a terminal, plain lines elsewhere. Writes to stderr.
+
+The view follows the run's own files, so it is the same whether the loop runs in this process, in Ray
+workers or on another node.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from vae_ray.artifacts.run_directory import RunDirectory
+from vae_ray.config import Experiment
+
+POLL_SECONDS = 0.25
+
+
+class ProgressView:
+    """Shows epochs as they are finished, and on a terminal how far the current one is; a context manager."""
+
+    def __init__(self, run: RunDirectory, experiment: Experiment, *, console: Console | None = None) -> None:
+        self._run, self._epochs = run, experiment.training.epochs
+        self._console = console or Console(stderr=True, highlight=False)
+        self._shown = len(run.history())
+        self._read_bytes = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="progress", daemon=True)
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[terms]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task("starting workers", total=1.0, terms="")
+
+    def __enter__(self) -> ProgressView:
+        self._bar.start()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._show()
+        self._bar.stop()
+
+    def _follow(self) -> None:
+        while not self._stop.wait(POLL_SECONDS):
+            self._show()
+
+    def _show(self) -> None:
+        size = self._run.metrics_file.stat().st_size if self._run.metrics_file.exists() else 0
+        if size != self._read_bytes:
+            self._read_bytes, history = size, self._run.history()
+            for line in history[self._shown :]:
+                # soft_wrap: a line stays one line, however narrow the terminal or the log
+                self._console.print(describe_epoch(line, self._epochs), soft_wrap=True)
+            self._shown = len(history)
+        try:
+            state = json.loads(self._run.progress_file.read_text())
+        except (OSError, ValueError):  # between epochs there is none
+            return
+        self._bar.update(
+            self._task,
+            completed=state["done"],
+            description=f"epoch {state['epoch']}/{self._epochs}",
+            terms=f"{_terms(state, 'train')}  {state['images_per_second']:,.0f} images/s",
+        )
+
+
+def describe_epoch(line: dict[str, Any], epochs: int) -> str:
+    """One line for people from one line of `metrics.jsonl`; nats per image."""
+    splits = [split for split in ("train", "val", "test") if f"{split}/nelbo" in line]
+    parts = [f"epoch {line['epoch']:>{len(str(epochs))}}/{epochs}", *(_terms(line, split) for split in splits)]
+    return "  ".join([*parts, f"{line['images_per_second']:,.0f} images/s"])
+
+
+def _terms(values: dict[str, Any], split: str) -> str:
+    nelbo, distortion, rate = (values[f"{split}/{name}"] for name in ("nelbo", "distortion", "rate"))
+    return f"{split} nelbo {nelbo:.2f} = {distortion:.2f} + {rate:.2f}"

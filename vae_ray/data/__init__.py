@@ -1,0 +1,1 @@
+"""From a named source to batches: decoded once per node into Arrow, then whole-tensor gathers."""

@@ -1,0 +1,128 @@
+"""The decoded images of a data set: one Arrow IPC file per split, memory-mapped and shared by all processes.
+
+Between a source and the batches. Whoever comes first on a node decodes, under a lock; the file is written
+aside and renamed when complete, with its SHA-256 in a sidecar that is checked whenever the file is opened.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import filelock
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from vae_ray.config import DataConfig
+from vae_ray.data.sources import SOURCES, Images
+from vae_ray.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+LOCK_TIMEOUT_SECONDS = 1800.0
+
+
+class Split(NamedTuple):
+    """Images of one split, in memory that all processes of the node share; read only."""
+
+    pixels: Tensor
+    """uint8 `(N, C, H, W)`."""
+    labels: Tensor
+    """int64 `(N,)`."""
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        channels, height, width = self.pixels.shape[1:]
+        return channels, height, width
+
+    def __len__(self) -> int:
+        return self.pixels.shape[0]
+
+
+def cache_directory(config: DataConfig) -> Path:
+    """Where decoded images lie: `data.cache_dir`, else `$VAE_RAY_CACHE`, else `~/.cache/vae_ray`."""
+    chosen = config.cache_dir or os.environ.get("VAE_RAY_CACHE") or Path.home() / ".cache" / "vae_ray"
+    return Path(chosen).expanduser().absolute()
+
+
+def open_split(config: DataConfig, split: str) -> Split:
+    """The images of "train" or "test", decoded first if this node has not done so yet.
+
+    Raises `UserError` if raw files are missing and cannot be downloaded, are damaged, or if the cache
+    cannot be written. A damaged cache file is named in a warning and made anew.
+    """
+    cache = cache_directory(config)
+    root = Path(config.root).expanduser().absolute() if config.root else cache / "datasets"
+    source = SOURCES[config.source](config, root)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(cache / f"{config.source}.lock", timeout=LOCK_TIMEOUT_SECONDS):
+            fingerprint = f"v{FORMAT_VERSION};{source.fingerprint()}"
+            digest = hashlib.sha256(fingerprint.encode()).hexdigest()[:16]
+            file = cache / f"{config.source}-{split}-{digest}.arrow"
+            if not _is_intact(file):
+                _write(file, source.decode(split))
+    except (PermissionError, OSError) as error:
+        if isinstance(error, filelock.Timeout):
+            raise UserError(f"{error.lock_file}: another process held it for {LOCK_TIMEOUT_SECONDS:.0f} s") from None
+        raise UserError(f"data.cache_dir {cache}: cannot be used ({error}); try --data.cache-dir DIR") from None
+    return _map(file)
+
+
+def _sidecar(file: Path) -> Path:
+    return file.with_suffix(".json")
+
+
+def _is_intact(file: Path) -> bool:
+    if not file.exists():
+        return False
+    try:
+        expected = json.loads(_sidecar(file).read_text())["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        expected = "a readable " + _sidecar(file).name
+    with file.open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    if found != expected:
+        logger.warning("%s: damaged (sha256 expected %s, found %s); decoding it anew", file, expected, found)
+    return bool(found == expected)
+
+
+def _write(file: Path, images: Images) -> None:
+    shape = images.pixels.shape[1:]
+    rows = pa.FixedSizeListArray.from_arrays(pa.array(images.pixels.reshape(-1)), int(np.prod(shape)))
+    pixels = pa.ExtensionArray.from_storage(pa.fixed_shape_tensor(pa.uint8(), shape), rows)
+    table = pa.table({"pixels": pixels, "label": pa.array(images.labels)})
+    partial = file.with_suffix(f".partial-{os.getpid()}")
+    try:
+        # one record batch, so that the column is one contiguous tensor in the mapped file
+        with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table, max_chunksize=max(1, len(table)))
+        with partial.open("rb+") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+            os.fsync(stream.fileno())
+        sidecar = _sidecar(file)
+        sidecar.with_suffix(".json.partial").write_text(json.dumps({"sha256": digest}))
+        os.replace(sidecar.with_suffix(".json.partial"), sidecar)
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _map(file: Path) -> Split:
+    # The mapping lives as long as the arrays that point into it.
+    table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
+    shape = table.schema.field("pixels").type.shape
+    pixels = table["pixels"].combine_chunks().storage.flatten().to_numpy().reshape(-1, *shape)
+    labels = table["label"].combine_chunks().to_numpy()
+    with warnings.catch_warnings():
+        # torch warns that mapped memory is read-only; batches are copies, nothing writes into it
+        warnings.simplefilter("ignore", UserWarning)
+        return Split(torch.from_numpy(pixels), torch.from_numpy(labels))

@@ -1,0 +1,88 @@
+"""The driver's connection to Ray, and what must be true of the cluster before workers are asked for."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+# Ray reads these when it is imported or started; a user's own settings stay.
+for _name, _value in {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # A report waits for the controller's next poll: at the default of 2 s short epochs would wait for Ray.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the future default; without it Ray warns at every start
+}.items():
+    os.environ.setdefault(_name, _value)
+
+import ray  # noqa: E402
+import torch  # noqa: E402
+
+from vae_ray.config import Experiment  # noqa: E402
+from vae_ray.errors import UserError  # noqa: E402
+
+
+def connect(experiment: Experiment) -> torch.device:
+    """Connect to Ray, starting a local one if there is no cluster; the device that workers will use.
+
+    A cluster is one to which this process is already connected, or the one in `RAY_ADDRESS` (Ray sets it in
+    jobs). Raises `UserError` if it cannot be reached or can never satisfy the request: Ray would wait for ever.
+    """
+    is_local = not ray.is_initialized() and not os.environ.get("RAY_ADDRESS")
+    if is_local:
+        _check_resources(experiment, _local_resources(), where="this machine")
+    if not ray.is_initialized():
+        _init(is_local=is_local)
+    resources = ray.cluster_resources()
+    _check_resources(experiment, resources, where="the Ray cluster")
+    return torch.device("cuda" if _use_gpu(experiment, resources) else "cpu")
+
+
+def _init(*, is_local: bool) -> None:
+    try:
+        ray.init(
+            address="local" if is_local else None,  # None reads RAY_ADDRESS
+            num_cpus=_num_cpus() if is_local else None,
+            include_dashboard=False if is_local else None,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    except (ConnectionError, OSError, RuntimeError, ValueError) as error:
+        address = os.environ.get("RAY_ADDRESS", "local")
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"Ray at {address!r} cannot be reached ({reason}); unset RAY_ADDRESS to start a local one, "
+            "or use --workers.num 0"
+        ) from None
+
+
+def _num_cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _local_resources() -> dict[str, float]:
+    return {"CPU": float(_num_cpus()), "GPU": float(torch.cuda.device_count())}
+
+
+def _use_gpu(experiment: Experiment, resources: dict[str, float]) -> bool:
+    workers = experiment.workers
+    if workers.device == "auto":
+        return resources.get("GPU", 0) >= workers.num * workers.gpus
+    return workers.device == "cuda"
+
+
+def _check_resources(experiment: Experiment, resources: dict[str, float], *, where: str) -> None:
+    workers, num_cpus = experiment.workers, resources.get("CPU", 0)
+    if workers.num * workers.cpus > num_cpus:
+        fitting = int(num_cpus // workers.cpus)
+        advice = f"--workers.num {fitting}" if fitting else f"--workers.cpus {max(1, int(num_cpus))}"
+        raise UserError(
+            f"workers.num: got {workers.num} with {workers.cpus} CPU each, should be at most what {where} has "
+            f"({num_cpus:g} CPUs); for example {advice}"
+        )
+    num_gpus = resources.get("GPU", 0)
+    if workers.device == "cuda" and workers.num * workers.gpus > num_gpus:
+        raise UserError(
+            f"workers.num: got {workers.num} with {workers.gpus} GPU each, should be at most what {where} has "
+            f"({num_gpus:g} GPUs); for example --workers.device cpu"
+        )

@@ -1,0 +1,67 @@
+"""The worker group of Ray Train: rank, device, sums over workers and DDP with gradients that add up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from vae_ray.distributed.shared_memory import SharedMemorySum
+
+
+class RayWorkers:
+    """This worker's view of its group; made inside a Ray Train worker."""
+
+    def __init__(self) -> None:
+        context = ray.train.get_context()
+        self.rank, self.size = context.get_world_rank(), context.get_world_size()
+        self.device = ray.train.torch.get_device()
+        self._one_node = context.get_local_world_size() == self.size
+        self._shared_sum: SharedMemorySum | None = None
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        if self.size == 1:
+            return model
+        parallel = ray.train.torch.prepare_model(
+            model,
+            parallel_strategy_kwargs={
+                "gradient_as_bucket_view": True,
+                "broadcast_buffers": False,  # the models have none
+                # one bucket: workers on CPUs have no second engine that could overlap sums with products
+                "bucket_cap_mb": 1024 if self.device.type == "cpu" else None,
+            },
+        )
+        parallel.register_comm_hook(self, _sum_gradients)
+        return parallel
+
+    def sum(self, values: Tensor) -> Tensor:
+        if self.size > 1:
+            values = values.clone()
+            dist.all_reduce(values)
+        return values
+
+    def sum_bucket(self, gradients: Tensor) -> torch.futures.Future[Tensor]:
+        """Sum one bucket of gradients over the group, in place."""
+        if self.device.type == "cpu" and self._one_node:
+            if self._shared_sum is None or self._shared_sum.capacity < gradients.numel():
+                self.close()
+                self._shared_sum = SharedMemorySum(self.rank, self.size, gradients.numel())
+            self._shared_sum(gradients)
+            done: torch.futures.Future[Tensor] = torch.futures.Future()
+            done.set_result(gradients)
+            return done
+        work = dist.all_reduce(gradients, async_op=True)
+        return work.get_future().then(lambda future: future.value()[0])
+
+    def close(self) -> None:
+        """Let go of shared memory."""
+        self._shared_sum = None
+
+
+def _sum_gradients(group: RayWorkers, bucket: Any) -> torch.futures.Future[Tensor]:
+    # DDP's own reduction divides by the number of workers; ours are already parts of the global mean.
+    return group.sum_bucket(bucket.buffer())

@@ -1,0 +1,1 @@
+"""Encoder/decoder pairs and the VAE that joins them. No loss inside."""

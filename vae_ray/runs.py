@@ -1,0 +1,231 @@
+"""`train`: an Experiment becomes a finished run directory.
+
+The driver's part: everything that can be refused is refused here, before a worker starts. Then the same `fit`
+runs in this process (`workers.num` 0) or in Ray Train workers, and the result is summed up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import logging
+import os
+import platform
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import filelock
+import torch
+
+from vae_ray.artifacts.progress import ProgressView
+from vae_ray.artifacts.run_directory import RunDirectory
+from vae_ray.config import Experiment, differing_fields
+from vae_ray.data.splits import Splits
+from vae_ray.errors import UserError
+from vae_ray.trained import TrainedVAE
+from vae_ray.training.checkpoints import best_checkpoint, complete_checkpoints
+from vae_ray.training.fit import fit
+from vae_ray.training.group import Solo
+
+logger = logging.getLogger(__name__)
+
+# Fields that say where and by whom a run is computed, not what it computes; they may differ on resume.
+PLACE_FIELDS = ("run.name", "run.storage", "data.root", "data.download", "data.cache_dir")
+PLACE_SECTIONS = ("workers.",)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run has come to; `to_dict` is the object that `vae-ray train --json` prints."""
+
+    run_dir: Path
+    best_checkpoint: Path
+    last_checkpoint: Path
+    best_epoch: int
+    num_workers: int
+    device: str
+    epochs: int
+    metrics: dict[str, float]
+    """Metrics of the best checkpoint, in nats: `train/nelbo`, `val/nelbo` if there is a validation split, ..."""
+    images_per_second: float
+    """Training images over training time, all workers and epochs together."""
+    seconds: dict[str, float]
+    """`startup` until the first step, `training` in the loop, `total`; of this call."""
+    versions: dict[str, str]
+    experiment: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
+
+
+def train(experiment: Experiment, *, resume: bool = False, quiet: bool = True) -> TrainResult:
+    """Train `experiment` and return its result; `quiet=False` shows progress on stderr.
+
+    With `resume` a run of that name goes on from its newest complete checkpoint (a finished one is returned
+    as it is). Raises `UserError`, before anything starts, for what the user can put right, and
+    `TrainingFailed` for a run that could not finish.
+    """
+    started_at = time.time()
+    experiment = with_name(experiment)
+    device, workers = preflight(experiment)
+    with opened_run(experiment, resume=resume) as run:
+        if resume and (summary := run.summary()):
+            return _result_from(summary)
+        epochs_before = {checkpoint.epoch for checkpoint in complete_checkpoints(run.checkpoints)}
+        view = contextlib.nullcontext() if quiet else ProgressView(run, experiment)
+        with view:
+            if workers is None:
+                fit(experiment, run.path, Solo(device))
+            else:
+                workers.fit(experiment, run.path, device)
+        result = summarise(
+            run, experiment, device=device, started_at=started_at, first_epoch=max(epochs_before, default=0) + 1
+        )
+        run.write_summary(result.to_dict())
+        return result
+
+
+def with_name(experiment: Experiment) -> Experiment:
+    """The experiment with a name: its own, or one made of the source and the time."""
+    if experiment.run.name is not None:
+        return experiment
+    return experiment.with_overrides(
+        {"run.name": f"{experiment.data.source}-{datetime.now():%Y%m%d-%H%M%S-%f}"[:-3]}
+    )
+
+
+def preflight(experiment: Experiment) -> tuple[torch.device, Any]:
+    """Check all that can be known before workers start: the device and, unless 0 workers, Ray's connection.
+
+    Raises `UserError` for data that cannot be read or is too small, a storage that cannot be written, and
+    workers, CPUs or GPUs that do not exist.
+    """
+    storage_directory(experiment)
+    num_training = len(Splits.open(experiment).train_indices)
+    batch = experiment.training.global_batch_size
+    if batch > num_training:
+        raise UserError(
+            f"training.global_batch_size: got {batch}, should be at most the {num_training} training images; "
+            f"for example --training.global-batch-size {min(64, num_training)}"
+        )
+    if experiment.workers.num > batch:
+        raise UserError(
+            f"workers.num: got {experiment.workers.num}, should be at most training.global_batch_size ({batch}), "
+            f"so that every worker has an image; for example --workers.num {batch}"
+        )
+    if experiment.workers.num == 0:
+        return _local_device(experiment), None
+    from vae_ray import distributed  # here, because a run without workers needs no Ray
+
+    return distributed.connect(experiment), distributed
+
+
+def _local_device(experiment: Experiment) -> torch.device:
+    wanted = experiment.workers.device
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError("workers.device: got 'cuda', but this machine has no GPU; for example --workers.device cpu")
+    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def storage_directory(experiment: Experiment) -> Path:
+    """The directory `run.storage`, made if need be and known to be writable; raises `UserError` otherwise."""
+    text = experiment.run.storage
+    url = urlparse(text)
+    if len(url.scheme) > 1 and url.scheme != "file":
+        raise UserError(
+            f"run.storage: got {text!r}, {url.scheme}:// is not supported; should be a directory that all "
+            "workers see, for example --storage runs"
+        )
+    directory = Path(url.path if url.scheme == "file" else text).expanduser().absolute()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe = directory / f".vae_ray-probe-{os.getpid()}"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"run.storage: got {text!r}, cannot be written ({error.strerror}); try --storage DIR"
+        ) from None
+    return directory
+
+
+@contextlib.contextmanager
+def opened_run(experiment: Experiment, *, resume: bool) -> Iterator[RunDirectory]:
+    """The run's directory, locked for this process; refused if the name is taken by something else."""
+    run = RunDirectory(storage_directory(experiment) / str(experiment.run.name))
+    name = experiment.run.name
+    existed = run.experiment_file.exists()
+    if existed and not resume:
+        difference = differing_fields(*_comparable(run.experiment(), experiment))
+        what = f"a different experiment ({'; '.join(difference)})" if difference else "this experiment"
+        raise UserError(
+            f"run.name: {name!r} is already used in {run.path.parent} by {what}; add --resume to go on with it, "
+            "or choose another --name"
+        )
+    if existed and (difference := differing_fields(*_comparable(run.experiment(), experiment))):
+        raise UserError(f"run {name!r}: cannot be resumed with a different experiment: {'; '.join(difference)}")
+    run.path.mkdir(parents=True, exist_ok=True)
+    try:
+        with run.lock("driver").acquire(blocking=False):
+            if not existed:
+                run.write_experiment(experiment)
+            yield run
+    except filelock.Timeout as error:
+        if Path(error.lock_file) != run.path / ".driver.lock":
+            raise
+        raise UserError(f"run.name: {name!r} is being trained right now; choose another --name") from None
+
+
+def _comparable(old: Experiment, new: Experiment) -> tuple[Experiment, Experiment]:
+    """Both with the old one's place, so that only what they compute is compared."""
+    place = {key: value for key, value in old.flat().items() if key in PLACE_FIELDS or key.startswith(PLACE_SECTIONS)}
+    return old, new.with_overrides(place)
+
+
+def summarise(
+    run: RunDirectory, experiment: Experiment, *, device: torch.device, started_at: float, first_epoch: int
+) -> TrainResult:
+    """The result of a finished run, from its own files; evaluates the test split where no epoch did."""
+    checkpoints = complete_checkpoints(run.checkpoints)
+    best = best_checkpoint(checkpoints)
+    metrics = {key: value for key, value in best.metrics.items() if "/" in key}
+    if "test/nelbo" not in metrics:
+        metrics |= TrainedVAE.load(best.path, device=device).evaluate("test")
+    history = run.history()
+    mine = [line for line in history if line["epoch"] >= first_epoch]
+    train_seconds = sum(line["seconds"] for line in history)
+    return TrainResult(
+        run_dir=run.path,
+        best_checkpoint=best.path,
+        last_checkpoint=checkpoints[-1].path,
+        best_epoch=best.epoch,
+        num_workers=experiment.workers.num,
+        device=device.type,
+        epochs=checkpoints[-1].epoch,
+        metrics=metrics,
+        images_per_second=sum(line["images_per_second"] * line["seconds"] for line in history) / train_seconds,
+        seconds={
+            "startup": (mine[0]["started_at"] if mine else time.time()) - started_at,
+            "training": sum(line["seconds"] for line in mine),
+            "total": time.time() - started_at,
+        },
+        versions=versions(),
+        experiment=experiment.to_dict(),
+    )
+
+
+def _result_from(summary: dict[str, Any]) -> TrainResult:
+    paths = {key: Path(summary[key]) for key in ("run_dir", "best_checkpoint", "last_checkpoint")}
+    return TrainResult(**{**summary, **paths})
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide a run's numbers."""
+    packages = ("vae_ray", "torch", "torchvision", "ray", "pyarrow", "safetensors")
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}

@@ -1,0 +1,1 @@
+"""The training loop, optimisation, exact metrics and checkpoints. Knows nothing of Ray."""

@@ -1,0 +1,217 @@
+"""Checkpoints: complete, safe packages of one epoch, written aside and renamed when whole.
+
+    checkpoints/epoch=0007/
+        manifest.json           format, epoch, image shape, metrics, and size and SHA-256 of the other files
+        experiment.json         the resolved experiment
+        weights.safetensors     the model
+        training_state.pt       optimizer state: tensors and plain values, read with weights_only=True
+
+Nothing that is read here can run code. A directory without a matching manifest is not a checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from vae_ray.artifacts.durable_files import sync_directory, write_durably
+from vae_ray.config import Experiment
+from vae_ray.errors import UserError
+from vae_ray.models.vae import VAE, build_vae
+
+FORMAT = "vae_ray checkpoint"
+FORMAT_VERSION = 1
+MANIFEST, EXPERIMENT, WEIGHTS, TRAINING_STATE = (
+    "manifest.json",
+    "experiment.json",
+    "weights.safetensors",
+    "training_state.pt",
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose manifest was read; its files are checked when they are read."""
+
+    path: Path
+    epoch: int
+    image_shape: tuple[int, int, int]
+    metrics: dict[str, float]
+    selection_metric: str
+    files: dict[str, dict[str, Any]]
+
+    @property
+    def score(self) -> float:
+        """The value of the selection metric in nats; lower is better."""
+        return self.metrics[self.selection_metric]
+
+    def read(self, name: str) -> bytes:
+        """The bytes of one file; raises `UserError` if they are not those that were written."""
+        expected, file = self.files[name], self.path / name
+        try:
+            content = file.read_bytes()
+        except OSError as error:
+            raise UserError(f"{file}: cannot be read ({error.strerror}); the checkpoint is incomplete") from None
+        if len(content) != expected["bytes"]:
+            raise UserError(
+                f"{file}: truncated or changed, expected {expected['bytes']} bytes, found {len(content)}; "
+                "use another checkpoint of the run"
+            )
+        digest = hashlib.sha256(content).hexdigest()
+        if digest != expected["sha256"]:
+            raise UserError(
+                f"{file}: damaged or tampered with, expected sha256 {expected['sha256'][:16]}…, "
+                f"found {digest[:16]}…; use another checkpoint of the run"
+            )
+        return content
+
+    def experiment(self) -> Experiment:
+        """The experiment that produced this checkpoint."""
+        return Experiment.from_dict(json.loads(self.read(EXPERIMENT)), origin=str(self.path / EXPERIMENT))
+
+    def weights(self) -> dict[str, Tensor]:
+        """The model's state dict, on the CPU."""
+        content = self.read(WEIGHTS)
+        try:
+            return safetensors.torch.load(content)
+        except safetensors.SafetensorError as error:
+            raise UserError(f"{self.path / WEIGHTS}: is not a safetensors file ({error})") from None
+
+    def load_into(self, model: VAE, optimizer: Optimizer | None = None) -> None:
+        """Restore the weights and, for training to go on, the optimizer's state."""
+        try:
+            model.load_state_dict(self.weights())
+        except RuntimeError as error:
+            detail = " ".join(str(error).split())[:300]
+            raise UserError(f"{self.path / WEIGHTS}: does not fit its experiment.json: {detail}") from None
+        if optimizer is not None:
+            state = torch.load(io.BytesIO(self.read(TRAINING_STATE)), weights_only=True, map_location="cpu")
+            optimizer.load_state_dict(state["optimizer"])
+
+    def build_model(self) -> VAE:
+        """The model with the checkpoint's weights, on the CPU."""
+        model = build_vae(self.experiment().model, self.image_shape, seed=0)
+        self.load_into(model)
+        return model
+
+
+def checkpoint_name(epoch: int) -> str:
+    """The directory name of an epoch (1-based); names sort as epochs do."""
+    return f"epoch={epoch:04d}"
+
+
+def save_checkpoint(
+    directory: Path,
+    *,
+    epoch: int,
+    model: VAE,
+    optimizer: Optimizer,
+    experiment: Experiment,
+    metrics: dict[str, float],
+    selection_metric: str,
+) -> Checkpoint:
+    """Write `directory/epoch=NNNN` so that it either exists whole or not at all."""
+    state = io.BytesIO()
+    torch.save({"optimizer": optimizer.state_dict()}, state)
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    contents = {
+        EXPERIMENT: json.dumps(experiment.to_dict(), indent=2).encode(),
+        WEIGHTS: safetensors.torch.save(weights),
+        TRAINING_STATE: state.getvalue(),
+    }
+    manifest = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "epoch": epoch,
+        "image_shape": list(model.image_shape),
+        "selection_metric": selection_metric,
+        "metrics": metrics,
+        "files": {
+            name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+            for name, content in contents.items()
+        },
+    }
+    contents[MANIFEST] = json.dumps(manifest, indent=2).encode()
+
+    final = directory / checkpoint_name(epoch)
+    partial = directory / f".partial-{final.name}"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for name, content in contents.items():
+        write_durably(partial / name, content)
+    shutil.rmtree(final, ignore_errors=True)  # an orphan of an attempt that this run repeats
+    os.replace(partial, final)
+    sync_directory(directory)
+    return read_checkpoint(final)
+
+
+def read_checkpoint(path: str | Path) -> Checkpoint:
+    """The checkpoint in directory `path`; raises `UserError` if its manifest is missing or unusable."""
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"checkpoint {path}: no such directory; give a run directory or RUN/checkpoints/epoch=NNNN")
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        found_format, version = manifest["format"], int(manifest["format_version"])
+        if found_format != FORMAT:
+            raise ValueError(f"format {found_format!r}")
+        if version > FORMAT_VERSION:
+            raise UserError(
+                f"{path}: checkpoint format {version} is newer than this vae_ray reads ({FORMAT_VERSION}); "
+                "install a newer vae_ray"
+            )
+        channels, height, width = (int(n) for n in manifest["image_shape"])
+        missing = {EXPERIMENT, WEIGHTS, TRAINING_STATE} - manifest["files"].keys()
+        if missing:
+            raise ValueError(f"{', '.join(sorted(missing))} not listed")
+        return Checkpoint(
+            path=path,
+            epoch=int(manifest["epoch"]),
+            image_shape=(channels, height, width),
+            metrics=dict(manifest["metrics"]),
+            selection_metric=manifest["selection_metric"],
+            files=manifest["files"],
+        )
+    except FileNotFoundError:
+        raise UserError(f"checkpoint {path}: has no {MANIFEST}, so it is incomplete or not a checkpoint") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path / MANIFEST}: damaged ({type(error).__name__}: {error})") from None
+
+
+def complete_checkpoints(directory: Path) -> list[Checkpoint]:
+    """All checkpoints under `directory` with a readable manifest, by epoch."""
+    found = []
+    for path in sorted(directory.glob("epoch=*")):
+        try:
+            found.append(read_checkpoint(path))
+        except UserError:  # incomplete: not a checkpoint, whatever its name
+            continue
+    return sorted(found, key=lambda checkpoint: checkpoint.epoch)
+
+
+def best_checkpoint(checkpoints: list[Checkpoint]) -> Checkpoint:
+    """The one of lowest score; the earlier epoch on a tie."""
+    return min(checkpoints, key=lambda checkpoint: (checkpoint.score, checkpoint.epoch))
+
+
+def prune_checkpoints(directory: Path, *, num_best: int) -> None:
+    """Delete all but the last and the `num_best` best checkpoints, and what killed writers left."""
+    checkpoints = complete_checkpoints(directory)
+    by_score = sorted(checkpoints, key=lambda checkpoint: (checkpoint.score, checkpoint.epoch))
+    kept = {checkpoint.path for checkpoint in [*by_score[:num_best], *checkpoints[-1:]]}
+    for checkpoint in checkpoints:
+        if checkpoint.path not in kept:
+            shutil.rmtree(checkpoint.path)
+    for partial in directory.glob(".partial-*"):
+        shutil.rmtree(partial, ignore_errors=True)

@@ -1,0 +1,86 @@
+"""The loop: one epoch of optimisation, and one exact evaluation. Plain functions over model and batches.
+
+Nothing here knows of Ray, of files or of splits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from vae_ray.data.batches import Batch
+from vae_ray.likelihoods import Likelihood
+from vae_ray.objective import beta_weighted_loss, elbo_terms
+from vae_ray.training.metrics import TermSums
+from vae_ray.training.optimization import apply_gradient
+
+
+class StepSettings(NamedTuple):
+    """What may change from step to step."""
+
+    lr: float
+    beta: float
+
+
+def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """The context in which the model runs forward, for `training.precision`."""
+    if precision == "bfloat16":
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+def train_epoch(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    optimizer: Optimizer,
+    *,
+    likelihood: Likelihood,
+    settings: Callable[[int], StepSettings],
+    sums: TermSums,
+    grad_clip: float | None = None,
+    precision: str = "float32",
+    after_step: Callable[[int], None] = lambda num_done: None,
+) -> None:
+    """Optimise over `batches`, adding the terms of every example to `sums` as they were before its update.
+
+    `settings(i)` gives lr and beta of the i-th batch; `after_step(n)` is told how many are done. `model` comes from
+    `WorkerGroup.wrap`: after backward its gradients are the sum over all workers.
+    """
+    model.train()
+    for index, (x, eps, global_size) in enumerate(batches):
+        lr, beta = settings(index)
+        with autocast(precision, x.device):
+            forward = model(x, eps)
+        terms = elbo_terms(forward, x, likelihood)
+        loss_sum = beta_weighted_loss(terms, beta)
+        for parameter in optimizer.param_groups[0]["params"]:
+            parameter.grad = None
+        # The mean over the global batch: shards add up to it, whatever their sizes.
+        (loss_sum / global_size).backward()
+        apply_gradient(optimizer, lr=lr, grad_clip=grad_clip)
+        sums.add(terms, loss_sum)
+        after_step(index + 1)
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    likelihood: Likelihood,
+    beta: float,
+    sums: TermSums,
+    precision: str = "float32",
+) -> None:
+    """Add the terms of every example to `sums`: one sampled z each, over the unwrapped model."""
+    model.eval()
+    for x, eps, _ in batches:
+        with autocast(precision, x.device):
+            forward = model(x, eps)
+        terms = elbo_terms(forward, x, likelihood)
+        sums.add(terms, beta_weighted_loss(terms, beta))
