@@ -12,7 +12,7 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -72,38 +72,37 @@ def train(experiment: Experiment, *, resume: bool = False, quiet: bool = True) -
     `TrainingFailed` for a run that could not finish.
     """
     started_at = time.time()
-    experiment = with_name(experiment)
-    device, workers = preflight(experiment)
+    experiment = resolved(experiment)
+    preflight(experiment)
     with opened_run(experiment, resume=resume) as run:
         if resume and (summary := run.summary()):
             return _result_from(summary)
-        epochs_before = {checkpoint.epoch for checkpoint in complete_checkpoints(run.checkpoints)}
-        view = contextlib.nullcontext() if quiet else ProgressView(run, experiment)
-        with view:
-            if workers is None:
-                fit(experiment, run.path, Solo(device))
-            else:
-                workers.fit(experiment, run.path, device)
-        result = summarise(
-            run, experiment, device=device, started_at=started_at, first_epoch=max(epochs_before, default=0) + 1
-        )
+        done_before = max((found.epoch for found in complete_checkpoints(run.checkpoints)), default=0)
+        with _execution(experiment) as (device, execute):
+            run.write_experiment(experiment)
+            with contextlib.nullcontext() if quiet else ProgressView(run, experiment):
+                execute(experiment, run.path, device)
+            result = summarise(run, experiment, device=device, started_at=started_at, done_before=done_before)
         run.write_summary(result.to_dict())
         return result
 
 
-def with_name(experiment: Experiment) -> Experiment:
-    """The experiment with a name: its own, or one made of the source and the time."""
-    if experiment.run.name is not None:
-        return experiment
-    return experiment.with_overrides(
-        {"run.name": f"{experiment.data.source}-{datetime.now():%Y%m%d-%H%M%S-%f}"[:-3]}
-    )
+def resolved(experiment: Experiment) -> Experiment:
+    """The experiment with a name and with absolute paths: workers have working directories of their own."""
+    overrides = {
+        f"data.{key}": path.expanduser().absolute()
+        for key in ("root", "cache_dir")
+        if (path := getattr(experiment.data, key)) is not None
+    }
+    if experiment.run.name is None:
+        overrides["run.name"] = f"{experiment.data.source}-{datetime.now():%Y%m%d-%H%M%S-%f}"[:-3]
+    return experiment.with_overrides(overrides)
 
 
-def preflight(experiment: Experiment) -> tuple[torch.device, Any]:
-    """Check all that can be known before workers start: the device and, unless 0 workers, Ray's connection.
+def preflight(experiment: Experiment) -> None:
+    """Check, without starting anything, all that can be known beforehand.
 
-    Raises `UserError` for data that cannot be read or is too small, a storage that cannot be written, and
+    Raises `UserError` for a storage that cannot be written, data that cannot be read or is too small, and
     workers, CPUs or GPUs that do not exist.
     """
     storage_directory(experiment)
@@ -120,10 +119,26 @@ def preflight(experiment: Experiment) -> tuple[torch.device, Any]:
             f"so that every worker has an image; for example --workers.num {batch}"
         )
     if experiment.workers.num == 0:
-        return _local_device(experiment), None
-    from vae_ray import distributed  # here, because a run without workers needs no Ray
+        _local_device(experiment)
+    else:
+        from vae_ray import distributed  # here, because a run without workers needs no Ray
 
-    return distributed.connect(experiment), distributed
+        distributed.check_local_resources(experiment)
+
+
+Execute = Callable[[Experiment, Path, torch.device], None]
+
+
+@contextlib.contextmanager
+def _execution(experiment: Experiment) -> Iterator[tuple[torch.device, Execute]]:
+    """The device, and the function that trains in a run's directory: here, or on Ray while connected to it."""
+    if experiment.workers.num == 0:
+        yield _local_device(experiment), lambda experiment, path, device: fit(experiment, path, Solo(device))
+    else:
+        from vae_ray import distributed
+
+        with distributed.connection(experiment) as device:
+            yield device, distributed.fit
 
 
 def _local_device(experiment: Experiment) -> torch.device:
@@ -173,8 +188,6 @@ def opened_run(experiment: Experiment, *, resume: bool) -> Iterator[RunDirectory
     run.path.mkdir(parents=True, exist_ok=True)
     try:
         with run.lock("driver").acquire(blocking=False):
-            if not existed:
-                run.write_experiment(experiment)
             yield run
     except filelock.Timeout as error:
         if Path(error.lock_file) != run.path / ".driver.lock":
@@ -189,7 +202,7 @@ def _comparable(old: Experiment, new: Experiment) -> tuple[Experiment, Experimen
 
 
 def summarise(
-    run: RunDirectory, experiment: Experiment, *, device: torch.device, started_at: float, first_epoch: int
+    run: RunDirectory, experiment: Experiment, *, device: torch.device, started_at: float, done_before: int
 ) -> TrainResult:
     """The result of a finished run, from its own files; evaluates the test split where no epoch did."""
     checkpoints = complete_checkpoints(run.checkpoints)
@@ -198,7 +211,7 @@ def summarise(
     if "test/nelbo" not in metrics:
         metrics |= TrainedVAE.load(best.path, device=device).evaluate("test")
     history = run.history()
-    mine = [line for line in history if line["epoch"] >= first_epoch]
+    mine = [line for line in history if line["epoch"] > done_before]
     train_seconds = sum(line["seconds"] for line in history)
     return TrainResult(
         run_dir=run.path,

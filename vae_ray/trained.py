@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -106,6 +106,19 @@ class TrainedVAE:
             raise UserError("split val: this run had no validation split (data.num_validation 0); try test or train")
         splits = Splits.open(self.experiment)
         return evaluate_split(self.model, self.experiment, splits, split, Solo(self.device))
+
+    def labels(self, split: SplitName = "test") -> dict[str, Any]:
+        """What must be equal for two systems' numbers to be comparable."""
+        return {
+            "data": self.experiment.data.source,
+            "split": split,
+            "binarization": "none (grey levels)",
+            "likelihood": self.experiment.model.likelihood,
+            "beta": self.experiment.objective.beta,
+            "importance_samples": 1,
+            "z": "sampled",
+            "epoch": self.checkpoint.epoch,
+        }
 
     def test_images(self, num: int) -> Tensor:
         """The first `num` test images of the run's data, `(num, C, H, W)` in [0, 1]."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+from collections.abc import Iterator
 
 # Ray reads these when it is imported or started; a user's own settings stay.
 for _name, _value in {
@@ -22,20 +24,34 @@ from vae_ray.config import Experiment  # noqa: E402
 from vae_ray.errors import UserError  # noqa: E402
 
 
-def connect(experiment: Experiment) -> torch.device:
-    """Connect to Ray, starting a local one if there is no cluster; the device that workers will use.
+def check_local_resources(experiment: Experiment) -> None:
+    """Raise `UserError` if a local Ray, where one would be started, could never satisfy the request."""
+    if _starts_local_ray():
+        _check_resources(experiment, _local_resources(), where="this machine")
+
+
+@contextlib.contextmanager
+def connection(experiment: Experiment) -> Iterator[torch.device]:
+    """Ray, connected, and the device that workers will use; a Ray that was started here is shut down after.
 
     A cluster is one to which this process is already connected, or the one in `RAY_ADDRESS` (Ray sets it in
-    jobs). Raises `UserError` if it cannot be reached or can never satisfy the request: Ray would wait for ever.
+    jobs); without either a local Ray is started. Raises `UserError` if the cluster cannot be reached or can
+    never satisfy the request: Ray itself would wait for ever.
     """
-    is_local = not ray.is_initialized() and not os.environ.get("RAY_ADDRESS")
-    if is_local:
-        _check_resources(experiment, _local_resources(), where="this machine")
-    if not ray.is_initialized():
-        _init(is_local=is_local)
-    resources = ray.cluster_resources()
-    _check_resources(experiment, resources, where="the Ray cluster")
-    return torch.device("cuda" if _use_gpu(experiment, resources) else "cpu")
+    connects_here = not ray.is_initialized()
+    if connects_here:
+        _init(is_local=_starts_local_ray())
+    try:
+        resources = ray.cluster_resources()
+        _check_resources(experiment, resources, where="the Ray cluster")
+        yield torch.device("cuda" if _use_gpu(experiment, resources) else "cpu")
+    finally:
+        if connects_here:
+            ray.shutdown()
+
+
+def _starts_local_ray() -> bool:
+    return not ray.is_initialized() and not os.environ.get("RAY_ADDRESS")
 
 
 def _init(*, is_local: bool) -> None:

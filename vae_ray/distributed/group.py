@@ -1,9 +1,5 @@
 """The worker group of Ray Train: rank, device, sums over workers and DDP with gradients that add up."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import ray.train
 import ray.train.torch
 import torch
@@ -62,6 +58,7 @@ class RayWorkers:
         self._shared_sum = None
 
 
-def _sum_gradients(group: RayWorkers, bucket: Any) -> torch.futures.Future[Tensor]:
+# Evaluated annotations: torch looks at them when the hook is registered.
+def _sum_gradients(group: RayWorkers, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
     # DDP's own reduction divides by the number of workers; ours are already parts of the global mean.
     return group.sum_bucket(bucket.buffer())

@@ -1,0 +1,37 @@
+"""Train variational autoencoders on Ray: on a laptop, in local processes and on a cluster.
+
+    from vae_ray import Experiment, TrainedVAE, train
+
+    result = train(Experiment.preset("digits"))
+    images = TrainedVAE.load(result.best_checkpoint).generate(64)
+
+Names are loaded when first used, so that `import vae_ray` and `vae-ray --help` import neither torch nor ray.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vae_ray.config import Experiment as Experiment
+    from vae_ray.errors import TrainingFailed as TrainingFailed
+    from vae_ray.errors import UserError as UserError
+    from vae_ray.runs import TrainResult as TrainResult
+    from vae_ray.runs import train as train
+    from vae_ray.trained import TrainedVAE as TrainedVAE
+
+_HOME_OF = {
+    "Experiment": "vae_ray.config",
+    "TrainResult": "vae_ray.runs",
+    "TrainedVAE": "vae_ray.trained",
+    "TrainingFailed": "vae_ray.errors",
+    "UserError": "vae_ray.errors",
+    "train": "vae_ray.runs",
+}
+
+__all__ = ["Experiment", "TrainResult", "TrainedVAE", "TrainingFailed", "UserError", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'vae_ray' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME_OF[name]), name)
