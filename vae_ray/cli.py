@@ -83,7 +83,11 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
     def command(name: str, run: Callable[[argparse.Namespace], dict[str, Any]], text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(
-            name, help=text, description=text, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter
+            name,
+            help=text,
+            description=text,
+            allow_abbrev=False,
+            formatter_class=argparse.RawTextHelpFormatter,
         )
         sub.add_argument("--json", action="store_true", help="print exactly one JSON object on stdout")
         sub.set_defaults(run=run)
@@ -207,7 +211,11 @@ def _write(picture: Image, options: argparse.Namespace, model: TrainedVAE) -> di
         options.out.write_bytes(png_bytes(picture))
     except OSError as error:
         raise UserError(f"--out: got {str(options.out)!r}, cannot be written ({error.strerror})") from None
-    return {"out": str(options.out), "checkpoint": str(model.checkpoint.path), "epoch": model.checkpoint.epoch}
+    return {
+        "out": str(options.out),
+        "checkpoint": str(model.checkpoint.path),
+        "epoch": model.checkpoint.epoch,
+    }
 
 
 def _title(model: TrainedVAE, what: str) -> str:

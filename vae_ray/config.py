@@ -59,8 +59,7 @@ class DataConfig(_Section):
     download: bool = Field(True, description="Download raw files that are absent. No effect for digits.")
     cache_dir: Path | None = Field(
         None,
-        description="Directory of the decoded, memory-mapped images; null means "
-        "$VAE_RAY_CACHE, else ~/.cache/vae_ray.",
+        description="Directory of the decoded, memory-mapped images; null means $VAE_RAY_CACHE, else ~/.cache/vae_ray.",
     )
     num_validation: Int = Field(
         0, ge=0, description="Training images set aside (seeded by run.seed) as the validation split."
@@ -71,9 +70,7 @@ class ModelConfig(_Section):
     """Encoder and decoder, and the distribution of a pixel."""
 
     network: Literal["mlp"] = Field("mlp", description="Encoder/decoder pair.")
-    hidden: Widths = Field(
-        (400, 100), description="Widths of the encoder's hidden layers; the decoder mirrors them."
-    )
+    hidden: Widths = Field((400, 100), description="Widths of the encoder's hidden layers; the decoder mirrors them.")
     latent_dim: Int = Field(20, ge=1, le=65536, description="Number of latent dimensions.")
     encoder_range: Literal["unit", "signed"] = Field(
         "unit", description="Range of pixels fed to the encoder: unit [0, 1] or signed [-1, 1]."
@@ -104,9 +101,7 @@ class OptimConfig(_Section):
     schedule: Literal["constant", "linear", "cosine"] = Field(
         "constant", description="Decay of the learning rate to zero over all steps of the run."
     )
-    warmup_steps: Int = Field(
-        0, ge=0, description="Steps over which the learning rate first rises linearly from zero."
-    )
+    warmup_steps: Int = Field(0, ge=0, description="Steps over which the learning rate first rises linearly from zero.")
     weight_decay: Float = Field(0.0, ge=0, description="Weight decay (L2 for adam, decoupled for adamw).")
     grad_clip: Float | None = Field(
         None, gt=0, description="Largest allowed global 2-norm of the gradient; null leaves it as it is."
@@ -118,13 +113,19 @@ class TrainingConfig(_Section):
 
     epochs: Int = Field(10, ge=1, description="Passes over the training split.")
     global_batch_size: Int = Field(
-        64, ge=1, description="Images a step, over all workers together; the last batch of an epoch may be smaller."
+        64,
+        ge=1,
+        description="Images a step, over all workers together; the last batch of an epoch may be smaller.",
     )
     evaluation_batch_size: Int = Field(
-        1000, ge=1, description="Images a step of evaluation, over all workers together; sets memory, not the metrics."
+        1000,
+        ge=1,
+        description="Images a step of evaluation, over all workers together; sets memory, not the metrics.",
     )
     test_every_epochs: Int = Field(
-        1, ge=0, description="Evaluate the test split every so many epochs; 0 only once, for the best checkpoint."
+        1,
+        ge=0,
+        description="Evaluate the test split every so many epochs; 0 only once, for the best checkpoint.",
     )
     precision: Literal["float32", "bfloat16"] = Field(
         "float32", description="Precision of matrix products; bfloat16 is autocast, weights stay float32."
@@ -136,9 +137,7 @@ class WorkersConfig(_Section):
 
     num: Int = Field(1, ge=0, le=4096, description="Ray Train workers; 0 trains in this process without Ray.")
     cpus: Int = Field(1, ge=1, description="CPU cores, and torch threads, of each worker.")
-    gpus: Int = Field(
-        1, ge=1, description="GPUs reserved for each worker; it trains on the first. No effect on cpu."
-    )
+    gpus: Int = Field(1, ge=1, description="GPUs reserved for each worker; it trains on the first. No effect on cpu.")
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="cuda, cpu, or auto: cuda if there is a GPU for every worker."
     )

@@ -58,10 +58,14 @@ class TrainResult:
     """`startup` until the first step, `training` in the loop, `total`; of this call."""
     versions: dict[str, str]
     experiment: dict[str, Any]
+    history: list[dict[str, Any]]
+    """The lines of `metrics.jsonl`, one an epoch."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
-        return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
+        """Plain JSON types; without the history, which `metrics.jsonl` holds."""
+        fields = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
+        del fields["history"]
+        return fields
 
 
 def train(experiment: Experiment, *, resume: bool = False, quiet: bool = True) -> TrainResult:
@@ -76,7 +80,7 @@ def train(experiment: Experiment, *, resume: bool = False, quiet: bool = True) -
     preflight(experiment)
     with opened_run(experiment, resume=resume) as run:
         if resume and (summary := run.summary()):
-            return _result_from(summary)
+            return _result_from(summary, run.history())
         done_before = max((found.epoch for found in complete_checkpoints(run.checkpoints)), default=0)
         with _execution(experiment) as (device, execute):
             run.write_experiment(experiment)
@@ -164,9 +168,7 @@ def storage_directory(experiment: Experiment) -> Path:
         probe.write_bytes(b"")
         probe.unlink()
     except OSError as error:
-        raise UserError(
-            f"run.storage: got {text!r}, cannot be written ({error.strerror}); try --storage DIR"
-        ) from None
+        raise UserError(f"run.storage: got {text!r}, cannot be written ({error.strerror}); try --storage DIR") from None
     return directory
 
 
@@ -230,15 +232,19 @@ def summarise(
         },
         versions=versions(),
         experiment=experiment.to_dict(),
+        history=history,
     )
 
 
-def _result_from(summary: dict[str, Any]) -> TrainResult:
+def _result_from(summary: dict[str, Any], history: list[dict[str, Any]]) -> TrainResult:
     paths = {key: Path(summary[key]) for key in ("run_dir", "best_checkpoint", "last_checkpoint")}
-    return TrainResult(**{**summary, **paths})
+    return TrainResult(**{**summary, **paths, "history": history})
 
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide a run's numbers."""
     packages = ("vae_ray", "torch", "torchvision", "ray", "pyarrow", "safetensors")
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
+    return {
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in packages},
+    }

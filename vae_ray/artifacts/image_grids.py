@@ -43,9 +43,7 @@ def grid(rows: Sequence[Tensor], *, title: str, row_labels: Sequence[str] | None
     title_height = FONT_SIZE + 2 * MARGIN
     columns = max(len(row) for row in tiles)
     num_groups = -(-len(tiles) // group)
-    width = max(
-        2 * MARGIN + gutter + columns * (tile_width + GAP) - GAP, int(font.getlength(title)) + 2 * MARGIN
-    )
+    width = max(2 * MARGIN + gutter + columns * (tile_width + GAP) - GAP, int(font.getlength(title)) + 2 * MARGIN)
     height = title_height + len(tiles) * (tile_height + GAP) + (num_groups - 1) * MARGIN + MARGIN
     picture = Image.new("RGB", (width, height), PAPER)
     draw = ImageDraw.Draw(picture)
@@ -70,11 +68,7 @@ def square_grid(images: Tensor, *, title: str) -> Image.Image:
 
 def pairs_grid(originals: Tensor, reconstructions: Tensor, *, title: str, columns: int = 8) -> Image.Image:
     """Originals with their reconstructions right below; both `(N, C, H, W)` in [0, 1]."""
-    rows = [
-        row
-        for pair in zip(originals.split(columns), reconstructions.split(columns), strict=True)
-        for row in pair
-    ]
+    rows = [row for pair in zip(originals.split(columns), reconstructions.split(columns), strict=True) for row in pair]
     return grid(rows, title=title, row_labels=["original", "reconstruction"] * (len(rows) // 2), group=2)
 
 

@@ -81,7 +81,10 @@ class ProgressView:
 def describe_epoch(line: dict[str, Any], epochs: int) -> str:
     """One line for people from one line of `metrics.jsonl`; nats per image."""
     splits = [split for split in ("train", "val", "test") if f"{split}/nelbo" in line]
-    parts = [f"epoch {line['epoch']:>{len(str(epochs))}}/{epochs}", *(_terms(line, split) for split in splits)]
+    parts = [
+        f"epoch {line['epoch']:>{len(str(epochs))}}/{epochs}",
+        *(_terms(line, split) for split in splits),
+    ]
     return "  ".join([*parts, f"{line['images_per_second']:,.0f} images/s"])
 
 

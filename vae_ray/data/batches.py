@@ -44,7 +44,14 @@ class Shards(NamedTuple):
 
 
 def training_batches(
-    pixels: Tensor, indices: Tensor, *, seed: int, epoch: int, global_batch_size: int, latent_dim: int, shards: Shards
+    pixels: Tensor,
+    indices: Tensor,
+    *,
+    seed: int,
+    epoch: int,
+    global_batch_size: int,
+    latent_dim: int,
+    shards: Shards,
 ) -> Iterator[Batch]:
     """Every image of `indices` once, in an order that differs every epoch; the last batch may be smaller."""
     order = indices[torch.randperm(len(indices), generator=generator(seed, "order", epoch))]
@@ -59,7 +66,13 @@ def evaluation_batches(
 
 
 def _batches(
-    pixels: Tensor, order: Tensor, batch_size: int, latent_dim: int, shards: Shards, seed: int, *address: str | int
+    pixels: Tensor,
+    order: Tensor,
+    batch_size: int,
+    latent_dim: int,
+    shards: Shards,
+    seed: int,
+    *address: str | int,
 ) -> Iterator[Batch]:
     noise = torch.Generator()
     for step, start in enumerate(range(0, len(order), batch_size)):

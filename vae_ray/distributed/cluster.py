@@ -55,6 +55,9 @@ def _starts_local_ray() -> bool:
 
 
 def _init(*, is_local: bool) -> None:
+    if is_local:
+        # one process fewer beside the workers: no one takes this machine's only node away
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     try:
         ray.init(
             address="local" if is_local else None,  # None reads RAY_ADDRESS

@@ -59,6 +59,9 @@ class RayWorkers:
 
 
 # Evaluated annotations: torch looks at them when the hook is registered.
-def _sum_gradients(group: RayWorkers, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+def _sum_gradients(
+    group: RayWorkers,
+    bucket: dist.GradBucket,  # type: ignore[name-defined]
+) -> torch.futures.Future[Tensor]:
     # DDP's own reduction divides by the number of workers; ours are already parts of the global mean.
     return group.sum_bucket(bucket.buffer())

@@ -1,8 +1,8 @@
 """A sum over workers of one node through shared memory.
 
-Gloo's all-reduce sends the gradients through loopback TCP: 3.3 ms for the notebook's 2.9 MB on a 2-core
-machine, a third of a step of 256 images. Through shared memory the same sum takes a fraction of that
-(`benchmarks/throughput.py` prints both). Used only where all workers share a node and compute on CPUs.
+Gloo's all-reduce sends gradients through loopback TCP, which for the notebook's network takes a third of a
+worker's step of 256 images; through shared memory the same sum takes a fraction of that
+(`python -m benchmarks.gradient_sum` prints both). Used only where all workers share a node and compute on CPUs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ COUNTER_STRIDE = 16
 
 
 class SharedMemorySum:
-    """In-place sums of float32 vectors of at most `capacity` elements, equal to the bit on all ranks.
+    """In-place sums of float32 vectors of at most `capacity` elements, over two or more ranks, equal to the bit on all.
 
     All ranks must construct it, and call it, together; torch.distributed must be initialised. Each rank adds its
     chunk of all ranks' vectors in rank order, then everyone copies the chunks.
@@ -62,7 +62,9 @@ class SharedMemorySum:
         self._barrier()
         base = -(-length // self.size)
         chunk = slice(min(self.rank * base, length), min((self.rank + 1) * base, length))
-        torch.sum(self._vectors[:, chunk], dim=0, out=self._total[chunk])
+        torch.add(self._vectors[0, chunk], self._vectors[1, chunk], out=self._total[chunk])
+        for other in self._vectors[2:, chunk]:
+            self._total[chunk].add_(other)
         self._barrier()
         vector.copy_(self._total[:length])
         # No third barrier: a rank overwrites its vector only after the second, when all have read it, and

@@ -27,15 +27,14 @@ from vae_ray.schedules import scheduled
 from vae_ray.seeds import stream
 from vae_ray.training.checkpoints import (
     Checkpoint,
-    best_checkpoint,
     checkpoint_name,
     complete_checkpoints,
     prune_checkpoints,
     save_checkpoint,
 )
+from vae_ray.training.evaluation import evaluate_split
 from vae_ray.training.group import WorkerGroup, shards_of
 from vae_ray.training.host import tuned_host
-from vae_ray.training.evaluation import evaluate_split
 from vae_ray.training.loop import StepSettings, train_epoch
 from vae_ray.training.metrics import TermSums, labelled
 from vae_ray.training.optimization import build_optimizer, learning_rate

@@ -19,16 +19,12 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
 
 def build_optimizer(config: OptimConfig, parameters: Iterable[nn.Parameter]) -> Optimizer:
     """The optimizer with torch's fused kernel: one pass over memory for all parameters."""
-    return OPTIMIZERS[config.optimizer](
-        list(parameters), lr=config.lr, weight_decay=config.weight_decay, fused=True
-    )
+    return OPTIMIZERS[config.optimizer](list(parameters), lr=config.lr, weight_decay=config.weight_decay, fused=True)
 
 
 def learning_rate(config: OptimConfig, *, step: int, num_steps: int) -> float:
     """The learning rate of `step` (0-based) in a run of `num_steps`."""
-    return scheduled(
-        config.lr, config.schedule, step=step, num_steps=num_steps, warmup_steps=config.warmup_steps
-    )
+    return scheduled(config.lr, config.schedule, step=step, num_steps=num_steps, warmup_steps=config.warmup_steps)
 
 
 def apply_gradient(optimizer: Optimizer, *, lr: float, grad_clip: float | None) -> None:
