@@ -31,10 +31,11 @@ def to_uint8(images: Tensor) -> NDArray[np.uint8]:
     return (rgb * 255).round().to(torch.uint8).numpy()
 
 
-def grid(rows: Sequence[Tensor], *, title: str, row_labels: Sequence[str] | None = None, group: int = 1) -> Image.Image:
+def grid(rows: Sequence[Tensor], *, title: str, row_labels: Sequence[str] | None = None, group: int | None = None) -> Image.Image:
     """A labelled picture of `rows`, each images `(columns, C, H, W)` in [0, 1].
 
-    `row_labels` stand at the left of each row; rows are set apart in groups of `group`.
+    `row_labels` stand at the left of each row; rows are set apart in groups of `group`
+    (default: not at all).
     """
     tiles = [_enlarged(to_uint8(row)) for row in rows]
     tile_height, tile_width = tiles[0].shape[1:3]
@@ -42,6 +43,7 @@ def grid(rows: Sequence[Tensor], *, title: str, row_labels: Sequence[str] | None
     gutter = int(max((font.getlength(label) for label in row_labels), default=0)) + MARGIN if row_labels else 0
     title_height = FONT_SIZE + 2 * MARGIN
     columns = max(len(row) for row in tiles)
+    group = group or len(tiles)
     num_groups = -(-len(tiles) // group)
     width = max(2 * MARGIN + gutter + columns * (tile_width + GAP) - GAP, int(font.getlength(title)) + 2 * MARGIN)
     height = title_height + len(tiles) * (tile_height + GAP) + (num_groups - 1) * MARGIN + MARGIN

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
+import secrets
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
-import pyarrow.fs
 import ray.train
 import ray.train.torch
 import torch
-from ray.train import Checkpoint, CheckpointUploadMode, FailureConfig, RunConfig, ScalingConfig
+from ray.train import Checkpoint, CheckpointConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from vae_ray.config import Experiment
@@ -19,18 +22,19 @@ from vae_ray.distributed.group import RayWorkers
 from vae_ray.errors import TrainingFailed, UserError
 from vae_ray.training.fit import fit as fit_worker
 
-RAY_STATE_FILE = "checkpoint_manager_snapshot.json"
+RAY_STATE = ".ray"
+POINTER = "checkpoint.json"
 
 
 def fit(experiment: Experiment, run_path: Path, device: torch.device) -> None:
     """Train `experiment` in `run_path` on `workers.num` Ray workers; Ray must be connected.
 
-    Ray Train gets the run directory as its own, so that the checkpoints it knows are those that users see.
     Raises `TrainingFailed` with the worker's own error if the group could not finish.
     """
-    # Our manifests say which checkpoints are complete. Ray's record of a killed run may be torn, and would
-    # then keep the new one from starting.
-    (run_path / RAY_STATE_FILE).unlink(missing_ok=True)
+    # Ray's state of a killed run may be torn, and its controller may outlive the driver by seconds and go on
+    # writing. So each start is a run of its own to Ray; what is complete, our manifests say.
+    ray_storage = run_path / RAY_STATE
+    shutil.rmtree(ray_storage, ignore_errors=True)
     workers = experiment.workers
     trainer = TorchTrainer(
         _train_worker,
@@ -45,9 +49,9 @@ def fit(experiment: Experiment, run_path: Path, device: torch.device) -> None:
         ),
         torch_config=TorchConfig(backend="nccl" if device.type == "cuda" else "gloo"),
         run_config=RunConfig(
-            name=run_path.name,
-            storage_path=str(run_path.parent),
-            failure_config=FailureConfig(max_failures=0),
+            name=f"{run_path.name}-{secrets.token_hex(4)}",
+            storage_path=str(ray_storage),
+            checkpoint_config=CheckpointConfig(num_to_keep=1),
         ),
     )
     logging.getLogger("ray.train").setLevel(logging.CRITICAL)  # what fails is raised below, once
@@ -55,6 +59,7 @@ def fit(experiment: Experiment, run_path: Path, device: torch.device) -> None:
         trainer.fit()
     except ray.train.TrainingFailedError as error:
         raise _cause(error) from error
+    shutil.rmtree(ray_storage, ignore_errors=True)
 
 
 def _cause(error: ray.train.TrainingFailedError) -> Exception:
@@ -72,17 +77,18 @@ def _cause(error: ray.train.TrainingFailedError) -> Exception:
 def _train_worker(config: dict[str, Any]) -> None:
     """What each Ray Train worker runs: our loop, with a report to Ray after every epoch."""
     experiment, run_path = Experiment.from_dict(config["experiment"]), Path(config["run_path"])
-    filesystem = pyarrow.fs.LocalFileSystem()
 
     def report(line: dict[str, Any], checkpoint: Path) -> None:
-        # A barrier for all ranks. The checkpoint lies in Ray's storage already: rank 0 has written and synced it.
-        is_writer = group.rank == 0
-        ray.train.report(
-            line,
-            checkpoint=Checkpoint(str(checkpoint), filesystem=filesystem) if is_writer else None,
-            checkpoint_dir_name=f"{checkpoint.parent.name}/{checkpoint.name}",
-            checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
-        )
+        # A barrier for all ranks. Ray is given a pointer under the checkpoint's own name: rank 0 has written and
+        # synced the checkpoint itself already.
+        with tempfile.TemporaryDirectory() as directory:
+            if group.rank == 0:
+                Path(directory, POINTER).write_text(json.dumps({"checkpoint": str(checkpoint)}))
+            ray.train.report(
+                line,
+                checkpoint=Checkpoint.from_directory(directory) if group.rank == 0 else None,
+                checkpoint_dir_name=checkpoint.name,
+            )
 
     with contextlib.closing(RayWorkers()) as group:
         fit_worker(experiment, run_path, group, after_epoch=report)

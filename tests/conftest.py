@@ -1,0 +1,69 @@
+"""Fixtures of the unit suite: a cache of its own, the real MNIST where it is, and one small trained run."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from vae_ray import Experiment, TrainResult, train
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+MNIST_ROOT = REPOSITORY.parent / "shared" / "data"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def isolated_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Decoded images of this session, also for the processes that tests start; the user's cache is not touched."""
+    cache = tmp_path_factory.mktemp("cache")
+    before = os.environ.get("VAE_RAY_CACHE")
+    os.environ["VAE_RAY_CACHE"] = str(cache)
+    yield cache
+    if before is None:
+        del os.environ["VAE_RAY_CACHE"]
+    else:
+        os.environ["VAE_RAY_CACHE"] = before
+
+
+@pytest.fixture(scope="session")
+def mnist_root() -> Path:
+    """`data.root` of the real MNIST; skips the test where the files are absent."""
+    if not (MNIST_ROOT / "MNIST" / "raw" / "t10k-images-idx3-ubyte").is_file():
+        pytest.skip("needs the real MNIST in ../shared/data/MNIST/raw, which is absent")
+    return MNIST_ROOT
+
+
+def digits_in_this_process(storage: Path) -> Experiment:
+    """Three quick epochs of the digits without Ray, with a validation split, warm-up and decay.
+
+    With a beta of 0.25 the posterior does not collapse in so few steps, so that codes and samples say something.
+    """
+    return Experiment.from_dict(
+        {
+            "data": {"source": "digits", "num_validation": 100},
+            "model": {"hidden": [64], "latent_dim": 5, "encoder_range": "signed"},
+            "objective": {"beta": 0.25},
+            "optim": {"lr": 5e-3, "schedule": "cosine", "warmup_steps": 7},
+            "training": {"epochs": 3, "global_batch_size": 32},
+            "workers": {"num": 0, "device": "cpu"},
+            "run": {"storage": str(storage), "name": "digits-in-process", "seed": 3},
+        }
+    )
+
+
+@pytest.fixture
+def quick(tmp_path: Path) -> Experiment:
+    """An experiment that trains in well under a second, in a storage of its own."""
+    return digits_in_this_process(tmp_path / "runs")
+
+
+@pytest.fixture(scope="module")
+def module_quick(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
+    """The same for a fixture that a whole module shares."""
+    return digits_in_this_process(tmp_path_factory.mktemp("module") / "runs")
+
+
+@pytest.fixture(scope="session")
+def trained_run(tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
+    """The finished run of `quick`, shared by the tests that only read it."""
+    return train(digits_in_this_process(tmp_path_factory.mktemp("trained") / "runs"))
