@@ -48,7 +48,6 @@ def test_train_prints_its_result_as_one_object_and_its_progress_elsewhere(
     assert "run.name: 'mine' is already used" in capsys.readouterr().err
 
 
-@pytest.mark.xfail(strict=True, reason="bug: lines of epochs that are trained again count as shown")
 def test_progress_of_a_resumed_run_shows_the_epochs_that_it_trains(
     quick: Experiment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -188,7 +187,6 @@ def test_help_imports_no_heavy_library() -> None:
     assert heavy_libraries_after(["--help"], ["train", "--help"], ["generate", "--help"], ["presets"]) == "[]\n"
 
 
-@pytest.mark.xfail(strict=True, reason="bug: _train imports vae_ray.runs, and so torch, before it reads the experiment")
 def test_a_mistyped_key_or_preset_imports_no_heavy_library() -> None:
     """A typing mistake is answered at once, not after seconds of imports."""
     mistakes = ["train", "digit"], ["train", "digits", "--optim.lrr", "1"], ["train", "digits", "--lr", "1"]

@@ -14,6 +14,7 @@ from vae_ray import Experiment, UserError
 from vae_ray.config import NAME_PATTERN, FieldDoc, differing_fields, field_docs, preset_names
 from vae_ray.data.sources import SOURCES
 from vae_ray.likelihoods import LIKELIHOODS
+from vae_ray.models.initialization import INITIALIZATIONS
 from vae_ray.models.vae import NETWORKS
 from vae_ray.schedules import SCHEDULES
 from vae_ray.training.optimization import OPTIMIZERS
@@ -41,6 +42,7 @@ def test_every_field_is_documented_with_a_sentence(field: FieldDoc) -> None:
         ("model.network", NETWORKS),
         ("model.likelihood", LIKELIHOODS),
         ("optim.optimizer", OPTIMIZERS),
+        ("model.initialization", INITIALIZATIONS),
         ("optim.schedule", SCHEDULES),
     ],
 )
@@ -173,7 +175,6 @@ def test_a_switch_is_not_a_number(key: str, switch: object) -> None:
         Experiment().with_overrides({key: switch})
 
 
-@pytest.mark.xfail(strict=True, reason="bug: True is read as a width of 1")
 def test_a_switch_is_not_a_width() -> None:
     with pytest.raises(UserError, match=r"model\.hidden"):
         Experiment().with_overrides({"model.hidden": [True, 100]})

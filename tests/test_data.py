@@ -92,7 +92,6 @@ def test_what_is_opened_equals_what_was_decoded(config: DataConfig) -> None:
         assert np.array_equal(opened.labels.numpy(), decoded.labels)
 
 
-@pytest.mark.xfail(strict=True, reason="bug: combine_chunks copies, so every process holds all images")
 def test_second_open_maps_the_file_and_decodes_nothing(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     first = open_split(config, "test")
     monkeypatch.setitem(SOURCES, "digits", lambda config, root: Unreadable())

@@ -124,7 +124,6 @@ def test_outputs_are_float32_under_autocast_and_near_the_exact_ones(config: Mode
         torch.testing.assert_close(ours, expected, rtol=0.03, atol=0.03)
 
 
-@pytest.mark.xfail(strict=True, reason="bug: VAE.encode and decode cast to float32")
 def test_a_model_in_float64_computes_in_float64(config: ModelConfig) -> None:
     model = build_vae(config, (3, 5, 7), seed=3).double()
     x, eps = inputs((3, 5, 7))

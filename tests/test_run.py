@@ -160,7 +160,6 @@ def test_a_run_that_is_being_trained_is_refused(quick: Experiment) -> None:
     train(quick.with_overrides({"training.epochs": 1}))
 
 
-@pytest.mark.xfail(strict=True, reason="bug: a FileExistsError instead of a UserError")
 def test_a_name_taken_by_a_file_is_refused(quick: Experiment) -> None:
     Path(quick.run.storage).mkdir()
     (Path(quick.run.storage) / "digits-in-process").write_text("mine")

@@ -209,13 +209,11 @@ def test_impossible_requests_are_refused(model: TrainedVAE) -> None:
         model.interpolate(images, images, method="cubic")  # type: ignore[arg-type]
 
 
-@pytest.mark.xfail(strict=True, reason="bug: a RuntimeError of torch, or one image broadcast to many")
 def test_paths_between_unequal_numbers_of_images_are_refused(model: TrainedVAE) -> None:
     with pytest.raises(UserError, match=r"start|end"):
         model.interpolate(model.test_images(3), model.test_images(2))
 
 
-@pytest.mark.xfail(strict=True, reason="bug: a RuntimeError of torch instead of a UserError")
 def test_codes_of_another_size_are_refused(model: TrainedVAE) -> None:
     with pytest.raises(UserError, match="z: got shape"):
         model.decode(torch.zeros(3, model.latent_dim + 1))

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from vae_ray.trained import TrainedVAE
 
 
+TRAIN_FLAGS = ("--name", "--storage", "--resume", "--dry-run", "--json", "--help")
 DESCRIPTION = "Train variational autoencoders on Ray: on a laptop, in local processes and on a cluster."
 
 
@@ -137,6 +140,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 def _refuse_unknown(argument: str, *, takes_keys: bool) -> NoReturn:
     from vae_ray.config import Experiment
 
+    near = difflib.get_close_matches(argument, TRAIN_FLAGS, n=1, cutoff=0.75)
+    if takes_keys and near:
+        raise UserError(f"argument {argument!r} is not known; did you mean {near[0]!r}?")
     if takes_keys and argument.startswith("--"):
         Experiment().with_overrides({argument[2:].partition("=")[0]: ""})  # names the nearest key
     raise UserError(f"argument {argument!r} is not known; see vae-ray --help")
@@ -165,7 +171,8 @@ def _experiment(options: argparse.Namespace) -> Experiment:
     from vae_ray.config import Experiment, preset_names
 
     name = options.experiment
-    if name in preset_names() or not (Path(name).exists() or name.endswith((".yaml", ".yml")) or "/" in name):
+    looks_like_file = name.endswith((".yaml", ".yml")) or "/" in name or os.path.isfile(name)
+    if name in preset_names() or not looks_like_file:
         experiment = Experiment.preset(name)
     else:
         experiment = Experiment.from_file(name)
@@ -176,9 +183,9 @@ def _experiment(options: argparse.Namespace) -> Experiment:
 
 
 def _train(options: argparse.Namespace) -> dict[str, Any]:
+    experiment = _experiment(options)  # before torch is imported: a typing mistake is answered at once
     from vae_ray.runs import preflight, resolved, train
 
-    experiment = _experiment(options)
     if options.dry_run:
         experiment = resolved(experiment)
         preflight(experiment)

@@ -26,7 +26,7 @@ NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
 def _split_list(value: object) -> object:
     """`"400,100"` or `"[400, 100]"` from a command line becomes a list."""
-    return [part for part in value.strip("[]() ").split(",") if part.strip()] if isinstance(value, str) else value
+    return value.strip("[]() ").split(",") if isinstance(value, str) else value
 
 
 def _refuse_bool(value: object) -> object:
@@ -38,7 +38,7 @@ def _refuse_bool(value: object) -> object:
 
 Int = Annotated[int, BeforeValidator(_refuse_bool)]
 Float = Annotated[float, BeforeValidator(_refuse_bool), Field(allow_inf_nan=False)]
-Widths = Annotated[tuple[Annotated[int, Field(ge=1, le=65536)], ...], BeforeValidator(_split_list)]
+Widths = Annotated[tuple[Annotated[Int, Field(ge=1, le=65536)], ...], BeforeValidator(_split_list)]
 
 
 class _Section(BaseModel):
@@ -72,6 +72,9 @@ class ModelConfig(_Section):
     network: Literal["mlp"] = Field("mlp", description="Encoder/decoder pair.")
     hidden: Widths = Field((400, 100), description="Widths of the encoder's hidden layers; the decoder mirrors them.")
     latent_dim: Int = Field(20, ge=1, le=65536, description="Number of latent dimensions.")
+    initialization: Literal["torch", "he"] = Field(
+        "torch", description="Initial weights: torch's own, or he: He's, with a decoder that starts at the mean image."
+    )
     encoder_range: Literal["unit", "signed"] = Field(
         "unit", description="Range of pixels fed to the encoder: unit [0, 1] or signed [-1, 1]."
     )

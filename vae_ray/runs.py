@@ -76,12 +76,15 @@ def train(experiment: Experiment, *, resume: bool = False, quiet: bool = True) -
     `TrainingFailed` for a run that could not finish.
     """
     started_at = time.time()
+    if resume and experiment.run.name is None:
+        raise UserError("run.name: --resume needs the name of a run; for example --name my-run --resume")
     experiment = resolved(experiment)
     preflight(experiment)
     with opened_run(experiment, resume=resume) as run:
         if resume and (summary := run.summary()):
             return _result_from(summary, run.history())
         done_before = max((found.epoch for found in complete_checkpoints(run.checkpoints)), default=0)
+        run.forget_after(done_before)
         with _execution(experiment) as (device, execute):
             run.write_experiment(experiment)
             with contextlib.nullcontext() if quiet else ProgressView(run, experiment):
@@ -178,6 +181,10 @@ def opened_run(experiment: Experiment, *, resume: bool) -> Iterator[RunDirectory
     run = RunDirectory(storage_directory(experiment) / str(experiment.run.name))
     name = experiment.run.name
     existed = run.experiment_file.exists()
+    if not existed and (run.path.is_file() or run.checkpoints.exists()):
+        raise UserError(
+            f"run.name: {name!r} is already used in {run.path.parent} by something else; choose another --name"
+        )
     if existed and not resume:
         difference = differing_fields(*_comparable(run.experiment(), experiment))
         what = f"a different experiment ({'; '.join(difference)})" if difference else "this experiment"
@@ -214,7 +221,8 @@ def summarise(
         metrics |= TrainedVAE.load(best.path, device=device).evaluate("test")
     history = run.history()
     mine = [line for line in history if line["epoch"] > done_before]
-    train_seconds = sum(line["seconds"] for line in history)
+    train_seconds = sum(line["seconds"] for line in history)  # of the lines that survived
+    num_images = sum(line["images_per_second"] * line["seconds"] for line in history)
     return TrainResult(
         run_dir=run.path,
         best_checkpoint=best.path,
@@ -224,7 +232,7 @@ def summarise(
         device=device.type,
         epochs=checkpoints[-1].epoch,
         metrics=metrics,
-        images_per_second=sum(line["images_per_second"] * line["seconds"] for line in history) / train_seconds,
+        images_per_second=num_images / train_seconds if train_seconds else 0.0,
         seconds={
             "startup": (mine[0]["started_at"] if mine else time.time()) - started_at,
             "training": sum(line["seconds"] for line in mine),

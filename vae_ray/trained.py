@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -78,6 +79,8 @@ class TrainedVAE:
     @torch.inference_mode()
     def decode(self, z: Tensor) -> Tensor:
         """Means of p(x|z), images `(N, C, H, W)` in [0, 1], for z `(N, latent_dim)`."""
+        if z.ndim != 2 or z.shape[1] != self.latent_dim:
+            raise UserError(f"z: got shape {tuple(z.shape)}, should be (N, {self.latent_dim})")
         return self._likelihood.mean(self.model.decode(z.to(self.device)))
 
     def reconstruct(self, images: Tensor) -> Tensor:
@@ -94,6 +97,8 @@ class TrainedVAE:
             raise UserError(f"steps: got {steps}, should be at least 2, the two ends")
         if method not in INTERPOLATIONS:
             raise UserError(f"method: got {method!r}, should be one of {', '.join(INTERPOLATIONS)}")
+        if len(start) != len(end):
+            raise UserError(f"images: got {len(start)} starts and {len(end)} ends, should be as many of each")
         path = INTERPOLATIONS[method](self.encode(start), self.encode(end), torch.linspace(0, 1, steps))
         return self.decode(path.flatten(0, 1)).unflatten(0, (-1, steps))
 
@@ -135,7 +140,7 @@ def find_checkpoint(path: str | Path) -> Checkpoint:
     """The checkpoint at `path`, or the best one of the run directory `path`."""
     path = Path(path)
     run = RunDirectory(path)
-    if not run.checkpoints.is_dir():
+    if not os.path.isdir(run.checkpoints):
         return read_checkpoint(path)
     checkpoints = complete_checkpoints(run.checkpoints)
     if not checkpoints:

@@ -45,8 +45,19 @@ def head() -> Iterator[tuple[str, dict[str, str]]]:
     }
     with tempfile.TemporaryDirectory(prefix="r", dir="/tmp") as directory:  # Ray's sockets need a short path
         process = subprocess.Popen(
-            [RAY, "start", "--head", "--block", f"--port={free_port()}", f"--dashboard-port={port}"]
-            + ["--dashboard-host=127.0.0.1", "--num-cpus=2", f"--temp-dir={directory}", f"--dashboard-agent-listen-port={free_port()}"],
+            [
+                *(
+                    RAY,
+                    "start",
+                    "--head",
+                    "--block",
+                    "--num-cpus=2",
+                    f"--port={free_port()}",
+                    f"--temp-dir={directory}",
+                ),
+                *("--dashboard-host=127.0.0.1", f"--dashboard-port={port}"),
+                f"--dashboard-agent-listen-port={free_port()}",  # another Ray on this host may have the default
+            ],
             env=environment,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -84,8 +95,10 @@ def submit(head: tuple[str, dict[str, str]], *arguments: str) -> subprocess.Comp
     deadline = time.monotonic() + 90
     while True:
         job = subprocess.run(
-            [RAY, "job", "submit", f"--address={address}", "--working-dir", ".", f"--runtime-env-json={excluded}"]
-            + ["--", sys.executable, "jobs/train.py", *arguments],
+            [
+                *(RAY, "job", "submit", f"--address={address}", "--working-dir", ".", f"--runtime-env-json={excluded}"),
+                *("--", sys.executable, "jobs/train.py", *arguments),
+            ],
             cwd=REPOSITORY,
             env=environment,
             capture_output=True,

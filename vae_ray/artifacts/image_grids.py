@@ -31,7 +31,9 @@ def to_uint8(images: Tensor) -> NDArray[np.uint8]:
     return (rgb * 255).round().to(torch.uint8).numpy()
 
 
-def grid(rows: Sequence[Tensor], *, title: str, row_labels: Sequence[str] | None = None, group: int | None = None) -> Image.Image:
+def grid(
+    rows: Sequence[Tensor], *, title: str, row_labels: Sequence[str] | None = None, group: int | None = None
+) -> Image.Image:
     """A labelled picture of `rows`, each images `(columns, C, H, W)` in [0, 1].
 
     `row_labels` stand at the left of each row; rows are set apart in groups of `group`

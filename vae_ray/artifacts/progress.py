@@ -26,7 +26,7 @@ class ProgressView:
     def __init__(self, run: RunDirectory, experiment: Experiment, *, console: Console | None = None) -> None:
         self._run, self._epochs = run, experiment.training.epochs
         self._console = console or Console(stderr=True, highlight=False)
-        self._shown = len(run.history())
+        self._last_shown = max((line["epoch"] for line in run.history()), default=0)
         self._read_bytes = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="progress", daemon=True)
@@ -62,10 +62,11 @@ class ProgressView:
         size = self._run.metrics_file.stat().st_size if self._run.metrics_file.exists() else 0
         if size != self._read_bytes:
             self._read_bytes, history = size, self._run.history()
-            for line in history[self._shown :]:
-                # soft_wrap: a line stays one line, however narrow the terminal or the log
-                self._console.print(describe_epoch(line, self._epochs), soft_wrap=True)
-            self._shown = len(history)
+            for line in history:
+                if line["epoch"] > self._last_shown:
+                    # soft_wrap: a line stays one line, however narrow the terminal or the log
+                    self._console.print(describe_epoch(line, self._epochs), soft_wrap=True)
+                    self._last_shown = line["epoch"]
         try:
             state = json.loads(self._run.progress_file.read_text())
         except (OSError, ValueError):  # between epochs there is none

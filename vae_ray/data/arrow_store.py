@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from vae_ray.config import DataConfig
-from vae_ray.data.sources import SOURCES, Images
+from vae_ray.data.sources import SOURCES, Images, Source
 from vae_ray.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -69,12 +69,19 @@ def open_split(config: DataConfig, split: str) -> Split:
             digest = hashlib.sha256(fingerprint.encode()).hexdigest()[:16]
             file = cache / f"{config.source}-{split}-{digest}.arrow"
             if not _is_intact(file):
-                _write(file, source.decode(split))
-    except (PermissionError, OSError) as error:
-        if isinstance(error, filelock.Timeout):
-            raise UserError(f"{error.lock_file}: another process held it for {LOCK_TIMEOUT_SECONDS:.0f} s") from None
+                _write(file, _decode(source, split))
+    except filelock.Timeout as error:
+        raise UserError(f"{error.lock_file}: another process held it for {LOCK_TIMEOUT_SECONDS:.0f} s") from None
+    except OSError as error:
         raise UserError(f"data.cache_dir {cache}: cannot be used ({error}); try --data.cache-dir DIR") from None
     return _map(file)
+
+
+def _decode(source: Source, split: str) -> Images:
+    try:
+        return source.decode(split)
+    except OSError as error:
+        raise UserError(f"raw data: cannot be read ({error}); try --data.root DIR") from None
 
 
 def _sidecar(file: Path) -> Path:
@@ -119,9 +126,9 @@ def _write(file: Path, images: Images) -> None:
 def _map(file: Path) -> Split:
     # The mapping lives as long as the arrays that point into it.
     table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
-    shape = table.schema.field("pixels").type.shape
-    pixels = table["pixels"].combine_chunks().storage.flatten().to_numpy().reshape(-1, *shape)
-    labels = table["label"].combine_chunks().to_numpy()
+    # Written as one batch, so the only chunk is the whole column, still in the mapped file; no copy is made.
+    column, labels = table["pixels"].chunk(0), table["label"].chunk(0).to_numpy()
+    pixels = column.storage.flatten().to_numpy().reshape(-1, *column.type.shape)
     with warnings.catch_warnings():
         # torch warns that mapped memory is read-only; batches are copies, nothing writes into it
         warnings.simplefilter("ignore", UserWarning)

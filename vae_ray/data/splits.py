@@ -30,6 +30,13 @@ class Splits(NamedTuple):
         )
         return cls(train, test, *indices)
 
+    def mean_training_image(self) -> Tensor:
+        """The mean of the training images, `(C, H, W)` in [0, 1]; in float64 from exact sums."""
+        sums = sum(
+            self.train.pixels.index_select(0, part).sum(0, dtype=torch.int64) for part in self.train_indices.split(4096)
+        )
+        return torch.as_tensor(sums, dtype=torch.float64) / (255.0 * len(self.train_indices))
+
     def select(self, name: str) -> tuple[Tensor, Tensor]:
         """uint8 pixels `(M, C, H, W)` and the indices among them of "train", "val" or "test"."""
         if name == "test":

@@ -35,7 +35,7 @@ class Forward(NamedTuple):
 
 
 class VAE(nn.Module):
-    """Encoder, reparametrisation and decoder. Outputs are float32 whatever the precision inside."""
+    """Encoder, reparametrisation and decoder. Outputs are float32 (float64 for a double model), also under autocast."""
 
     def __init__(self, config: ModelConfig, image_shape: tuple[int, int, int]) -> None:
         super().__init__()
@@ -47,13 +47,12 @@ class VAE(nn.Module):
     def encode(self, x: Tensor) -> DiagonalGaussian:
         """q(z|x) for images `(batch, channels, height, width)` in [0, 1]."""
         encoder_input = torch.add(-1.0, x, alpha=2.0) if self.signed_input else x
-        mu, logvar = self.encoder(encoder_input).float().chunk(2, dim=1)
+        mu, logvar = _at_least_float32(self.encoder(encoder_input)).chunk(2, dim=1)
         return DiagonalGaussian(mu, logvar)
 
     def decode(self, z: Tensor) -> Tensor:
         """Logits `(batch, channels, height, width)` of the likelihood, for z `(batch, latent_dim)`."""
-        logits: Tensor = self.decoder(z).float()
-        return logits
+        return _at_least_float32(self.decoder(z))
 
     def forward(self, x: Tensor, eps: Tensor) -> Forward:
         """One pass with the noise `eps ~ N(0, I)` of shape `(batch, latent_dim)`.
@@ -62,6 +61,10 @@ class VAE(nn.Module):
         """
         posterior = self.encode(x)
         return Forward(posterior.mu, posterior.logvar, self.decode(posterior.rsample(eps)))
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def build_vae(config: ModelConfig, image_shape: tuple[int, int, int], *, seed: int) -> VAE:

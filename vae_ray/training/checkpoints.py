@@ -1,7 +1,7 @@
 """Checkpoints: complete, safe packages of one epoch, written aside and renamed when whole.
 
     checkpoints/epoch=0007/
-        manifest.json           format, epoch, image shape, metrics, and size and SHA-256 of the other files
+        manifest.json           format, epoch, image shape, metrics; size and SHA-256 of the other files and of itself
         experiment.json         the resolved experiment
         weights.safetensors     the model
         training_state.pt       optimizer state: tensors and plain values, read with weights_only=True
@@ -15,6 +15,7 @@ import hashlib
 import io
 import json
 import os
+import pickle
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,7 +79,12 @@ class Checkpoint:
 
     def experiment(self) -> Experiment:
         """The experiment that produced this checkpoint."""
-        return Experiment.from_dict(json.loads(self.read(EXPERIMENT)), origin=str(self.path / EXPERIMENT))
+        file, content = self.path / EXPERIMENT, self.read(EXPERIMENT)
+        try:
+            sections = json.loads(content)
+        except ValueError as error:  # of which UnicodeDecodeError is one
+            raise UserError(f"{file}: is not JSON ({error})") from None
+        return Experiment.from_dict(sections, origin=str(file))
 
     def weights(self) -> dict[str, Tensor]:
         """The model's state dict, on the CPU."""
@@ -96,8 +102,13 @@ class Checkpoint:
             detail = " ".join(str(error).split())[:300]
             raise UserError(f"{self.path / WEIGHTS}: does not fit its experiment.json: {detail}") from None
         if optimizer is not None:
-            state = torch.load(io.BytesIO(self.read(TRAINING_STATE)), weights_only=True, map_location="cpu")
-            optimizer.load_state_dict(state["optimizer"])
+            content = self.read(TRAINING_STATE)
+            try:
+                state = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
+                optimizer.load_state_dict(state["optimizer"])
+            except (pickle.UnpicklingError, ValueError, KeyError, TypeError, RuntimeError, EOFError) as error:
+                detail = " ".join(str(error).split())[:200]
+                raise UserError(f"{self.path / TRAINING_STATE}: is not this model's training state: {detail}") from None
 
     def build_model(self) -> VAE:
         """The model with the checkpoint's weights, on the CPU."""
@@ -142,7 +153,7 @@ def save_checkpoint(
             for name, content in contents.items()
         },
     }
-    contents[MANIFEST] = json.dumps(manifest, indent=2).encode()
+    contents[MANIFEST] = json.dumps(sealed(manifest), indent=2).encode()
 
     final = directory / checkpoint_name(epoch)
     partial = directory / f".partial-{final.name}"
@@ -159,7 +170,7 @@ def save_checkpoint(
 def read_checkpoint(path: str | Path) -> Checkpoint:
     """The checkpoint in directory `path`; raises `UserError` if its manifest is missing or unusable."""
     path = Path(path)
-    if not path.is_dir():
+    if not os.path.isdir(path):  # unlike Path.is_dir, False for a name that no file system allows
         raise UserError(f"checkpoint {path}: no such directory; give a run directory or RUN/checkpoints/epoch=NNNN")
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
@@ -171,10 +182,14 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
                 f"{path}: checkpoint format {version} is newer than this vae_ray reads ({FORMAT_VERSION}); "
                 "install a newer vae_ray"
             )
+        if sealed(manifest) != manifest:
+            raise ValueError("its content is not what was written")
         channels, height, width = (int(n) for n in manifest["image_shape"])
-        missing = {EXPERIMENT, WEIGHTS, TRAINING_STATE} - manifest["files"].keys()
-        if missing:
-            raise ValueError(f"{', '.join(sorted(missing))} not listed")
+        for name in (EXPERIMENT, WEIGHTS, TRAINING_STATE):
+            if not {"bytes", "sha256"} <= manifest["files"].get(name, {}).keys():
+                raise ValueError(f"{name} not listed")
+        if manifest["selection_metric"] not in manifest["metrics"]:
+            raise ValueError(f"{manifest['selection_metric']} not listed")
         return Checkpoint(
             path=path,
             epoch=int(manifest["epoch"]),
@@ -198,6 +213,13 @@ def complete_checkpoints(directory: Path) -> list[Checkpoint]:
         except UserError:  # incomplete: not a checkpoint, whatever its name
             continue
     return sorted(found, key=lambda checkpoint: checkpoint.epoch)
+
+
+def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest with the SHA-256 of its own content: it decides which checkpoint is newest and best."""
+    content = {key: value for key, value in manifest.items() if key != "sha256"}
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
+    return {**content, "sha256": hashlib.sha256(canonical).hexdigest()}
 
 
 def best_checkpoint(checkpoints: list[Checkpoint]) -> Checkpoint:

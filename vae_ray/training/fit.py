@@ -22,9 +22,10 @@ from vae_ray.data.batches import training_batches
 from vae_ray.data.splits import Splits
 from vae_ray.errors import TrainingFailed
 from vae_ray.likelihoods import LIKELIHOODS
-from vae_ray.models.vae import build_vae
+from vae_ray.models.initialization import INITIALIZATIONS
+from vae_ray.models.vae import VAE, build_vae
 from vae_ray.schedules import scheduled
-from vae_ray.seeds import stream
+from vae_ray.seeds import generator, stream
 from vae_ray.training.checkpoints import (
     Checkpoint,
     checkpoint_name,
@@ -88,8 +89,7 @@ class _Worker:
         self.experiment, self.run, self.group = experiment, run, group
         self.splits = Splits.open(experiment)
         self.likelihood = LIKELIHOODS[experiment.model.likelihood](experiment.model)
-        seed = stream(experiment.run.seed, "weights")
-        self.model = build_vae(experiment.model, self.splits.train.image_shape, seed=seed).to(group.device)
+        self.model = self._new_model().to(group.device)
         self.optimizer = build_optimizer(experiment.optim, self.model.parameters())
         self.steps_per_epoch = math.ceil(len(self.splits.train_indices) / experiment.training.global_batch_size)
         self.epochs_done = 0
@@ -99,6 +99,13 @@ class _Worker:
             self.epochs_done = newest.epoch
             self.last_line = dict(newest.metrics)
         self.parallel = group.wrap(self.model)
+
+    def _new_model(self) -> VAE:
+        seed = self.experiment.run.seed
+        model = build_vae(self.experiment.model, self.splits.train.image_shape, seed=stream(seed, "weights"))
+        initialise = INITIALIZATIONS[self.experiment.model.initialization]
+        initialise(model, self.splits.mean_training_image(), generator(seed, "initialization"))
+        return model
 
     def _newest_checkpoint(self) -> Checkpoint | None:
         """The checkpoint that rank 0 sees as newest; the others must not decide for themselves."""
@@ -147,16 +154,19 @@ class _Worker:
         )
         means = sums.reduced(self.group)  # waits for the device and for all ranks
         seconds = time.perf_counter() - started
-        if not all(math.isfinite(value) for value in means.values()):
+        evaluations = self._evaluations(epoch)
+        weights_are_finite = all(bool(torch.isfinite(p).all()) for p in self.model.parameters())  # equal on all ranks
+        if not weights_are_finite or not all(map(math.isfinite, [*means.values(), *evaluations.values()])):
             raise TrainingFailed(
-                f"epoch {epoch}: the training loss is not finite (distortion {means['distortion']:.4g}, "
-                f"rate {means['rate']:.4g} nats); try a smaller --optim.lr or --optim.grad-clip 100"
+                f"epoch {epoch}: the loss or the weights are not finite (training distortion "
+                f"{means['distortion']:.4g}, rate {means['rate']:.4g} nats); try a smaller --optim.lr "
+                "or --optim.grad-clip 100"
             )
         last = self._settings(first_step + self.steps_per_epoch - 1)
         self.last_line = {
             "epoch": epoch,
             **labelled("train", means),
-            **self._evaluations(epoch),
+            **evaluations,
             "beta": last.beta,
             "lr": last.lr,
             "images_per_second": len(self.splits.train_indices) / seconds,
