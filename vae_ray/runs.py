@@ -29,7 +29,7 @@ from vae_ray.data.splits import Splits
 from vae_ray.errors import UserError
 from vae_ray.trained import TrainedVAE
 from vae_ray.training.checkpoints import best_checkpoint, complete_checkpoints
-from vae_ray.training.fit import fit
+from vae_ray.training.fit import WRITER_LOCK_SECONDS, fit
 from vae_ray.training.group import Solo
 
 logger = logging.getLogger(__name__)
@@ -83,8 +83,7 @@ def train(experiment: Experiment, *, resume: bool = False, quiet: bool = True) -
     with opened_run(experiment, resume=resume) as run:
         if resume and (summary := run.summary()):
             return _result_from(summary, run.history())
-        done_before = max((found.epoch for found in complete_checkpoints(run.checkpoints)), default=0)
-        run.forget_after(done_before)
+        done_before = _settle(run)
         with _execution(experiment) as (device, execute):
             run.write_experiment(experiment)
             with contextlib.nullcontext() if quiet else ProgressView(run, experiment):
@@ -202,6 +201,23 @@ def opened_run(experiment: Experiment, *, resume: bool) -> Iterator[RunDirectory
         if Path(error.lock_file) != run.path / ".driver.lock":
             raise
         raise UserError(f"run.name: {name!r} is being trained right now; choose another --name") from None
+
+
+def _settle(run: RunDirectory) -> int:
+    """The last epoch with a complete checkpoint, once nobody writes; lines and pictures after it are dropped.
+
+    The workers of a killed driver live on for seconds and may finish another epoch.
+    """
+    try:
+        with run.lock("writer").acquire(timeout=WRITER_LOCK_SECONDS):
+            done = max((found.epoch for found in complete_checkpoints(run.checkpoints)), default=0)
+            run.forget_after(done)
+            return done
+    except filelock.Timeout:
+        raise UserError(
+            f"run.name: {run.path.name!r} is still being written by a worker of an earlier driver; "
+            "try again when it has ended"
+        ) from None
 
 
 def _comparable(old: Experiment, new: Experiment) -> tuple[Experiment, Experiment]:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 TIMEOUT_SECONDS = 300.0
-SPINS_BEFORE_YIELDING = 2000
+SPINS_BEFORE_YIELDING = 200
 COUNTER_STRIDE = 16
 """int64 slots between two workers' counters: 128 bytes, so that no two share a cache line."""
 
@@ -58,13 +58,17 @@ class SharedMemorySum:
     def __call__(self, vector: Tensor) -> None:
         """Replace `vector` (contiguous float32, at most `capacity` elements) by the sum over ranks."""
         length = vector.numel()
-        self._vectors[self.rank, :length].copy_(vector)
-        self._barrier()
         base = -(-length // self.size)
-        chunk = slice(min(self.rank * base, length), min((self.rank + 1) * base, length))
-        torch.add(self._vectors[0, chunk], self._vectors[1, chunk], out=self._total[chunk])
-        for other in self._vectors[2:, chunk]:
-            self._total[chunk].add_(other)
+        start, stop = min(self.rank * base, length), min((self.rank + 1) * base, length)
+        # The others read all of this rank's vector but its own chunk.
+        self._vectors[self.rank, :start].copy_(vector[:start])
+        self._vectors[self.rank, stop:length].copy_(vector[stop:])
+        self._barrier()
+        parts = [self._vectors[rank, start:stop] for rank in range(self.size)]
+        parts[self.rank] = vector[start:stop]
+        total = torch.add(parts[0], parts[1], out=self._total[start:stop])
+        for part in parts[2:]:
+            total.add_(part)
         self._barrier()
         vector.copy_(self._total[:length])
         # No third barrier: a rank overwrites its vector only after the second, when all have read it, and
