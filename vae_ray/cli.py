@@ -99,7 +99,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     train = command("train", _train, "train a VAE; with Ray workers, or in this process with --workers.num 0")
     train.add_argument("experiment", metavar="PRESET|FILE.yaml", help="a preset's name or an experiment file")
     train.add_argument("--name", help="the run's directory inside the storage (run.name)")
-    train.add_argument("--storage", metavar="DIR|URI", help="the directory of all runs (run.storage)")
+    train.add_argument("--storage", metavar="DIR", help="the directory of all runs (run.storage)")
     train.add_argument("--resume", action="store_true", help="go on with the run of that name")
     train.add_argument("--dry-run", action="store_true", help="check everything, print the experiment, start nothing")
     if arguments[:1] == ["train"] and {"-h", "--help"} & set(arguments):

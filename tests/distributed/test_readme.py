@@ -1,0 +1,29 @@
+"""The README's Python example, run as it stands."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.ray
+
+README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.usefixtures("cluster")
+def test_the_python_example_does_what_its_comments_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (example,) = re.findall(r"^```python\n(.*?)^```", README, flags=re.M | re.S)
+    names: dict[str, Any] = {}
+    exec(example, names)
+
+    shapes = dict(re.findall(r"^(\w+) = .*# \(([\d, ]+)\)", example, flags=re.M))
+    assert shapes.keys() >= {"images", "new", "codes", "decoded", "path"}
+    for name, shape in shapes.items():
+        assert tuple(names[name].shape) == tuple(map(int, shape.split(","))), name
+    assert names["decoded"].equal(names["again"])
+    assert names["metrics"]["test/nelbo"] == pytest.approx(names["result"].metrics["test/nelbo"], abs=1e-4)
+    assert names["result"].run_dir.parent == tmp_path / "runs"
