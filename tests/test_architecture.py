@@ -22,7 +22,7 @@ LAYERS = [
     {"posterior"},
     {"models"},
     {"likelihoods", "schedules"},
-    {"objective"},
+    {"objective", "traversal"},
     {"artifacts"},
     {"training"},
     {"distributed", "trained"},

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageColor
 
 from vae_ray.artifacts.image_grids import FRAME, GAP, grid, pairs_grid, png_bytes, square_grid, to_uint8
 
@@ -15,8 +15,8 @@ TITLE = "t"
 
 def tiles_of(picture: Image.Image, *, height: int, width: int) -> list[list[NDArray[np.uint8]]]:
     """The tiles of a picture, row by row: found by their frames, not by the layout's own arithmetic."""
-    array = np.asarray(picture)
-    framed = (array == np.array(FRAME)).all(2)
+    array = np.asarray(picture.convert("RGB"))
+    framed = (array == np.array(ImageColor.getrgb(FRAME))).all(2)
     corners = [
         (top, left)
         for top, left in zip(*np.nonzero(framed), strict=True)
@@ -46,17 +46,17 @@ def level(tile: NDArray[np.uint8]) -> int:
 
 def test_values_are_rounded_to_bytes_and_clipped() -> None:
     values = torch.tensor([-3.0, 0.0, 0.4 / 255, 0.6 / 255, 0.5, 254.6 / 255, 1.0, 7.0]).reshape(1, 1, 2, 4)
-    assert to_uint8(values)[0, :, :, 0].flatten().tolist() == [0, 0, 0, 1, 128, 255, 255, 255]
+    assert to_uint8(values)[0].flatten().tolist() == [0, 0, 0, 1, 128, 255, 255, 255]
 
 
 def test_one_channel_is_grey_three_are_rgb_and_others_their_mean() -> None:
     values = torch.tensor([0.2, 0.4, 0.9])
-    for channels, expected in [(1, [51, 51, 51]), (3, [51, 102, 230]), (2, [76, 76, 76])]:
+    for channels, expected in [(1, 51), (3, [51, 102, 230]), (2, 76)]:
         image = values[:channels].reshape(1, channels, 1, 1).expand(1, channels, 3, 5)
-        rgb = to_uint8(image)
-        assert rgb.shape == (1, 3, 5, 3)
+        pixels = to_uint8(image)
+        assert pixels.shape == ((1, 3, 5, 3) if channels == 3 else (1, 3, 5))
         # 0.9 * 255 = 229.5 and 0.3 * 255 = 76.5: the float32 product may fall on either side
-        assert np.abs(rgb[0, 2, 4].astype(int) - expected).max() <= 1
+        assert np.abs(pixels[0, 2, 4].astype(int) - expected).max() <= 1
 
 
 @pytest.mark.parametrize(("height", "width", "factor"), [(8, 8, 7), (28, 28, 2), (14, 5, 4), (3, 56, 1), (60, 90, 1)])
@@ -78,7 +78,7 @@ def test_a_square_grid_is_filled_row_by_row(n: int, shape: list[int]) -> None:
 def test_tiles_do_not_touch() -> None:
     picture = np.asarray(square_grid(torch.ones(4, 1, 8, 8), title=TITLE))
     black = np.asarray(square_grid(torch.zeros(4, 1, 8, 8), title=TITLE))
-    differing = (picture != black).any(2)
+    differing = picture != black
     columns = np.nonzero(differing.any(0))[0]
     assert (np.diff(columns) - 1).max() == GAP
     assert differing.sum() == 4 * 56 * 56

@@ -12,6 +12,8 @@ from PIL import Image
 from vae_ray import Experiment, TrainedVAE, TrainResult, UserError, train
 from vae_ray.artifacts.run_directory import RunDirectory
 
+PICTURES = ("samples", "reconstructions", "traversals")
+
 
 def lines(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line, parse_constant=pytest.fail) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -36,7 +38,7 @@ def test_a_run_directory_is_complete_and_holds_nothing_else(trained_run: TrainRe
         "experiment.yaml",
         "metrics.jsonl",
         "summary.json",
-        *(f"images/{kind}/epoch={n:04d}.png" for kind in ("samples", "reconstructions") for n in (1, 2, 3)),
+        *(f"images/{kind}/epoch={n:04d}.png" for kind in PICTURES for n in (1, 2, 3)),
         *(f"checkpoints/epoch={n:04d}/{name}" for n in kept for name in package),
     }
     assert {name for name in found - events if not name.endswith(".lock")} == expected
@@ -83,7 +85,7 @@ def test_tensorboard_shows_the_metrics_and_both_pictures_of_every_epoch(trained_
         shown = [(event.step, event.value) for event in events.Scalars(key)]
         # TensorBoard keeps float32
         assert shown == [(line["epoch"], np.float32(line[key])) for line in lines(trained_run.run_dir)], key
-    for kind in ("samples", "reconstructions"):
+    for kind in PICTURES:
         shown = events.Images(kind)
         assert [image.step for image in shown] == [1, 2, 3]
         file = trained_run.run_dir / "images" / kind / "epoch=0003.png"

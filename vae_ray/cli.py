@@ -125,6 +125,11 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     interpolate.add_argument("--method", default="linear", help="linear or spherical (default linear)")
     interpolate.add_argument("--num", type=int, default=8, help="how many pairs (default 8)")
 
+    traverse = command("traverse", _traverse, "what each latent dimension does to an image")
+    with_model(traverse)
+    traverse.add_argument("--steps", type=int, default=11, help="images along a dimension (default 11)")
+    traverse.add_argument("--num", type=int, default=10, help="dimensions, most informative first (default 10)")
+
     evaluate = command("evaluate", _evaluate, "exact metrics of a whole split, in nats")
     with_model(evaluate, out=False)
     evaluate.add_argument("--split", default="test", choices=("train", "val", "test"), help="default test")
@@ -261,6 +266,17 @@ def _interpolate(options: argparse.Namespace) -> dict[str, Any]:
     paths = model.interpolate(start[: len(end)], end, steps=options.steps, method=options.method)
     title = _title(model, f"{options.method} interpolation between pairs of test images")
     return _write(grid(list(paths), title=title), options, model)
+
+
+def _traverse(options: argparse.Namespace) -> dict[str, Any]:
+    from vae_ray.artifacts.image_grids import grid
+
+    model = _load(options)
+    if options.num < 1:
+        raise UserError(f"--num: got {options.num}, should be at least 1")
+    traversal = model.traverse(model.test_images(1000), num_dimensions=options.num, steps=options.steps)
+    title = _title(model, "one latent dimension at a time, -3 to 3")
+    return _write(grid(list(traversal.images), title=title, row_labels=traversal.row_labels()), options, model)
 
 
 def _evaluate(options: argparse.Namespace) -> dict[str, Any]:

@@ -11,3 +11,7 @@ class UserError(Exception):
 
 class TrainingFailed(Exception):
     """A run that started but could not finish; its last complete checkpoint is kept. Exit code 1."""
+
+
+class Diverged(TrainingFailed):
+    """The loss, the metrics or the weights are no longer finite numbers."""

@@ -36,3 +36,7 @@ class DiagonalGaussian:
         # KL = 1/2 sum(mu^2 + sigma^2 - log sigma^2 - 1)
         quadratic = torch.linalg.vecdot(self.mu, self.mu)
         return 0.5 * (quadratic + (torch.exp(self.logvar) - self.logvar).sum(1) - self.mu.shape[1])
+
+    def rate_by_dimension(self) -> Tensor:
+        """The addends of `rate`: `(batch, latent_dim)`, nats."""
+        return 0.5 * (self.mu.square() + torch.exp(self.logvar) - self.logvar - 1)

@@ -21,6 +21,8 @@ from vae_ray.seeds import generator
 from vae_ray.training.checkpoints import Checkpoint, best_checkpoint, complete_checkpoints, read_checkpoint
 from vae_ray.training.evaluation import evaluate_split
 from vae_ray.training.group import Solo
+from vae_ray.traversal import Traversal
+from vae_ray.traversal import traverse as traverse_dimensions
 
 SplitName = Literal["train", "val", "test"]
 Method = Literal["linear", "spherical"]
@@ -101,6 +103,19 @@ class TrainedVAE:
             raise UserError(f"images: got {len(start)} starts and {len(end)} ends, should be as many of each")
         path = INTERPOLATIONS[method](self.encode(start), self.encode(end), torch.linspace(0, 1, steps))
         return self.decode(path.flatten(0, 1)).unflatten(0, (-1, steps))
+
+    def traverse(self, images: Tensor, *, num_dimensions: int = 10, steps: int = 11, extent: float = 3.0) -> Traversal:
+        """What each latent dimension does: images `(dimensions, steps, C, H, W)` along it, the others at 0.
+
+        Dimensions in order of their rate over `images`; `extent` in standard deviations of the prior.
+        """
+        for name, value, least in (("num_dimensions", num_dimensions, 1), ("steps", steps, 2)):
+            if value < least:
+                raise UserError(f"{name}: got {value}, should be at least {least}")
+        x = self._pixels(images)
+        return traverse_dimensions(
+            self.model, self._likelihood, x, num_dimensions=num_dimensions, steps=steps, extent=extent
+        )
 
     def evaluate(self, split: SplitName = "test") -> dict[str, float]:
         """`{"test/nelbo": ..., "test/distortion": ..., "test/rate": ..., "test/loss": ...}` in nats.

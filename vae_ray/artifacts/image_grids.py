@@ -16,19 +16,17 @@ TILE_PIXELS = 56
 GAP = 2
 MARGIN = 8
 FONT_SIZE = 14
-PAPER, INK, FRAME = (255, 255, 255), (40, 40, 40), (205, 205, 205)
+PAPER, INK, FRAME = ("#ffffff", "#282828", "#cdcdcd")
 
 
 def to_uint8(images: Tensor) -> NDArray[np.uint8]:
-    """RGB bytes `(N, H, W, 3)` of images `(N, C, H, W)` in [0, 1]; values outside are clipped.
+    """Bytes of images `(N, C, H, W)` in [0, 1]: grey `(N, H, W)`, RGB `(N, H, W, 3)` where C is 3.
 
-    One channel is shown as grey, three as RGB; of any other number the mean is shown.
+    Values outside are clipped; of any other number of channels the mean is shown.
     """
     images = images.detach().float().cpu().clamp(0, 1)
-    if images.shape[1] not in (1, 3):
-        images = images.mean(1, keepdim=True)
-    rgb = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1)
-    return (rgb * 255).round().to(torch.uint8).numpy()
+    pixels = images.permute(0, 2, 3, 1) if images.shape[1] == 3 else images.mean(1)
+    return (pixels * 255).round().to(torch.uint8).numpy()
 
 
 def grid(
@@ -49,7 +47,7 @@ def grid(
     num_groups = -(-len(tiles) // group)
     width = max(2 * MARGIN + gutter + columns * (tile_width + GAP) - GAP, int(font.getlength(title)) + 2 * MARGIN)
     height = title_height + len(tiles) * (tile_height + GAP) + (num_groups - 1) * MARGIN + MARGIN
-    picture = Image.new("RGB", (width, height), PAPER)
+    picture = Image.new("RGB" if tiles[0].ndim == 4 else "L", (width, height), PAPER)
     draw = ImageDraw.Draw(picture)
     draw.text((MARGIN, MARGIN), title, fill=INK, font=font)
     for i, row in enumerate(tiles):

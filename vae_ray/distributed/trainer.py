@@ -19,8 +19,8 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from vae_ray.config import Experiment
 from vae_ray.distributed.group import RayWorkers
-from vae_ray.errors import TrainingFailed, UserError
-from vae_ray.training.fit import fit as fit_worker
+from vae_ray.errors import Diverged, TrainingFailed, UserError
+from vae_ray.training.fit import EpochResult, fit_epochs
 
 RAY_STATE = ".ray"
 POINTER = "checkpoint.json"
@@ -67,7 +67,7 @@ def _cause(error: ray.train.TrainingFailedError) -> Exception:
     failures = getattr(error, "worker_failures", None) or {}
     for failure in failures.values():
         cause = getattr(failure, "__cause__", None) or failure
-        for kind in (TrainingFailed, UserError):
+        for kind in (Diverged, TrainingFailed, UserError):
             if isinstance(cause, kind):
                 return kind(str(cause))
     lines = [line for line in str(error).splitlines() if line.strip()]
@@ -78,17 +78,18 @@ def _train_worker(config: dict[str, Any]) -> None:
     """What each Ray Train worker runs: our loop, with a report to Ray after every epoch."""
     experiment, run_path = Experiment.from_dict(config["experiment"]), Path(config["run_path"])
 
-    def report(line: dict[str, Any], checkpoint: Path) -> None:
+    def report(result: EpochResult) -> None:
         # A barrier for all ranks. Ray is given a pointer under the checkpoint's own name: rank 0 has written and
         # synced the checkpoint itself already.
         with tempfile.TemporaryDirectory() as directory:
             if group.rank == 0:
-                Path(directory, POINTER).write_text(json.dumps({"checkpoint": str(checkpoint)}))
+                Path(directory, POINTER).write_text(json.dumps({"checkpoint": str(result.checkpoint)}))
             ray.train.report(
-                line,
+                result.line,
                 checkpoint=Checkpoint.from_directory(directory) if group.rank == 0 else None,
-                checkpoint_dir_name=checkpoint.name,
+                checkpoint_dir_name=result.checkpoint.name,
             )
 
     with contextlib.closing(RayWorkers()) as group:
-        fit_worker(experiment, run_path, group, after_epoch=report)
+        for result in fit_epochs(experiment, run_path, group):
+            report(result)

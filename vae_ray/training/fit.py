@@ -9,9 +9,9 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,7 +20,7 @@ from vae_ray.artifacts.run_directory import RunDirectory
 from vae_ray.config import Experiment
 from vae_ray.data.batches import training_batches
 from vae_ray.data.splits import Splits
-from vae_ray.errors import TrainingFailed
+from vae_ray.errors import Diverged
 from vae_ray.likelihoods import LIKELIHOODS
 from vae_ray.models.initialization import INITIALIZATIONS
 from vae_ray.models.vae import VAE, build_vae
@@ -43,26 +43,32 @@ from vae_ray.training.optimization import build_optimizer, learning_rate
 WRITER_LOCK_SECONDS = 60.0
 """How long rank 0 waits for a dying predecessor to let go of the run directory."""
 
-EpochHook = Callable[[dict[str, Any], Path], None]
-"""Called on every rank after each epoch with its line of metrics and its checkpoint's directory."""
-
 
 def selection_metric(experiment: Experiment) -> str:
     """The metric by which checkpoints are compared: never the loss, so that beta cannot bias it."""
     return "val/nelbo" if experiment.data.num_validation else "train/nelbo"
 
 
-def fit(
-    experiment: Experiment,
-    run_path: Path,
-    group: WorkerGroup,
-    *,
-    after_epoch: EpochHook = lambda line, checkpoint: None,
-) -> None:
-    """Train to the experiment's last epoch, going on from the run's newest complete checkpoint.
+class EpochResult(NamedTuple):
+    """What one epoch has come to; the same on every rank."""
 
-    All ranks call it with equal arguments. Rank 0 writes; the others only compute. When it returns,
-    the run directory holds every epoch's line, pictures and the checkpoints that are kept.
+    line: dict[str, Any]
+    """The epoch's line of `metrics.jsonl`."""
+    checkpoint: Path
+    """Directory of the epoch's checkpoint, which rank 0 has written and synced."""
+
+
+def fit(experiment: Experiment, run_path: Path, group: WorkerGroup) -> None:
+    """Train to the experiment's last epoch: all of `fit_epochs`."""
+    for _ in fit_epochs(experiment, run_path, group):
+        pass
+
+
+def fit_epochs(experiment: Experiment, run_path: Path, group: WorkerGroup) -> Iterator[EpochResult]:
+    """Train epoch by epoch, going on from the run's newest complete checkpoint; yields after each epoch.
+
+    All ranks iterate with equal arguments. Rank 0 writes; the others only compute. Whoever stops early closes the
+    generator: that ends the run's files properly and lets go of its directory, and a later call goes on from there.
     """
     run = RunDirectory(run_path)
     with contextlib.ExitStack() as stack:
@@ -77,9 +83,7 @@ def fit(
             if recorder is not None:
                 recorder.epoch(line, worker.model)
                 worker.save(epoch, line)
-            after_epoch(line, run.checkpoints / checkpoint_name(epoch))
-        if recorder is not None:
-            recorder.hparams({k: v for k, v in worker.last_line.items() if k.endswith("/nelbo")})
+            yield EpochResult(line, run.checkpoints / checkpoint_name(epoch))
 
 
 class _Worker:
@@ -93,11 +97,9 @@ class _Worker:
         self.optimizer = build_optimizer(experiment.optim, self.model.parameters())
         self.steps_per_epoch = math.ceil(len(self.splits.train_indices) / experiment.training.global_batch_size)
         self.epochs_done = 0
-        self.last_line: dict[str, Any] = {}
         if (newest := self._newest_checkpoint()) is not None:
             newest.load_into(self.model, self.optimizer)
             self.epochs_done = newest.epoch
-            self.last_line = dict(newest.metrics)
         self.parallel = group.wrap(self.model)
 
     def _new_model(self) -> VAE:
@@ -157,13 +159,13 @@ class _Worker:
         evaluations = self._evaluations(epoch)
         weights_are_finite = all(bool(torch.isfinite(p).all()) for p in self.model.parameters())  # equal on all ranks
         if not weights_are_finite or not all(map(math.isfinite, [*means.values(), *evaluations.values()])):
-            raise TrainingFailed(
+            raise Diverged(
                 f"epoch {epoch}: the loss or the weights are not finite (training distortion "
                 f"{means['distortion']:.4g}, rate {means['rate']:.4g} nats); try a smaller --optim.lr "
                 "or --optim.grad-clip 100"
             )
         last = self._settings(first_step + self.steps_per_epoch - 1)
-        self.last_line = {
+        return {
             "epoch": epoch,
             **labelled("train", means),
             **evaluations,
@@ -173,7 +175,6 @@ class _Worker:
             "seconds": seconds,
             "started_at": started_at,
         }
-        return self.last_line
 
     def _settings(self, step: int) -> StepSettings:
         num_steps = self.experiment.training.epochs * self.steps_per_epoch
