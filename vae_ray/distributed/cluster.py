@@ -13,6 +13,8 @@ for _name, _value in {
     # A report waits for the controller's next poll: at the default of 2 s short epochs would wait for Ray.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",  # only Tune's older output can be silenced; our own view tells what happens
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # a trial's run directory has its own metrics and TensorBoard events
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the future default; without it Ray warns at every start
 }.items():
     os.environ.setdefault(_name, _value)
@@ -31,16 +33,16 @@ def check_local_resources(experiment: Experiment) -> None:
 
 
 @contextlib.contextmanager
-def connection(experiment: Experiment) -> Iterator[torch.device]:
+def connection(experiment: Experiment, *, dashboard: bool = False) -> Iterator[torch.device]:
     """Ray, connected, and the device that workers will use; a Ray that was started here is shut down after.
 
     A cluster is one to which this process is already connected, or the one in `RAY_ADDRESS` (Ray sets it in
     jobs); without either a local Ray is started. Raises `UserError` if the cluster cannot be reached or can
-    never satisfy the request: Ray itself would wait for ever.
+    never satisfy the request: Ray itself would wait for ever. A local Ray has a `dashboard` only if asked for.
     """
     connects_here = not ray.is_initialized()
     if connects_here:
-        _init(is_local=_starts_local_ray())
+        _init(is_local=_starts_local_ray(), dashboard=dashboard)
     try:
         resources = ray.cluster_resources()
         _check_resources(experiment, resources, where="the Ray cluster")
@@ -54,7 +56,7 @@ def _starts_local_ray() -> bool:
     return not ray.is_initialized() and not os.environ.get("RAY_ADDRESS")
 
 
-def _init(*, is_local: bool) -> None:
+def _init(*, is_local: bool, dashboard: bool) -> None:
     if is_local:
         # one process fewer beside the workers: no one takes this machine's only node away
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
@@ -62,7 +64,7 @@ def _init(*, is_local: bool) -> None:
         ray.init(
             address="local" if is_local else None,  # None reads RAY_ADDRESS
             num_cpus=_num_cpus() if is_local else None,
-            include_dashboard=False if is_local else None,
+            include_dashboard=dashboard if is_local else None,
             log_to_driver=False,
             logging_level=logging.ERROR,
         )

@@ -8,13 +8,14 @@ import logging
 import secrets
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import ray.train
 import ray.train.torch
 import torch
-from ray.train import Checkpoint, CheckpointConfig, RunConfig, ScalingConfig
+from ray.train import Checkpoint, CheckpointConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from vae_ray.config import Experiment
@@ -26,9 +27,12 @@ RAY_STATE = ".ray"
 POINTER = "checkpoint.json"
 
 
-def fit(experiment: Experiment, run_path: Path, device: torch.device) -> None:
+def fit(
+    experiment: Experiment, run_path: Path, device: torch.device, *, callbacks: Sequence[UserCallback] = ()
+) -> None:
     """Train `experiment` in `run_path` on `workers.num` Ray workers; Ray must be connected.
 
+    `callbacks` are Ray Train's and see every epoch's report.
     Raises `TrainingFailed` with the worker's own error if the group could not finish.
     """
     # Ray's state of a killed run may be torn, and its controller may outlive the driver by seconds and go on
@@ -52,6 +56,7 @@ def fit(experiment: Experiment, run_path: Path, device: torch.device) -> None:
             name=f"{run_path.name}-{secrets.token_hex(4)}",
             storage_path=str(ray_storage),
             checkpoint_config=CheckpointConfig(num_to_keep=1),
+            callbacks=list(callbacks),
         ),
     )
     logging.getLogger("ray.train").setLevel(logging.CRITICAL)  # what fails is raised below, once

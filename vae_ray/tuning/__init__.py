@@ -1,0 +1,1 @@
+"""Ray Tune: many trials of one Experiment, ranked by a metric that beta cannot bias."""

@@ -1,0 +1,130 @@
+"""Who says what the next trial tries, joined to the journal: every proposal is written down before it begins."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import optuna
+from ray.tune.search import Searcher
+from ray.tune.search.optuna import OptunaSearch
+
+from vae_ray.seeds import stream
+from vae_ray.tuning.directory import SweepDirectory
+from vae_ray.tuning.records import TrialRecord
+from vae_ray.tuning.settings import SweepSettings
+from vae_ray.tuning.space import SearchSpace, Values
+from vae_ray.tuning.trial import TRIAL
+
+
+def trial_name(number: int) -> str:
+    """The name of a trial, by its number from 0."""
+    return f"{number:04d}"
+
+
+def propose_all(directory: SweepDirectory, settings: SweepSettings, *, seed: int, num_known: int) -> None:
+    """Write down what a random or a grid search tries, as far as it is not yet known."""
+    grid = settings.space.grid() if settings.searcher == "grid" else None
+    directory.append_to_journal(
+        *(
+            _proposed(trial_name(number), grid[number] if grid else settings.space.draw(seed, number))
+            for number in range(num_known, settings.num_trials)
+        )
+    )
+
+
+def _proposed(name: str, overrides: dict[str, Any]) -> dict[str, Any]:
+    return {"trial": name, "event": "proposed", "overrides": overrides}
+
+
+class OptunaProposals(Searcher):  # type: ignore[misc]
+    """Trials that earlier drivers left unfinished, then what Optuna (TPE) suggests from all that is known."""
+
+    def __init__(
+        self, directory: SweepDirectory, settings: SweepSettings, *, seed: int, records: Sequence[TrialRecord]
+    ) -> None:
+        super().__init__(metric=list(settings.metrics), mode=["min"] * len(settings.metrics))
+        self._directory, self._settings = directory, settings
+        self._num_known = len(records)
+        self._pending = [record for record in records if record.state == "pending"]
+        self._adopted: dict[str, dict[str, Any]] = {}
+        self._best: dict[str, dict[str, Any]] = {}
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        # the same suggestions are not to be had twice from one seed: each start goes on with a stream of its own
+        self._optuna = OptunaSearch(
+            distributions(settings.space),
+            metric=list(settings.metrics),
+            mode=["min"] * len(settings.metrics),
+            seed=stream(seed, "optuna", self._num_known) % 2**32,
+        )
+        for record in records:
+            values = [record.value(metric) for metric in settings.metrics]
+            if record.state != "pending" and not record.failed and None not in values:
+                self._optuna.add_evaluated_point(encoded(settings.space, record.proposed), values)
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str:
+        """The next trial's configuration, or that there is none left."""
+        if self._pending:
+            record = self._pending.pop(0)
+            self._adopted[trial_id] = record.proposed
+            return {TRIAL: record.name, **record.proposed}
+        if self._num_known >= self._settings.num_trials:
+            return str(Searcher.FINISHED)
+        overrides = decoded(self._settings.space, self._optuna.suggest(trial_id))
+        name = trial_name(self._num_known)
+        self._directory.append_to_journal(_proposed(name, overrides))
+        self._num_known += 1
+        return {TRIAL: name, **overrides}
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Keep the best epoch: it is what the leaderboard will compare."""
+        best = self._best.setdefault(trial_id, result)
+        if self._score(result) < self._score(best):
+            self._best[trial_id] = result
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Tell Optuna how good it was."""
+        best = self._best.pop(trial_id, result)
+        if trial_id not in self._adopted:
+            self._optuna.on_trial_complete(trial_id, best, error)
+        elif best is not None and not error:
+            values = [best[metric] for metric in self._settings.metrics]
+            self._optuna.add_evaluated_point(encoded(self._settings.space, self._adopted[trial_id]), values)
+
+    def _score(self, result: dict[str, Any]) -> float:
+        return float(sum(result[metric] for metric in self._settings.metrics))
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the journal is what a sweep is restored from."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing, as nothing is saved."""
+
+
+def distributions(space: SearchSpace) -> dict[str, optuna.distributions.BaseDistribution]:
+    """The space as Optuna has it; of a set of values, which may be lists, their positions."""
+    found: dict[str, optuna.distributions.BaseDistribution] = {}
+    for key, domain in space.domains.items():
+        if isinstance(domain, Values):
+            found[key] = optuna.distributions.CategoricalDistribution(range(len(domain.values)))
+        elif domain.integer:
+            found[key] = optuna.distributions.IntDistribution(int(domain.low), int(domain.high), log=domain.log)
+        else:
+            found[key] = optuna.distributions.FloatDistribution(domain.low, domain.high, log=domain.log)
+    return found
+
+
+def decoded(space: SearchSpace, suggestion: dict[str, Any]) -> dict[str, Any]:
+    """Overrides of the Experiment from what Optuna suggests."""
+    return {
+        key: domain.values[suggestion[key]] if isinstance(domain, Values) else suggestion[key]
+        for key, domain in space.domains.items()
+    }
+
+
+def encoded(space: SearchSpace, overrides: dict[str, Any]) -> dict[str, Any]:
+    """What Optuna would have suggested for these overrides."""
+    return {
+        key: domain.values.index(overrides[key]) if isinstance(domain, Values) else overrides[key]
+        for key, domain in space.domains.items()
+    }

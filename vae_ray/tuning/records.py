@@ -1,0 +1,133 @@
+"""What has become of each trial, read from the files that it and the sweep's journal left.
+
+States: `pending` (proposed, perhaps begun), `finished`, `stopped` (early, by the scheduler), and the failures
+`diverged` (a loss that is no longer finite), `failed` (an error) and `killed` (its process died).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vae_ray.artifacts.run_directory import RunDirectory
+from vae_ray.config import Experiment
+from vae_ray.training.checkpoints import Checkpoint, best_checkpoint, complete_checkpoints
+from vae_ray.tuning.directory import SweepDirectory
+
+FAILURES = ("diverged", "failed", "killed")
+FAILURE_FILE = "failure.json"
+"""Why a trial failed, left in its directory by its own process; one that was killed leaves none."""
+
+LINEAGE_FILE = "lineage.jsonl"
+"""Whose weights a trial went on with, and with which overrides; only under PBT."""
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """One trial as its files tell it."""
+
+    name: str
+    proposed: dict[str, Any]
+    """The overrides it began with."""
+    state: str
+    reason: str
+    """Why it failed; empty for the others."""
+    run: RunDirectory
+    checkpoints: list[Checkpoint]
+    history: list[dict[str, Any]]
+    """Its lines of `metrics.jsonl` up to its last complete checkpoint."""
+
+    @property
+    def epochs_done(self) -> int:
+        return self.checkpoints[-1].epoch if self.checkpoints else 0
+
+    @property
+    def best(self) -> Checkpoint | None:
+        """Its best checkpoint by nelbo, `best/` of the sweep if it wins."""
+        return best_checkpoint(self.checkpoints) if self.checkpoints else None
+
+    @property
+    def failed(self) -> bool:
+        return self.state in FAILURES
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """The searched keys as the best checkpoint had them: under PBT they change on the way."""
+        if self.best is None:
+            return self.proposed
+        flat = self.best.experiment().flat()
+        return {key: flat[key] for key in self.proposed}
+
+    @property
+    def current(self) -> dict[str, Any]:
+        """The overrides with which it goes on: those of the last exploit under PBT, else those it began with."""
+        lines = _json_lines(self.run.path / LINEAGE_FILE)
+        return lines[-1]["overrides"] if lines else self.proposed
+
+    def value(self, metric: str) -> float | None:
+        """The metric of the best checkpoint in nats; None without one."""
+        return self.best.metrics.get(metric) if self.best is not None else None
+
+
+def read_trials(directory: SweepDirectory) -> list[TrialRecord]:
+    """Every trial that was ever proposed, once, in order of its name."""
+    experiment = Experiment.from_dict(directory.description()["experiment"])
+    proposed: dict[str, dict[str, Any]] = {}
+    ended: dict[str, dict[str, Any]] = {}
+    for entry in directory.journal():
+        if entry["event"] == "proposed":
+            proposed.setdefault(entry["trial"], entry["overrides"])
+        else:
+            ended[entry["trial"]] = entry
+    return [
+        _read_trial(directory, experiment, name, overrides, ended.get(name, {}))
+        for name, overrides in sorted(proposed.items())
+    ]
+
+
+def _read_trial(
+    directory: SweepDirectory, experiment: Experiment, name: str, overrides: dict[str, Any], end: dict[str, Any]
+) -> TrialRecord:
+    run = directory.trial(name)
+    checkpoints = complete_checkpoints(run.checkpoints)
+    epochs_done = checkpoints[-1].epoch if checkpoints else 0
+    is_whole = epochs_done >= experiment.with_overrides(overrides).training.epochs
+    # A driver that was killed may have missed the end of a trial; the trial's own files have not.
+    state = "finished" if is_whole else end.get("state", "pending")
+    return TrialRecord(
+        name=name,
+        proposed=overrides,
+        state=state,
+        reason=end.get("reason", "") if state in FAILURES else "",
+        run=run,
+        checkpoints=checkpoints,
+        history=[line for line in run.history() if line["epoch"] <= epochs_done],
+    )
+
+
+def trial_experiment(base: Experiment, directory: SweepDirectory, name: str, overrides: dict[str, Any]) -> Experiment:
+    """What the trial of that name trains."""
+    place = {"run.name": name, "run.storage": str(directory.path / "trials")}
+    return base.with_overrides({**overrides, **place})
+
+
+def read_failure(run: RunDirectory) -> dict[str, str]:
+    """The state and the reason that a failed trial left; empty if it left none."""
+    try:
+        content = json.loads((run.path / FAILURE_FILE).read_text(encoding="utf-8"))
+        return {"state": str(content["state"]), "reason": str(content["reason"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _json_lines(file: Path) -> list[dict[str, Any]]:
+    """The objects of a file that grows line by line; a line cut short by a kill is not one."""
+    lines = []
+    if file.exists():
+        for line in file.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError):
+                lines.append(json.loads(line))
+    return lines

@@ -1,0 +1,139 @@
+"""Who may stop or change a trial before its last epoch.
+
+Each scheduler is made from the sweep's own records, so that a restored sweep judges as the undisturbed one would:
+Tune's restore forgets the rungs of ASHA (ray #30838).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from ray import tune
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import (
+    AsyncHyperBandScheduler,
+    FIFOScheduler,
+    PopulationBasedTraining,
+    TrialScheduler,
+)
+
+from vae_ray.tuning.records import TrialRecord
+from vae_ray.tuning.space import Range, SearchSpace, Values
+from vae_ray.tuning.trial import TRIAL
+
+ASHA_REDUCTION_FACTOR = 3
+"""At each rung about a third of the trials go on; rungs are a factor of 3 apart."""
+PBT_EXPLOITS = 5
+"""How often in a run the population is compared and the worst copy the best."""
+
+
+class Scheduling(NamedTuple):
+    """A scheduler that knows what earlier drivers saw."""
+
+    scheduler: TrialScheduler
+    stopped: frozenset[str] = frozenset()
+    """Trials that it would have stopped at their last line: a driver can be killed between the two."""
+
+
+class Setting(NamedTuple):
+    """What a scheduler needs to know of its sweep."""
+
+    metric: str
+    epochs: int
+    space: SearchSpace
+
+
+def asha(setting: Setting, records: Sequence[TrialRecord]) -> Scheduling:
+    """Asynchronous successive halving (Li et al. 2020, arXiv:1810.05934), with the rungs as the records fill them."""
+    scheduler = _NamedAsha(
+        time_attr="epoch",
+        metric=setting.metric,
+        mode="min",
+        max_t=setting.epochs,
+        grace_period=rungs(setting.epochs)[0],
+        reduction_factor=ASHA_REDUCTION_FACTOR,
+    )
+    return Scheduling(scheduler, scheduler.replay(records))
+
+
+def rungs(epochs: int) -> list[int]:
+    """The epochs at which ASHA compares trials: at most three, each 3 times the one before."""
+    first = max(1, epochs // ASHA_REDUCTION_FACTOR**2)
+    return [rung for power in range(3) if (rung := first * ASHA_REDUCTION_FACTOR**power) < epochs] or [1]
+
+
+class _NamedAsha(AsyncHyperBandScheduler):  # type: ignore[misc]
+    """ASHA that knows trials by our names, which outlive Tune's."""
+
+    def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
+        super().on_trial_add(tune_controller, _Named(trial.config[TRIAL]))
+
+    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+        decision: str = super().on_trial_result(tune_controller, _Named(trial.config[TRIAL]), result)
+        return decision
+
+    def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
+        super().on_trial_complete(tune_controller, _Named(trial.config[TRIAL]), result)
+
+    def on_trial_remove(self, tune_controller: Any, trial: Trial) -> None:
+        super().on_trial_remove(tune_controller, _Named(trial.config[TRIAL]))
+
+    def replay(self, records: Sequence[TrialRecord]) -> frozenset[str]:
+        """Enter what earlier drivers saw, in the order in which it happened; the trials whose last line was their end."""
+        last_decision: dict[str, str] = {}
+        for record in records:
+            super().on_trial_add(None, _Named(record.name))
+        lines = [
+            (line["started_at"] + line["seconds"], record.name, line) for record in records for line in record.history
+        ]
+        for _, name, line in sorted(lines, key=lambda item: item[:2]):
+            last_decision[name] = super().on_trial_result(None, _Named(name), line)
+        return frozenset(name for name, decision in last_decision.items() if decision == TrialScheduler.STOP)
+
+
+class _Named(NamedTuple):
+    trial_id: str
+
+
+def pbt(setting: Setting, records: Sequence[TrialRecord]) -> Scheduling:
+    """Population based training (Jaderberg et al. 2017, arXiv:1711.09846), synchronous: all compare at one epoch."""
+    mutations: dict[str, Any] = {}
+    for key, domain in setting.space.domains.items():
+        if isinstance(domain, Values):
+            mutations[key] = list(domain.values)
+        else:
+            mutations[key] = (tune.loguniform if domain.log else tune.uniform)(domain.low, domain.high)
+    scheduler = PopulationBasedTraining(
+        time_attr="epoch",
+        metric=setting.metric,
+        mode="min",
+        perturbation_interval=max(1, setting.epochs // PBT_EXPLOITS),
+        hyperparam_mutations=mutations,
+        custom_explore_fn=lambda config: _within(config, setting.space),
+        log_config=False,
+        synch=True,
+    )
+    return Scheduling(scheduler)
+
+
+def _within(config: dict[str, Any], space: SearchSpace) -> dict[str, Any]:
+    """The configuration with every range kept to: PBT multiplies by 0.8 and 1.2 without regard to them."""
+    bounded = {
+        key: min(max(config[key], domain.low), domain.high)
+        for key, domain in space.domains.items()
+        if isinstance(domain, Range)
+    }
+    return {**config, **bounded}
+
+
+def run_to_the_end(setting: Setting, records: Sequence[TrialRecord]) -> Scheduling:
+    """Every trial runs all its epochs."""
+    return Scheduling(FIFOScheduler())
+
+
+SCHEDULERS: dict[str, Callable[[Setting, Sequence[TrialRecord]], Scheduling]] = {
+    "asha": asha,
+    "none": run_to_the_end,
+    "pbt": pbt,
+}

@@ -1,0 +1,149 @@
+"""One trial, in the process that Tune gives it.
+
+With one worker it is the training loop itself, an epoch a step, and Tune reuses the process for the next trial: no
+imports, no worker group, no start-up. With several workers it starts a TorchTrainer. Either way it goes on from its
+run directory's newest checkpoint, so a trial can be begun, stopped, killed and taken up again at any epoch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from ray import tune
+from ray.tune.integration.ray_train import TuneReportCallback
+
+from vae_ray import distributed
+from vae_ray.artifacts.durable_files import replace_durably
+from vae_ray.artifacts.run_directory import RunDirectory
+from vae_ray.config import Experiment
+from vae_ray.errors import Diverged
+from vae_ray.training.checkpoints import complete_checkpoints, read_checkpoint
+from vae_ray.training.fit import EpochResult, fit_epochs
+from vae_ray.training.group import Solo
+from vae_ray.tuning.directory import SweepDirectory
+from vae_ray.tuning.records import FAILURE_FILE, LINEAGE_FILE, trial_experiment
+
+TRIAL = "trial"
+"""Key of a trial's name in the configuration that Tune hands it; all other keys are the Experiment's."""
+DONOR = "donor.json"
+
+
+class TrialLoop(tune.Trainable):  # type: ignore[misc]
+    """A trial of one worker. A step is an epoch; between steps nothing runs, so stopping it needs no care."""
+
+    def setup(
+        self,
+        config: dict[str, Any],
+        sweep_path: str = "",
+        experiment: dict[str, Any] | None = None,
+        device: str = "cpu",
+    ) -> None:
+        """Tune's entry; the arguments after `config` come from `tune.with_parameters`."""
+        self._directory = SweepDirectory(Path(sweep_path))
+        self._base = Experiment.from_dict(experiment)
+        self._device = torch.device(device)
+        self._epochs: Generator[EpochResult, None, None] | None = None
+        self._begin(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Become another trial."""
+        self._close()
+        self._begin(new_config)
+        return True
+
+    def step(self) -> dict[str, Any]:
+        """Train one epoch; its line of metrics."""
+        with recorded_failure(self._run):
+            if self._epochs is None:
+                self._run.path.mkdir(parents=True, exist_ok=True)
+                self._run.write_experiment(self._experiment)
+                self._epochs = fit_epochs(self._experiment, self._run.path, Solo(self._device))
+            line = next(self._epochs).line
+            done = line["epoch"] == self._experiment.training.epochs
+            if done:
+                self._close()
+            return {**line, "done": done}
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """Hand over the newest checkpoint with its trial's name; only PBT asks.
+
+        The run directory is let go of, because another process may be the one to go on with a paused trial.
+        """
+        self._close()
+        newest = complete_checkpoints(self._run.checkpoints)[-1]
+        shutil.copytree(newest.path, Path(checkpoint_dir, newest.path.name))
+        Path(checkpoint_dir, DONOR).write_text(json.dumps({"trial": self._name, "checkpoint": newest.path.name}))
+
+    def load_checkpoint(self, checkpoint: str) -> None:  # type: ignore[override]
+        """Go on from what `save_checkpoint` of this trial, or under PBT of a better one, handed over."""
+        donor = json.loads(Path(checkpoint, DONOR).read_text())
+        if donor["trial"] != self._name:
+            self._adopt(Path(checkpoint, donor["checkpoint"]), donor["trial"])
+
+    def cleanup(self) -> None:
+        """Tune ends this process."""
+        self._close()
+
+    def _begin(self, config: dict[str, Any]) -> None:
+        self._name = config[TRIAL]
+        overrides = {key: value for key, value in config.items() if key != TRIAL}
+        self._experiment = trial_experiment(self._base, self._directory, self._name, overrides)
+        self._run = self._directory.trial(self._name)
+
+    def _close(self) -> None:
+        if self._epochs is not None:
+            self._epochs.close()  # writes the hyperparameters and lets go of the run directory
+            self._epochs = None
+
+    def _adopt(self, source: Path, donor: str) -> None:
+        """Replace this trial's state by the donor's; what it did itself stays in its history."""
+        self._close()
+        epoch = read_checkpoint(source).epoch
+        for own in complete_checkpoints(self._run.checkpoints):
+            if own.epoch >= epoch:
+                shutil.rmtree(own.path)
+        adopted = self._run.checkpoints / f".partial-{source.name}"
+        shutil.copytree(source, adopted, dirs_exist_ok=True)
+        os.replace(adopted, self._run.checkpoints / source.name)
+        overrides = {key: value for key, value in self.config.items() if key != TRIAL}
+        with (self._run.path / LINEAGE_FILE).open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"epoch": epoch, "weights_of": donor, "overrides": overrides}) + "\n")
+
+
+def train_group(config: dict[str, Any], *, sweep_path: str, experiment: dict[str, Any], device: str) -> None:
+    """A trial of several workers: a TorchTrainer, started from the trial's own process."""
+    directory = SweepDirectory(Path(sweep_path))
+    overrides = {key: value for key, value in config.items() if key != TRIAL}
+    own = trial_experiment(Experiment.from_dict(experiment), directory, config[TRIAL], overrides)
+    run = directory.trial(config[TRIAL])
+    run.path.mkdir(parents=True, exist_ok=True)
+    with recorded_failure(run):
+        run.write_experiment(own)
+        distributed.fit(own, run.path, torch.device(device), callbacks=[TuneReportCallback()])
+
+
+@contextlib.contextmanager
+def recorded_failure(run: RunDirectory) -> Iterator[None]:
+    """Leave the reason of an exception in the trial's directory: Tune passes on a traceback, people want a line."""
+    file = run.path / FAILURE_FILE
+    file.unlink(missing_ok=True)
+    try:
+        yield
+    except Exception as error:
+        state = "diverged" if isinstance(error, Diverged) else "failed"
+        replace_durably(file, json.dumps({"state": state, "reason": _reason(error)}).encode())
+        raise
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return f"out of memory: {text}".rstrip(": ")
+    return text if isinstance(error, Diverged) else f"{type(error).__name__}: {text}"

@@ -1,0 +1,67 @@
+"""The driver's eyes on its trials: every end is written to the journal, every epoch shown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+from ray.tune.experiment import Trial
+
+from vae_ray.tuning.directory import SweepDirectory
+from vae_ray.tuning.progress import SweepView
+from vae_ray.tuning.records import read_failure
+from vae_ray.tuning.trial import TRIAL
+
+
+class Watch(tune.Callback):  # type: ignore[misc]
+    """Tune calls it in the driver; `epochs_of` says how many epochs a trial of given overrides has."""
+
+    def __init__(
+        self, directory: SweepDirectory, view: SweepView | None, epochs_of: Callable[[dict[str, Any]], int]
+    ) -> None:
+        self._directory, self._view, self._epochs_of = directory, view, epochs_of
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune saves its callbacks for a restore of its own, which we never ask for."""
+        return {}
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
+    ) -> None:
+        """An epoch has been reported."""
+        if self._view is not None:
+            self._view.epoch(*_identity(trial), result)
+
+    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """All epochs are done, or the scheduler has stopped it."""
+        _, overrides = _identity(trial)
+        is_whole = trial.last_result.get("epoch", 0) >= self._epochs_of(overrides)
+        self._end(trial, {"state": "finished" if is_whole else "stopped", "reason": ""})
+
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """It raised an error, or its process died."""
+        name, _ = _identity(trial)
+        self._end(trial, read_failure(self._directory.trial(name)) or {"state": "killed", "reason": _why_killed(trial)})
+
+    def _end(self, trial: Trial, end: dict[str, str]) -> None:
+        name, _ = _identity(trial)
+        epoch = trial.last_result.get("epoch", 0)
+        self._directory.append_to_journal({"trial": name, "event": "ended", "epoch": epoch, **end})
+        if self._view is not None:
+            self._view.ended(name, end["state"], end["reason"], epoch)
+
+
+def _identity(trial: Trial) -> tuple[str, dict[str, Any]]:
+    config = dict(trial.config)
+    return config.pop(TRIAL), config
+
+
+def _why_killed(trial: Trial) -> str:
+    """One line from Ray's report on the death of a process."""
+    file = Path(trial.error_file) if trial.error_file else None
+    text = file.read_text(encoding="utf-8", errors="replace") if file and file.exists() else ""
+    if "OutOfMemoryError" in text or "low on memory" in text:
+        return "out of memory: Ray ended its process because the node ran low; try fewer --max-concurrent"
+    return "its process died (killed, or out of memory); --resume goes on from its last checkpoint"
