@@ -15,16 +15,23 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
+TO_SIGNED = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.5,), (0.5,))])
+
 
 class NotebookVAE(nn.Module):
-    """784-400-100-(20, 20)-100-400-784 with sigmoid outputs."""
+    """784-400-100-(20, 20)-100-400-784 with sigmoid outputs; other sizes where a sweep asks for them."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, num_pixels: int = 784, latent_dim: int = 20) -> None:
         super().__init__()
-        self.encoder = nn.Sequential(nn.Linear(784, 400), nn.ReLU(), nn.Linear(400, 100), nn.ReLU())
-        self.mu, self.logvar = nn.Linear(100, 20), nn.Linear(100, 20)
+        self.encoder = nn.Sequential(nn.Linear(num_pixels, 400), nn.ReLU(), nn.Linear(400, 100), nn.ReLU())
+        self.mu, self.logvar = nn.Linear(100, latent_dim), nn.Linear(100, latent_dim)
         self.decoder = nn.Sequential(
-            nn.Linear(20, 100), nn.ReLU(), nn.Linear(100, 400), nn.ReLU(), nn.Linear(400, 784), nn.Sigmoid()
+            nn.Linear(latent_dim, 100),
+            nn.ReLU(),
+            nn.Linear(100, 400),
+            nn.ReLU(),
+            nn.Linear(400, num_pixels),
+            nn.Sigmoid(),
         )
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -34,16 +41,15 @@ class NotebookVAE(nn.Module):
         return self.decoder(z), mu, logvar
 
 
-def negative_elbo(x: Tensor, mean: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
-    """BCE on grey levels in [0, 1] + KL, in nats, summed over pixels, latent dimensions and the batch."""
+def negative_elbo(x: Tensor, mean: Tensor, mu: Tensor, logvar: Tensor, *, beta: float = 1.0) -> Tensor:
+    """BCE on grey levels in [0, 1] + beta * KL, in nats, summed over pixels, latent dimensions and the batch."""
     bce = F.binary_cross_entropy(mean, (x + 1) / 2, reduction="sum")
-    return bce - 0.5 * torch.sum(1 + logvar - mu.pow(2) - logvar.exp())
+    return bce - beta * 0.5 * torch.sum(1 + logvar - mu.pow(2) - logvar.exp())
 
 
 def loader(root: Path, *, train: bool, batch_size: int) -> DataLoader[tuple[Tensor, Tensor]]:
     """MNIST with pixels in [-1, 1], decoded and collated image by image as in the notebook."""
-    to_signed = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.5,), (0.5,))])
-    dataset = datasets.MNIST(str(root), train=train, transform=to_signed)
+    dataset = datasets.MNIST(str(root), train=train, transform=TO_SIGNED)
     return DataLoader(dataset, batch_size=batch_size, shuffle=train)
 
 

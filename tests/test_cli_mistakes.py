@@ -44,7 +44,7 @@ MISTAKES: list[tuple[str, list[str], str]] = [
     ("all for validation", ["train", "digits", HERE, "--data.num-validation=1438"], "less than the 1438"),
     ("more workers than images", ["train", "digits", "--workers.num=65"], "workers.num: got 65"),
     ("missing data", ["train", "mnist", HERE, "--data.root=/no", "--data.download=no"], "/no/MNIST/raw/train"),
-    ("key for another command", ["presets", "--optim.lr", "1"], "only train takes"),
+    ("key for another command", ["presets", "--optim.lr", "1"], "only train and sweep take"),
     ("no such run", ["evaluate", "no/such/run"], "no/such/run"),
     ("no such run to draw", ["generate", "no/such/run", "--out", "x.png"], "no/such/run"),
     ("no out", ["generate", "run"], "--out"),
@@ -77,7 +77,7 @@ MODEL_MISTAKES: list[tuple[list[str], str]] = [
     (["interpolate", "RUN", "--out", "x.png", "--num", "0"], "got 0, should be at least 1"),
     (["evaluate", "RUN", "--split", "validation"], "'validation'"),
     (["evaluate", "RUN/checkpoints"], "checkpoints"),
-    (["evaluate", "RUN", "--optim.lr", "1"], "only train takes"),
+    (["evaluate", "RUN", "--optim.lr", "1"], "only train and sweep take"),
 ]
 
 

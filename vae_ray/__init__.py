@@ -18,17 +18,21 @@ if TYPE_CHECKING:
     from vae_ray.runs import TrainResult as TrainResult
     from vae_ray.runs import train as train
     from vae_ray.trained import TrainedVAE as TrainedVAE
+    from vae_ray.tuning.conclusion import SweepResult as SweepResult
+    from vae_ray.tuning.sweep import sweep as sweep
 
 _HOME_OF = {
     "Experiment": "vae_ray.config",
+    "SweepResult": "vae_ray.tuning.conclusion",
     "TrainResult": "vae_ray.runs",
     "TrainedVAE": "vae_ray.trained",
     "TrainingFailed": "vae_ray.errors",
     "UserError": "vae_ray.errors",
+    "sweep": "vae_ray.tuning.sweep",
     "train": "vae_ray.runs",
 }
 
-__all__ = ["Experiment", "TrainResult", "TrainedVAE", "TrainingFailed", "UserError", "train"]
+__all__ = ["Experiment", "SweepResult", "TrainResult", "TrainedVAE", "TrainingFailed", "UserError", "sweep", "train"]
 
 
 def __getattr__(name: str) -> Any:

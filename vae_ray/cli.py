@@ -24,9 +24,17 @@ if TYPE_CHECKING:
 
     from vae_ray.config import Experiment
     from vae_ray.trained import TrainedVAE
+    from vae_ray.tuning.conclusion import SweepResult
 
 
-TRAIN_FLAGS = ("--name", "--storage", "--resume", "--dry-run", "--json", "--help")
+FLAGS = {
+    "train": ("--name", "--storage", "--resume", "--dry-run", "--json", "--help"),
+    "sweep": (
+        *("--name", "--storage", "--resume", "--json", "--help", "--search", "--num-trials", "--max-concurrent"),
+        *("--workers-per-trial", "--scheduler", "--searcher", "--metric"),
+    ),
+}
+"""Commands that take the Experiment's keys, with their own flags; for `did you mean`."""
 DESCRIPTION = "Train variational autoencoders on Ray: on a laptop, in local processes and on a cluster."
 
 
@@ -36,8 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         overrides, rest = _take_overrides(arguments)
         options = _parse(rest)
-        if overrides and options.command != "train":
-            raise UserError(f"--{next(iter(overrides))}: only train takes the Experiment's keys")
+        if overrides and options.command not in FLAGS:
+            raise UserError(f"--{next(iter(overrides))}: only {' and '.join(FLAGS)} take the Experiment's keys")
         options.overrides = overrides
         # libraries print to stdout as they please; ours is for the answer alone
         with contextlib.redirect_stdout(sys.stderr):
@@ -49,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted; go on with --resume and the same --name", code=130)
     print(json.dumps(answer, indent=2) if options.json else _readable(answer))
-    return 0
+    return int(options.exit_code)
 
 
 def _fail(error: Exception | str, *, code: int) -> int:
@@ -93,17 +101,39 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
             formatter_class=argparse.RawTextHelpFormatter,
         )
         sub.add_argument("--json", action="store_true", help="print exactly one JSON object on stdout")
-        sub.set_defaults(run=run)
+        sub.set_defaults(run=run, exit_code=0)
         return sub
 
+    def with_experiment(sub: argparse.ArgumentParser, *, what: str) -> None:
+        sub.add_argument("experiment", metavar="PRESET|FILE.yaml", help="a preset's name or an experiment file")
+        sub.add_argument("--name", help=f"the {what}'s directory inside the storage (run.name)")
+        sub.add_argument("--storage", metavar="DIR", help="the directory of all runs (run.storage)")
+        sub.add_argument("--resume", action="store_true", help=f"go on with the {what} of that name")
+        if arguments[:1] == [what.replace("run", "train")] and {"-h", "--help"} & set(arguments):
+            sub.epilog = _field_help()
+
     train = command("train", _train, "train a VAE; with Ray workers, or in this process with --workers.num 0")
-    train.add_argument("experiment", metavar="PRESET|FILE.yaml", help="a preset's name or an experiment file")
-    train.add_argument("--name", help="the run's directory inside the storage (run.name)")
-    train.add_argument("--storage", metavar="DIR", help="the directory of all runs (run.storage)")
-    train.add_argument("--resume", action="store_true", help="go on with the run of that name")
+    with_experiment(train, what="run")
     train.add_argument("--dry-run", action="store_true", help="check everything, print the experiment, start nothing")
-    if arguments[:1] == ["train"] and {"-h", "--help"} & set(arguments):
-        train.epilog = _field_help()
+
+    sweep = command("sweep", _sweep, "try many variations of an experiment with Ray Tune and keep the best")
+    with_experiment(sweep, what="sweep")
+    sweep.add_argument("--search", metavar="FILE|NAME", help="what to vary: a YAML file, default, beta or optimization")
+    sweep.add_argument("--num-trials", type=int, metavar="N", help="how many variations (default 16; grid: all)")
+    sweep.add_argument("--max-concurrent", type=int, metavar="N", help="trials at once (default: what resources allow)")
+    sweep.add_argument(
+        "--workers-per-trial", type=int, metavar="N", help="data-parallel workers of each trial (default 1)"
+    )
+    sweep.add_argument("--scheduler", metavar="NAME", help="asha stops bad trials early (default), none, or pbt")
+    sweep.add_argument("--searcher", default="random", metavar="NAME", help="random (default), grid or optuna")
+    sweep.add_argument(
+        "--metric",
+        default="val/nelbo",
+        help="what trials are compared by; two for a Pareto front, as in\nval/distortion,val/rate (default val/nelbo)",
+    )
+
+    report = command("report", _report, "write a sweep's leaderboard and HTML report again from its files")
+    report.add_argument("sweep_dir", metavar="SWEEP_DIR", help="the sweep's directory")
 
     def with_model(sub: argparse.ArgumentParser, *, out: bool = True) -> None:
         sub.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, or a run directory for its best one")
@@ -138,17 +168,17 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
     options, unknown = parser.parse_known_args(arguments)
     if unknown:
-        _refuse_unknown(unknown[0], takes_keys=options.command == "train")
+        _refuse_unknown(unknown[0], flags=FLAGS.get(options.command))
     return options
 
 
-def _refuse_unknown(argument: str, *, takes_keys: bool) -> NoReturn:
+def _refuse_unknown(argument: str, *, flags: Sequence[str] | None) -> NoReturn:
     from vae_ray.config import Experiment
 
-    near = difflib.get_close_matches(argument, TRAIN_FLAGS, n=1, cutoff=0.75)
-    if takes_keys and near:
+    near = difflib.get_close_matches(argument, flags or (), n=1, cutoff=0.75)
+    if near:
         raise UserError(f"argument {argument!r} is not known; did you mean {near[0]!r}?")
-    if takes_keys and argument.startswith("--"):
+    if flags and argument.startswith("--"):
         Experiment().with_overrides({argument[2:].partition("=")[0]: ""})  # names the nearest key
     raise UserError(f"argument {argument!r} is not known; see vae-ray --help")
 
@@ -208,6 +238,50 @@ def _train(options: argparse.Namespace) -> dict[str, Any]:
         "nats per image": f"{', '.join(terms)}  (best epoch {result['best_epoch']} of {result['epochs']})",
         "time": f"{result['seconds']['total']:.1f} s, of which {result['seconds']['training']:.1f} s training",
     }
+
+
+def _sweep(options: argparse.Namespace) -> dict[str, Any]:
+    experiment = _experiment(options)
+    from vae_ray.tuning.sweep import sweep
+
+    result = sweep(
+        experiment,
+        search=options.search,
+        num_trials=options.num_trials,
+        max_concurrent=options.max_concurrent,
+        workers_per_trial=options.workers_per_trial,
+        scheduler=options.scheduler,
+        searcher=options.searcher,
+        metric=options.metric,
+        resume=options.resume,
+        quiet=False,
+    )
+    if result.num_failed == result.num_trials:
+        options.exit_code = 1
+    return result.to_dict() if options.json else _readable_sweep(result)
+
+
+def _report(options: argparse.Namespace) -> dict[str, Any]:
+    from vae_ray.tuning.sweep import rebuild_report
+
+    result = rebuild_report(options.sweep_dir)
+    return result.to_dict() if options.json else _readable_sweep(result)
+
+
+def _readable_sweep(result: SweepResult) -> dict[str, Any]:
+    states = ", ".join(f"{number} {state}" for state, number in result.states.items())
+    answer = {"trials": f"{result.num_trials} ({states})"}
+    if result.best:
+        settings = "  ".join(f"{key}={value}" for key, value in result.best["overrides"].items())
+        terms = [f"{key} {value:.2f}" for key, value in result.best["metrics"].items() if key.endswith("/nelbo")]
+        answer |= {
+            "best trial": f"{result.best['trial']}  {settings}",
+            "nats per image": ", ".join(terms),
+            "checkpoint": result.best["checkpoint"],
+        }
+    else:
+        answer["best trial"] = "none: every trial failed; the report says why"
+    return answer | {"leaderboard": str(result.leaderboard), "report": str(result.report)}
 
 
 def _load(options: argparse.Namespace) -> TrainedVAE:

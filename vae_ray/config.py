@@ -25,8 +25,8 @@ NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
 
 def _split_list(value: object) -> object:
-    """`"400,100"` or `"[400, 100]"` from a command line becomes a list."""
-    return value.strip("[]() ").split(",") if isinstance(value, str) else value
+    """`"400,100"` or `"[400, 100]"` from a command line becomes a list; `""` an empty one."""
+    return [part for part in value.strip("[]() ").split(",") if part] if isinstance(value, str) else value
 
 
 def _refuse_bool(value: object) -> object:

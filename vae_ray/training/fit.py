@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,7 +64,7 @@ def fit(experiment: Experiment, run_path: Path, group: WorkerGroup) -> None:
         pass
 
 
-def fit_epochs(experiment: Experiment, run_path: Path, group: WorkerGroup) -> Iterator[EpochResult]:
+def fit_epochs(experiment: Experiment, run_path: Path, group: WorkerGroup) -> Generator[EpochResult, None, None]:
     """Train epoch by epoch, going on from the run's newest complete checkpoint; yields after each epoch.
 
     All ranks iterate with equal arguments. Rank 0 writes; the others only compute. Whoever stops early closes the

@@ -1,4 +1,4 @@
-"""How a sweep is going, for people: one live table on a terminal, a line per ended trial elsewhere. Writes to stderr."""
+"""How a sweep is going, for people: one live table on a terminal, plain lines elsewhere. Writes to stderr."""
 
 from __future__ import annotations
 
@@ -33,10 +33,11 @@ class SweepView:
         num_trials: int,
         epochs: int,
         records: Sequence[TrialRecord],
+        quiet: bool = False,
         console: Console | None = None,
     ) -> None:
         self._name, self._metric, self._num_trials, self._epochs = name, metric, num_trials, epochs
-        self._console = console or Console(stderr=True, highlight=False)
+        self._console = console or Console(stderr=True, highlight=False, quiet=quiet)
         self._lock = threading.Lock()
         self._started_at = self._last_status = time.monotonic()
         self._epochs_seen = 0

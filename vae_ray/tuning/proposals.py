@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import optuna
-from ray.tune.search import Searcher
-from ray.tune.search.optuna import OptunaSearch
+from ray.tune.search import BasicVariantGenerator, Searcher
 
 from vae_ray.seeds import stream
 from vae_ray.tuning.directory import SweepDirectory
@@ -37,6 +36,25 @@ def _proposed(name: str, overrides: dict[str, Any]) -> dict[str, Any]:
     return {"trial": name, "event": "proposed", "overrides": overrides}
 
 
+class Population(BasicVariantGenerator):  # type: ignore[misc]
+    """Given configurations, whose search counts as going on until all have ended.
+
+    Tune keeps the process of a paused trial for the next one only while it expects more trials; PBT pauses all of
+    them at every comparison, and would start as many processes anew.
+    """
+
+    def __init__(self, configurations: list[dict[str, Any]]) -> None:
+        super().__init__(points_to_evaluate=configurations)
+        self._num_alive = len(configurations)
+
+    def is_finished(self) -> bool:
+        return self._num_alive == 0 and bool(super().is_finished())
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        super().on_trial_complete(trial_id, result, error)
+        self._num_alive -= 1
+
+
 class OptunaProposals(Searcher):  # type: ignore[misc]
     """Trials that earlier drivers left unfinished, then what Optuna (TPE) suggests from all that is known."""
 
@@ -45,32 +63,34 @@ class OptunaProposals(Searcher):  # type: ignore[misc]
     ) -> None:
         super().__init__(metric=list(settings.metrics), mode=["min"] * len(settings.metrics))
         self._directory, self._settings = directory, settings
+        self._distributions = distributions(settings.space)
         self._num_known = len(records)
         self._pending = [record for record in records if record.state == "pending"]
-        self._adopted: dict[str, dict[str, Any]] = {}
+        self._asked: dict[str, optuna.trial.Trial] = {}
+        self._resumed: dict[str, dict[str, Any]] = {}
         self._best: dict[str, dict[str, Any]] = {}
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        # the same suggestions are not to be had twice from one seed: each start goes on with a stream of its own
-        self._optuna = OptunaSearch(
-            distributions(settings.space),
-            metric=list(settings.metrics),
-            mode=["min"] * len(settings.metrics),
-            seed=stream(seed, "optuna", self._num_known) % 2**32,
+        self._study = optuna.create_study(
+            directions=["minimize"] * len(settings.metrics),
+            # a stream of its own for each start: an earlier one's suggestions are not to be had again
+            sampler=optuna.samplers.TPESampler(seed=stream(seed, "optuna", self._num_known) % 2**32),
         )
         for record in records:
-            values = [record.value(metric) for metric in settings.metrics]
-            if record.state != "pending" and not record.failed and None not in values:
-                self._optuna.add_evaluated_point(encoded(settings.space, record.proposed), values)
+            found = [record.value(metric) for metric in settings.metrics]
+            values = [value for value in found if value is not None]
+            if record.state != "pending" and not record.failed and len(values) == len(found):
+                self._learn(record.proposed, values)
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str:
         """The next trial's configuration, or that there is none left."""
         if self._pending:
             record = self._pending.pop(0)
-            self._adopted[trial_id] = record.proposed
+            self._resumed[trial_id] = record.proposed
             return {TRIAL: record.name, **record.proposed}
         if self._num_known >= self._settings.num_trials:
             return str(Searcher.FINISHED)
-        overrides = decoded(self._settings.space, self._optuna.suggest(trial_id))
+        self._asked[trial_id] = self._study.ask(self._distributions)
+        overrides = decoded(self._settings.space, self._asked[trial_id].params)
         name = trial_name(self._num_known)
         self._directory.append_to_journal(_proposed(name, overrides))
         self._num_known += 1
@@ -85,11 +105,18 @@ class OptunaProposals(Searcher):  # type: ignore[misc]
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Tell Optuna how good it was."""
         best = self._best.pop(trial_id, result)
-        if trial_id not in self._adopted:
-            self._optuna.on_trial_complete(trial_id, best, error)
-        elif best is not None and not error:
-            values = [best[metric] for metric in self._settings.metrics]
-            self._optuna.add_evaluated_point(encoded(self._settings.space, self._adopted[trial_id]), values)
+        values = None if error or best is None else [best[metric] for metric in self._settings.metrics]
+        if trial_id in self._asked:
+            state = optuna.trial.TrialState.FAIL if values is None else optuna.trial.TrialState.COMPLETE
+            self._study.tell(self._asked.pop(trial_id), values, state=state)
+        elif values is not None:
+            self._learn(self._resumed[trial_id], values)
+
+    def _learn(self, overrides: dict[str, Any], values: Sequence[float]) -> None:
+        params = encoded(self._settings.space, overrides)
+        self._study.add_trial(
+            optuna.trial.create_trial(params=params, distributions=self._distributions, values=values)
+        )
 
     def _score(self, result: dict[str, Any]) -> float:
         return float(sum(result[metric] for metric in self._settings.metrics))
@@ -117,7 +144,7 @@ def distributions(space: SearchSpace) -> dict[str, optuna.distributions.BaseDist
 def decoded(space: SearchSpace, suggestion: dict[str, Any]) -> dict[str, Any]:
     """Overrides of the Experiment from what Optuna suggests."""
     return {
-        key: domain.values[suggestion[key]] if isinstance(domain, Values) else suggestion[key]
+        key: domain.values[suggestion[key]] if isinstance(domain, Values) else domain.rounded(suggestion[key])
         for key, domain in space.domains.items()
     }
 

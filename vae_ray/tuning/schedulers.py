@@ -20,7 +20,6 @@ from ray.tune.schedulers import (
 
 from vae_ray.tuning.records import TrialRecord
 from vae_ray.tuning.space import Range, SearchSpace, Values
-from vae_ray.tuning.trial import TRIAL
 
 ASHA_REDUCTION_FACTOR = 3
 """At each rung about a third of the trials go on; rungs are a factor of 3 apart."""
@@ -67,20 +66,20 @@ class _NamedAsha(AsyncHyperBandScheduler):  # type: ignore[misc]
     """ASHA that knows trials by our names, which outlive Tune's."""
 
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
-        super().on_trial_add(tune_controller, _Named(trial.config[TRIAL]))
+        super().on_trial_add(tune_controller, _Named(str(trial)))
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
-        decision: str = super().on_trial_result(tune_controller, _Named(trial.config[TRIAL]), result)
+        decision: str = super().on_trial_result(tune_controller, _Named(str(trial)), result)
         return decision
 
     def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
-        super().on_trial_complete(tune_controller, _Named(trial.config[TRIAL]), result)
+        super().on_trial_complete(tune_controller, _Named(str(trial)), result)
 
     def on_trial_remove(self, tune_controller: Any, trial: Trial) -> None:
-        super().on_trial_remove(tune_controller, _Named(trial.config[TRIAL]))
+        super().on_trial_remove(tune_controller, _Named(str(trial)))
 
     def replay(self, records: Sequence[TrialRecord]) -> frozenset[str]:
-        """Enter what earlier drivers saw, in the order in which it happened; the trials whose last line was their end."""
+        """Enter what earlier drivers saw, in the order in which it happened; trials whose last line was their end."""
         last_decision: dict[str, str] = {}
         for record in records:
             super().on_trial_add(None, _Named(record.name))
@@ -104,7 +103,7 @@ def pbt(setting: Setting, records: Sequence[TrialRecord]) -> Scheduling:
             mutations[key] = list(domain.values)
         else:
             mutations[key] = (tune.loguniform if domain.log else tune.uniform)(domain.low, domain.high)
-    scheduler = PopulationBasedTraining(
+    scheduler = _SteadfastPbt(
         time_attr="epoch",
         metric=setting.metric,
         mode="min",
@@ -117,13 +116,30 @@ def pbt(setting: Setting, records: Sequence[TrialRecord]) -> Scheduling:
     return Scheduling(scheduler)
 
 
+class _SteadfastPbt(PopulationBasedTraining):  # type: ignore[misc]
+    """Synchronous PBT that goes on without a trial that failed; Ray's own waits for it for ever."""
+
+    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+        # Tune counts a failed trial among the living: let it seem to be where the others wait for it.
+        for other, state in self._trial_state.items():
+            if other.status == Trial.ERROR:
+                state.last_score, state.last_train_time = None, self._next_perturbation_sync
+        decision: str = super().on_trial_result(tune_controller, trial, result)
+        return decision
+
+    def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
+        super().on_trial_error(tune_controller, trial)
+        self._trial_state[trial].last_score = None
+        self._trial_state[trial].last_train_time = self._next_perturbation_sync
+        waiting = [other for other in tune_controller.get_trials() if other is not trial and not other.is_finished()]
+        if waiting and all(other.status == Trial.PAUSED for other in waiting):
+            # It was the last that the others waited for: let them compare now.
+            self.on_trial_result(tune_controller, waiting[0], self._trial_state[waiting[0]].last_result)
+
+
 def _within(config: dict[str, Any], space: SearchSpace) -> dict[str, Any]:
-    """The configuration with every range kept to: PBT multiplies by 0.8 and 1.2 without regard to them."""
-    bounded = {
-        key: min(max(config[key], domain.low), domain.high)
-        for key, domain in space.domains.items()
-        if isinstance(domain, Range)
-    }
+    """The configuration with every number inside its range: PBT multiplies by 0.8 and 1.2 without regard to it."""
+    bounded = {key: domain.rounded(config[key]) for key, domain in space.domains.items() if isinstance(domain, Range)}
     return {**config, **bounded}
 
 

@@ -29,6 +29,11 @@ class SweepSettings:
     scheduler: str
     searcher: str
 
+    @property
+    def shown_metric(self) -> str:
+        """The one number by which people follow the sweep."""
+        return self.metrics[0] if len(self.metrics) == 1 else f"{self.metrics[0].partition('/')[0]}/nelbo"
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as `sweep.yaml` holds it."""
         return {
@@ -96,8 +101,8 @@ def _one_of(key: str, value: str, known: Sequence[str]) -> None:
 def _check_pbt(space: SearchSpace, *, searcher: str, workers_per_trial: int) -> None:
     if workers_per_trial > 1:
         raise UserError(
-            "scheduler: pbt needs trials of one worker: Tune never sees the checkpoints of a nested TorchTrainer, so that "
-            "nothing would be exchanged; use --workers-per-trial 1 or --scheduler asha"
+            "scheduler: pbt needs trials of one worker: Tune never sees the checkpoints of a nested TorchTrainer, so "
+            "that nothing would be exchanged; use --workers-per-trial 1 or --scheduler asha"
         )
     if searcher != "random":
         raise UserError(f"searcher: got {searcher!r}, pbt changes configurations itself; use --searcher random")

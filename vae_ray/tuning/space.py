@@ -61,6 +61,10 @@ class Range:
         half = 0.5 if self.integer else 0.0
         low, high = self.low - half, self.high + half
         value = math.exp(_between(math.log(low), math.log(high), u)) if self.log else _between(low, high, u)
+        return self.rounded(value)
+
+    def rounded(self, value: float) -> float | int:
+        """The number as people will read it, inside the range."""
         if self.integer:
             return min(max(round(value), int(self.low)), int(self.high))
         return min(max(float(f"{value:.{SIGNIFICANT_DIGITS}g}"), self.low), self.high)

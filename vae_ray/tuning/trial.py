@@ -31,7 +31,10 @@ from vae_ray.tuning.directory import SweepDirectory
 from vae_ray.tuning.records import FAILURE_FILE, LINEAGE_FILE, trial_experiment
 
 TRIAL = "trial"
-"""Key of a trial's name in the configuration that Tune hands it; all other keys are the Experiment's."""
+"""Key of a trial's name in the configuration that it begins with; all other keys are the Experiment's.
+
+Tune is told to call the trial so (`str(trial)`), and that is where everyone reads it: PBT copies configurations whole.
+"""
 DONOR = "donor.json"
 
 
@@ -61,10 +64,7 @@ class TrialLoop(tune.Trainable):  # type: ignore[misc]
     def step(self) -> dict[str, Any]:
         """Train one epoch; its line of metrics."""
         with recorded_failure(self._run):
-            if self._epochs is None:
-                self._run.path.mkdir(parents=True, exist_ok=True)
-                self._run.write_experiment(self._experiment)
-                self._epochs = fit_epochs(self._experiment, self._run.path, Solo(self._device))
+            self._epochs = self._epochs or self._open()
             line = next(self._epochs).line
             done = line["epoch"] == self._experiment.training.epochs
             if done:
@@ -81,7 +81,7 @@ class TrialLoop(tune.Trainable):  # type: ignore[misc]
         shutil.copytree(newest.path, Path(checkpoint_dir, newest.path.name))
         Path(checkpoint_dir, DONOR).write_text(json.dumps({"trial": self._name, "checkpoint": newest.path.name}))
 
-    def load_checkpoint(self, checkpoint: str) -> None:  # type: ignore[override]
+    def load_checkpoint(self, checkpoint: str) -> None:
         """Go on from what `save_checkpoint` of this trial, or under PBT of a better one, handed over."""
         donor = json.loads(Path(checkpoint, DONOR).read_text())
         if donor["trial"] != self._name:
@@ -92,10 +92,15 @@ class TrialLoop(tune.Trainable):  # type: ignore[misc]
         self._close()
 
     def _begin(self, config: dict[str, Any]) -> None:
-        self._name = config[TRIAL]
-        overrides = {key: value for key, value in config.items() if key != TRIAL}
-        self._experiment = trial_experiment(self._base, self._directory, self._name, overrides)
+        self._name = self.trial_name
+        self._overrides = overrides_of(config)
+        self._experiment = trial_experiment(self._base, self._directory, self._name, self._overrides)
         self._run = self._directory.trial(self._name)
+
+    def _open(self) -> Generator[EpochResult, None, None]:
+        self._run.path.mkdir(parents=True, exist_ok=True)
+        self._run.write_experiment(self._experiment)
+        return fit_epochs(self._experiment, self._run.path, Solo(self._device))
 
     def _close(self) -> None:
         if self._epochs is not None:
@@ -112,21 +117,24 @@ class TrialLoop(tune.Trainable):  # type: ignore[misc]
         adopted = self._run.checkpoints / f".partial-{source.name}"
         shutil.copytree(source, adopted, dirs_exist_ok=True)
         os.replace(adopted, self._run.checkpoints / source.name)
-        overrides = {key: value for key, value in self.config.items() if key != TRIAL}
         with (self._run.path / LINEAGE_FILE).open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"epoch": epoch, "weights_of": donor, "overrides": overrides}) + "\n")
+            stream.write(json.dumps({"epoch": epoch, "weights_of": donor, "overrides": self._overrides}) + "\n")
 
 
 def train_group(config: dict[str, Any], *, sweep_path: str, experiment: dict[str, Any], device: str) -> None:
     """A trial of several workers: a TorchTrainer, started from the trial's own process."""
-    directory = SweepDirectory(Path(sweep_path))
-    overrides = {key: value for key, value in config.items() if key != TRIAL}
-    own = trial_experiment(Experiment.from_dict(experiment), directory, config[TRIAL], overrides)
-    run = directory.trial(config[TRIAL])
+    directory, name = SweepDirectory(Path(sweep_path)), tune.get_context().get_trial_name()
+    own = trial_experiment(Experiment.from_dict(experiment), directory, name, overrides_of(config))
+    run = directory.trial(name)
     run.path.mkdir(parents=True, exist_ok=True)
     with recorded_failure(run):
         run.write_experiment(own)
         distributed.fit(own, run.path, torch.device(device), callbacks=[TuneReportCallback()])
+
+
+def overrides_of(config: dict[str, Any]) -> dict[str, Any]:
+    """The Experiment's keys of what Tune hands a trial."""
+    return {key: value for key, value in config.items() if key != TRIAL}
 
 
 @contextlib.contextmanager

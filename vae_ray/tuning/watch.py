@@ -12,15 +12,13 @@ from ray.tune.experiment import Trial
 from vae_ray.tuning.directory import SweepDirectory
 from vae_ray.tuning.progress import SweepView
 from vae_ray.tuning.records import read_failure
-from vae_ray.tuning.trial import TRIAL
+from vae_ray.tuning.trial import overrides_of
 
 
 class Watch(tune.Callback):  # type: ignore[misc]
     """Tune calls it in the driver; `epochs_of` says how many epochs a trial of given overrides has."""
 
-    def __init__(
-        self, directory: SweepDirectory, view: SweepView | None, epochs_of: Callable[[dict[str, Any]], int]
-    ) -> None:
+    def __init__(self, directory: SweepDirectory, view: SweepView, epochs_of: Callable[[dict[str, Any]], int]) -> None:
         self._directory, self._view, self._epochs_of = directory, view, epochs_of
 
     def __getstate__(self) -> dict[str, Any]:
@@ -31,31 +29,23 @@ class Watch(tune.Callback):  # type: ignore[misc]
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
     ) -> None:
         """An epoch has been reported."""
-        if self._view is not None:
-            self._view.epoch(*_identity(trial), result)
+        self._view.epoch(str(trial), overrides_of(trial.config), result)
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """All epochs are done, or the scheduler has stopped it."""
-        _, overrides = _identity(trial)
-        is_whole = trial.last_result.get("epoch", 0) >= self._epochs_of(overrides)
+        is_whole = trial.last_result.get("epoch", 0) >= self._epochs_of(overrides_of(trial.config))
         self._end(trial, {"state": "finished" if is_whole else "stopped", "reason": ""})
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """It raised an error, or its process died."""
-        name, _ = _identity(trial)
+        name = str(trial)
         self._end(trial, read_failure(self._directory.trial(name)) or {"state": "killed", "reason": _why_killed(trial)})
 
     def _end(self, trial: Trial, end: dict[str, str]) -> None:
-        name, _ = _identity(trial)
+        name = str(trial)
         epoch = trial.last_result.get("epoch", 0)
         self._directory.append_to_journal({"trial": name, "event": "ended", "epoch": epoch, **end})
-        if self._view is not None:
-            self._view.ended(name, end["state"], end["reason"], epoch)
-
-
-def _identity(trial: Trial) -> tuple[str, dict[str, Any]]:
-    config = dict(trial.config)
-    return config.pop(TRIAL), config
+        self._view.ended(name, end["state"], end["reason"], epoch)
 
 
 def _why_killed(trial: Trial) -> str:

@@ -1,0 +1,16 @@
+"""`ray job submit --working-dir . -- python jobs/sweep.py PRESET [--num-trials N ...] [--SECTION.FIELD VALUE ...]`
+
+The same command as `vae-ray sweep`, on the cluster that runs the job: Ray sets RAY_ADDRESS in a job, and the
+job's exit code is the command's.
+"""
+
+import sys
+from pathlib import Path
+
+# The package travels in the job's working directory; no install is needed on the cluster.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from vae_ray.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["sweep", *sys.argv[1:]]))

@@ -1,0 +1,276 @@
+"""Truth and contract: who is best, what stands in the tables, and what `best/` holds."""
+
+import csv
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow.csv
+import pyarrow.parquet
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.tuning.test_records import end, propose, small_sweep, train_trial
+from vae_ray import TrainedVAE
+from vae_ray.artifacts.run_directory import RunDirectory
+from vae_ray.training.checkpoints import Checkpoint
+from vae_ray.tuning import leaderboard
+from vae_ray.tuning.conclusion import conclude
+from vae_ray.tuning.directory import SweepDirectory
+from vae_ray.tuning.leaderboard import pareto_front, ranked
+from vae_ray.tuning.records import FAILURES, TrialRecord, read_trials
+from vae_ray.tuning.settings import METRICS
+
+RATE_DISTORTION = ("val/rate", "val/distortion")
+SMALL_BETA, MIDDLE_BETA, LARGE_BETA, FAILED, PROPOSED = (f"{number:04d}" for number in range(5))
+REASON = 'a "quoted" reason, with a comma;\nand a second line: ünlucky'
+
+
+def record_of(name: str, metrics: dict[str, float] | None, *, state: str = "finished") -> TrialRecord:
+    """A record as it would be read; without metrics it has no checkpoint."""
+    checkpoint = Checkpoint(
+        path=Path(name, "checkpoints", "epoch=0003"),
+        epoch=3,
+        image_shape=(1, 8, 8),
+        metrics={"val/nelbo": 0.0, **(metrics or {})},
+        selection_metric="val/nelbo",
+        files={},
+    )
+    checkpoints = [] if metrics is None else [checkpoint]
+    return TrialRecord(name, {}, state, "", RunDirectory(Path(name)), checkpoints, [])
+
+
+def names(records: Sequence[TrialRecord]) -> list[str]:
+    return [record.name for record in records]
+
+
+# Few different values, so that ties, duplicates and dominated points are all frequent.
+points = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), max_size=9)
+
+
+def records_at(points: Sequence[tuple[float, float]]) -> list[TrialRecord]:
+    return [
+        record_of(f"{number:04d}", dict(zip(RATE_DISTORTION, map(float, point), strict=True)))
+        for number, point in enumerate(points)
+    ]
+
+
+def beats(a: tuple[float, float], b: tuple[float, float]) -> bool:
+    """Pareto dominance, literally: nowhere worse and somewhere better."""
+    return a[0] <= b[0] and a[1] <= b[1] and (a[0] < b[0] or a[1] < b[1])
+
+
+# --- one metric -----------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.sampled_from([1.0, 2.0, 2.5, 7.0]), max_size=7), st.randoms(use_true_random=False))
+def test_trials_are_ranked_by_the_metric_and_ties_by_name(values: list[float], random: Any) -> None:
+    records = [record_of(f"{number:04d}", {"val/rate": value}) for number, value in enumerate(values)]
+    random.shuffle(records)
+    order = sorted((value, f"{number:04d}") for number, value in enumerate(values))
+    assert names(ranked(records, ["val/rate"])) == [name for _, name in order]
+
+
+@given(st.lists(st.sampled_from(["finished", "stopped", "pending", *FAILURES]), min_size=1, max_size=6), st.data())
+def test_failed_trials_come_last_however_good_they_were(states: list[str], data: st.DataObject) -> None:
+    values = data.draw(st.lists(st.none() | st.floats(-5, 5), min_size=len(states), max_size=len(states)))
+    records = [
+        record_of(f"{n:04d}", None if value is None else {"val/nelbo": value}, state=state)
+        for n, (state, value) in enumerate(zip(states, values, strict=True))
+    ]
+    order = ranked(records, ["val/nelbo"])
+    assert sorted(names(order)) == names(records)
+    is_ranked = [not record.failed and record.best is not None for record in order]
+    assert is_ranked == sorted(is_ranked, reverse=True)
+
+
+def test_a_trial_that_lacks_the_metric_is_not_ranked_before_one_that_has_it() -> None:
+    records = [record_of("0000", {}), record_of("0001", {"val/rate": 9.0})]
+    assert names(ranked(records, ["val/rate"])) == ["0001", "0000"]
+
+
+# --- two metrics ----------------------------------------------------------------------------------------
+
+
+@given(points)
+def test_the_pareto_front_is_what_no_other_beats(points: list[tuple[float, float]]) -> None:
+    expected = [
+        f"{number:04d}" for number, point in enumerate(points) if not any(beats(other, point) for other in points)
+    ]
+    assert names(pareto_front(records_at(points), RATE_DISTORTION)) == expected
+
+
+def test_duplicates_share_the_front() -> None:
+    assert names(pareto_front(records_at([(1, 2), (1, 2), (1, 3)]), RATE_DISTORTION)) == ["0000", "0001"]
+
+
+def test_failed_trials_neither_are_on_the_front_nor_push_others_from_it() -> None:
+    good = {"val/rate": 0.0, "val/distortion": 0.0}
+    failed = [record_of(f"9{n:03d}", good, state=state) for n, state in enumerate(FAILURES)]
+    assert names(pareto_front([*failed, *records_at([(2, 3)])], RATE_DISTORTION)) == ["0000"]
+
+
+@given(points)
+def test_two_metrics_rank_front_by_front_and_a_front_by_the_sum(points: list[tuple[float, float]]) -> None:
+    depth: dict[int, int] = {}
+    for level in range(len(points)):
+        left = [number for number in range(len(points)) if number not in depth]
+        depth |= {n: level for n in left if not any(beats(points[other], points[n]) for other in left)}
+    order = sorted(range(len(points)), key=lambda n: (depth[n], sum(points[n]), n))
+    assert names(ranked(records_at(points), RATE_DISTORTION)) == [f"{number:04d}" for number in order]
+
+
+# --- tables and best/ of a real sweep -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> SweepDirectory:
+    """Three trials of different beta, one that failed after an epoch and one that was never begun."""
+    directory = small_sweep(tmp_path_factory.mktemp("leaderboard") / "sweep")
+    betas = {SMALL_BETA: 0.01, MIDDLE_BETA: 0.5, LARGE_BETA: 4.0, FAILED: 1.0, PROPOSED: 2.0}
+    for name, beta in betas.items():
+        own = {"objective.beta": beta, "model.hidden": "[16]" if beta == 0.5 else "[12, 8]", "optim.grad_clip": None}
+        propose(directory, name, **own)
+        if name != PROPOSED:
+            train_trial(directory, name, epochs=1 if name == FAILED else 2, **own)
+    end(directory, FAILED, "failed", REASON, epoch=1)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def records(directory: SweepDirectory) -> list[TrialRecord]:
+    return read_trials(directory)
+
+
+@pytest.fixture(scope="module")
+def table(directory: SweepDirectory, records: list[TrialRecord]) -> list[dict[str, Any]]:
+    table = leaderboard.rows(records, ["val/nelbo"], directory)
+    leaderboard.write_leaderboard(table, directory)
+    return table
+
+
+def test_the_smallest_beta_has_the_smallest_loss_and_does_not_win(records: list[TrialRecord]) -> None:
+    loss = {record.name: min(line["val/loss"] for line in record.history) for record in records if record.history}
+    nelbo = {record.name: record.value("val/nelbo") for record in records if record.history}
+    assert min(loss, key=lambda name: loss[name]) == SMALL_BETA
+    winner = ranked(records, ["val/nelbo"])[0].name
+    assert winner != SMALL_BETA
+    assert nelbo[winner] == min(value for name, value in nelbo.items() if name != FAILED)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_every_metric_that_can_be_chosen_is_measured_in_every_checkpoint(
+    records: list[TrialRecord], metric: str
+) -> None:
+    assert all(math.isfinite(checkpoint.metrics[metric]) for record in records for checkpoint in record.checkpoints)
+
+
+def test_a_row_tells_what_a_trial_s_own_files_tell(
+    directory: SweepDirectory, records: list[TrialRecord], table: list[dict[str, Any]]
+) -> None:
+    by_name = {row["trial"]: row for row in table}
+    assert sorted(by_name) == names(records)
+    for record in records:
+        row = by_name[record.name]
+        assert (row["state"], row["epochs"], row["reason"]) == (record.state, record.epochs_done, record.reason)
+        assert row["seconds"] == sum(line["seconds"] for line in record.history)
+        if record.best is not None:
+            manifest = json.loads((directory.path / row["checkpoint"] / "manifest.json").read_text())
+            assert row["best_epoch"] == manifest["epoch"]
+            measured = {key: value for key, value in manifest["metrics"].items() if "/" in key}
+            assert measured == {key: value for key, value in row.items() if "/" in key}
+            flat = record.best.experiment().flat()
+            assert row["objective.beta"] == flat["objective.beta"]
+            assert json.loads(row["model.hidden"]) == flat["model.hidden"]
+
+
+def test_ranks_count_from_1_and_only_trials_that_can_be_compared_have_one(table: list[dict[str, Any]]) -> None:
+    assert [row["rank"] for row in table] == [1, 2, 3, None, None]
+    assert [row["trial"] for row in table[3:]] == [FAILED, PROPOSED]
+    values = [row["val/nelbo"] for row in table[:3]]
+    assert values == sorted(values)
+
+
+def test_the_front_is_drawn_on_the_split_by_which_trials_are_compared(
+    directory: SweepDirectory, records: list[TrialRecord]
+) -> None:
+    for split in ("val", "train"):
+        front = pareto_front(records, [f"{split}/rate", f"{split}/distortion"])
+        for metrics in ([f"{split}/nelbo"], [f"{split}/distortion", f"{split}/rate"]):
+            table = leaderboard.rows(records, metrics, directory)
+            assert {row["trial"] for row in table if row["pareto_front"]} == set(names(front))
+
+
+def test_csv_and_parquet_hold_the_same_values_as_the_table(
+    directory: SweepDirectory, table: list[dict[str, Any]]
+) -> None:
+    parquet = pyarrow.parquet.read_table(directory.leaderboard_parquet)
+    assert parquet.to_pylist() == table
+    read_as = pyarrow.csv.ConvertOptions(
+        column_types=parquet.schema, strings_can_be_null=True, quoted_strings_can_be_null=False
+    )
+    with_line_ends = pyarrow.csv.ParseOptions(newlines_in_values=True)
+    read = pyarrow.csv.read_csv(directory.leaderboard_csv, parse_options=with_line_ends, convert_options=read_as)
+    assert read.to_pylist() == table
+
+
+def test_any_reader_of_csv_finds_every_trial_and_reason(directory: SweepDirectory, table: list[dict[str, Any]]) -> None:
+    with directory.leaderboard_csv.open(newline="", encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [row["trial"] for row in rows] == [row["trial"] for row in table]
+    assert [row["reason"] for row in rows] == ["", "", "", REASON, ""]
+    assert [float(row["val/nelbo"]) for row in rows[:3]] == [row["val/nelbo"] for row in table[:3]]
+
+
+def test_tables_are_replaced_whole(directory: SweepDirectory, table: list[dict[str, Any]]) -> None:
+    before = directory.leaderboard_csv.read_bytes()
+    leaderboard.write_leaderboard(table[:1], directory)
+    assert pyarrow.parquet.read_table(directory.leaderboard_parquet).num_rows == 1
+    leaderboard.write_leaderboard(table, directory)
+    assert directory.leaderboard_csv.read_bytes() == before
+    assert list(directory.path.glob(".partial-*")) == []
+
+
+def content_of(path: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+def test_best_is_the_winner_s_checkpoint_and_nothing_of_an_earlier_one(
+    directory: SweepDirectory, records: list[TrialRecord]
+) -> None:
+    order = [record.best for record in ranked(records, ["val/nelbo"]) if record.best is not None]
+    leaderboard.write_best(order[1], directory)
+    (directory.best / "stray").write_text("of the earlier one")
+    for leftover in (".partial-best", ".old-best"):  # of a driver that was killed
+        (directory.path / leftover).mkdir()
+        (directory.path / leftover / "torn").write_text("torn")
+    leaderboard.write_best(order[0], directory)
+    assert content_of(directory.best) == content_of(order[0].path)
+    assert not (directory.path / ".partial-best").exists()
+    assert not (directory.path / ".old-best").exists()
+
+
+def test_best_evaluates_to_the_winner_s_metrics(directory: SweepDirectory, records: list[TrialRecord]) -> None:
+    winner = ranked(records, ["val/nelbo"])[0].best
+    assert winner is not None
+    leaderboard.write_best(winner, directory)
+    evaluated = TrainedVAE.load(directory.best).evaluate("test")
+    # float32 sums in another order
+    assert evaluated == pytest.approx({key: winner.metrics[key] for key in evaluated}, rel=1e-6)
+
+
+def test_a_sweep_whose_trials_all_failed_has_no_best(directory: SweepDirectory, tmp_path: Path) -> None:
+    failed = small_sweep(tmp_path / "sweep")
+    shutil.copytree(directory.trial(FAILED).path, failed.trial(FAILED).path)
+    propose(failed, FAILED, **{"objective.beta": 1.0})
+    end(failed, FAILED, "failed", REASON, epoch=1)
+    result = conclude(failed, started_at=0.0)
+    assert (result.best, result.num_failed, result.pareto_front) == ({}, 1, [])
+    assert not failed.best.exists()
+    (row,) = pyarrow.parquet.read_table(failed.leaderboard_parquet).to_pylist()
+    assert (row["rank"], row["state"], row["reason"]) == (None, "failed", REASON)
+    assert row["val/nelbo"] is not None  # it was good for an epoch, all the same

@@ -1,0 +1,231 @@
+"""System: what people see of a sweep, on a terminal and off it."""
+
+import hashlib
+import io
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from vae_ray import Experiment
+from vae_ray.artifacts.run_directory import RunDirectory
+from vae_ray.training.checkpoints import EXPERIMENT, Checkpoint
+from vae_ray.tuning import progress
+from vae_ray.tuning.progress import MOST_ROWS, NUM_BEST, SweepView
+from vae_ray.tuning.records import FAILURES, TrialRecord
+
+METRIC = "val/nelbo"
+EPOCHS = 4
+HOSTILE = "[bold]loud[/bold] [/] [link=x] \\[red] 0x1F"
+# Rich takes back the lines of its last frame, one by one, before it draws the next.
+FRAME_TAKEN_BACK = re.compile(r"(?:\x1b\[1A\x1b\[2K)+")
+
+
+def view_on(console: Console, *, num_trials: int, records: list[TrialRecord] | None = None) -> SweepView:
+    return SweepView(
+        "mine", metric=METRIC, num_trials=num_trials, epochs=EPOCHS, records=records or [], console=console
+    )
+
+
+def file_console() -> tuple[Console, io.StringIO]:
+    """Not a terminal, and narrow: no line may be broken."""
+    written = io.StringIO()
+    return Console(file=written, width=40, highlight=False), written
+
+
+def terminal(height: int = 60) -> tuple[Console, io.StringIO]:
+    written = io.StringIO()
+    # its own environment: under CI, Rich would see no terminal
+    return Console(file=written, force_terminal=True, width=100, height=height, _environ={}), written
+
+
+def shown(written: io.StringIO) -> str:
+    """What was written without what moves the cursor and colours the text."""
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", written.getvalue())
+
+
+def run_epochs(view: SweepView, name: str, num: int, *, best: float = 30.0, **overrides: Any) -> None:
+    for epoch in range(1, num + 1):
+        view.epoch(name, overrides, {"epoch": epoch, METRIC: best + num - epoch})
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """A checkpoint of which the view reads only the experiment and the metrics."""
+    path = tmp_path_factory.mktemp("checkpoint")
+    content = json.dumps(Experiment().to_dict()).encode()
+    (path / EXPERIMENT).write_bytes(content)
+    digest = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    return Checkpoint(path, 1, image_shape=(1, 8, 8), metrics={}, selection_metric=METRIC, files={EXPERIMENT: digest})
+
+
+def record_of(name: str, state: str, saved: Checkpoint, *, epochs: int, nelbo: float = 50.0) -> TrialRecord:
+    """A trial of an earlier driver, as its files tell it."""
+    checkpoints = [replace(saved, epoch=epochs, metrics={METRIC: nelbo})] if epochs else []
+    return TrialRecord(name, {"optim.lr": 0.5}, state, "", RunDirectory(Path(name)), checkpoints, [])
+
+
+# --- off a terminal -------------------------------------------------------------------------------------
+
+
+def test_off_a_terminal_every_end_is_one_line_and_the_sweep_another() -> None:
+    console, written = file_console()
+    with view_on(console, num_trials=4) as view:
+        run_epochs(view, "0000", 4, best=30.5, **{"optim.lr": 0.001, "model.latent_dim": 20})
+        view.ended("0000", "finished", "", 4)
+        run_epochs(view, "0001", 2, best=41.25)
+        view.ended("0001", "stopped", "", 2)
+        run_epochs(view, "0002", 1, best=3.0)
+        view.ended("0002", "diverged", "epoch 2: the loss is not finite; try a smaller --optim.lr", 1)
+        view.ended("0003", "killed", "its process died", 0)
+    assert written.getvalue().splitlines() == [
+        "trial 0000  finished  val/nelbo 30.50  lr=0.001  latent_dim=20",
+        "trial 0001  stopped after epoch 2  val/nelbo 41.25",
+        "trial 0002  diverged after epoch 1  epoch 2: the loss is not finite; try a smaller --optim.lr",
+        "trial 0003  killed after epoch 0  its process died",
+        "sweep mine: 4 of 4 trials ended (1 finished, 1 stopped, 1 diverged, 1 killed) · "
+        "best val/nelbo 30.50 (trial 0000)",
+    ]
+
+
+@pytest.mark.parametrize("make_console", [file_console, terminal], ids=["file", "terminal"])
+def test_markup_in_a_reason_is_text(make_console: Any) -> None:
+    console, written = make_console()
+    with view_on(console, num_trials=2) as view:
+        run_epochs(view, "0000", 1, **{"model.hidden": "[400, 100]"})
+        view.ended("0000", "failed", f"ValueError: {HOSTILE}", 1)
+    assert f"ValueError: {HOSTILE}" in shown(written)
+    assert "hidden=[400, 100]" in shown(written)
+
+
+def test_colons_in_a_reason_are_no_pictures() -> None:
+    console, written = file_console()
+    with view_on(console, num_trials=1) as view:
+        view.ended("0000", "failed", "KeyError: 'data:key:value'", 0)
+    assert "KeyError: 'data:key:value'" in written.getvalue()
+
+
+def test_quiet_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    arguments: dict[str, Any] = {"metric": METRIC, "num_trials": 2, "epochs": EPOCHS, "records": []}
+    for quiet in (True, False):
+        with SweepView("mine", **arguments, quiet=quiet) as view:
+            run_epochs(view, "0000", 1)
+            view.ended("0000", "failed", "a reason", 1)
+        out, err = capfd.readouterr()
+        assert out == ""
+        assert bool(err) != quiet
+
+
+def test_the_whole_sweep_is_told_every_half_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "STATUS_SECONDS", 0.0)
+    console, written = file_console()
+    with view_on(console, num_trials=3) as view:
+        run_epochs(view, "0000", 2)
+    first, second, last = written.getvalue().splitlines()
+    pattern = (
+        r"sweep mine: 0 of 3 trials ended · 1 running · best val/nelbo 3[01]\.00 \(trial 0000\) · at most 0:\d\d left"
+    )
+    assert re.fullmatch(pattern, first)
+    assert re.fullmatch(pattern, second)
+    assert last.startswith("sweep mine: 0 of 3")
+
+
+# --- the numbers ----------------------------------------------------------------------------------------
+
+
+def last_status(view_records: list[TrialRecord], ends: list[tuple[str, str, int]], *, num_trials: int) -> str:
+    console, written = file_console()
+    with view_on(console, num_trials=num_trials, records=view_records) as view:
+        for name, state, epochs in ends:
+            run_epochs(view, name, epochs)
+            view.ended(name, state, "", epochs)
+    return written.getvalue().splitlines()[-1]
+
+
+ends = st.lists(st.tuples(st.sampled_from(["finished", "stopped", *FAILURES]), st.integers(0, EPOCHS)), min_size=1)
+
+
+@given(ends, st.data())
+def test_no_time_is_left_when_all_trials_have_ended(
+    saved: Checkpoint, outcomes: list[tuple[str, int]], data: st.DataObject
+) -> None:
+    """However they ended and however many an earlier driver had seen end."""
+    whole = [
+        (f"{n:04d}", state, EPOCHS if state == "finished" else epochs) for n, (state, epochs) in enumerate(outcomes)
+    ]
+    num_before = data.draw(st.integers(0, len(whole)))
+    before = [record_of(name, state, saved, epochs=epochs) for name, state, epochs in whole[:num_before]]
+    status = last_status(before, whole[num_before:], num_trials=len(whole))
+    assert f"{len(whole)} of {len(whole)} trials ended" in status
+    assert "left" not in status
+    assert "running" not in status
+
+
+@given(ends)
+def test_time_is_left_while_a_trial_has_not_ended(outcomes: list[tuple[str, int]]) -> None:
+    whole = [
+        (f"{n:04d}", state, EPOCHS if state == "finished" else epochs) for n, (state, epochs) in enumerate(outcomes)
+    ]
+    status = last_status([], whole, num_trials=len(whole) + 1)
+    assert f"{len(whole)} of {len(whole) + 1} trials ended" in status
+    assert ("left" in status) == any(epochs for _, _, epochs in whole)  # the first epoch tells how long one takes
+
+
+def test_what_earlier_drivers_saw_is_counted_and_can_be_the_best(saved: Checkpoint) -> None:
+    records = [
+        record_of("0000", "finished", saved, epochs=4, nelbo=12.5),
+        record_of("0001", "diverged", saved, epochs=0),
+        record_of("0002", "pending", saved, epochs=3),
+        record_of("0003", "pending", saved, epochs=0),
+    ]
+    status = last_status(records, [("0002", "finished", 4)], num_trials=4)
+    assert "3 of 4 trials ended (2 finished, 1 diverged)" in status
+    assert "best val/nelbo 12.50 (trial 0000)" in status
+
+
+def test_a_failed_trial_is_not_the_best(saved: Checkpoint) -> None:
+    console, written = file_console()
+    failed = record_of("0009", "failed", saved, epochs=2, nelbo=0.5)
+    with view_on(console, num_trials=3, records=[failed]) as view:
+        run_epochs(view, "0000", 2, best=1.0)
+        view.ended("0000", "diverged", "why", 2)
+        run_epochs(view, "0001", 4, best=20.0)
+        view.ended("0001", "finished", "", 4)
+    assert written.getvalue().endswith("best val/nelbo 20.00 (trial 0001)\n")
+
+
+# --- on a terminal --------------------------------------------------------------------------------------
+
+
+def test_a_hundred_trials_fit_a_screen() -> None:
+    console, written = terminal()
+    overrides = {"optim.lr": 0.001234, "objective.beta": 0.5678, "model.hidden": "[400, 100]", "model.latent_dim": 20}
+    with view_on(console, num_trials=100) as view:
+        for number in range(100):
+            run_epochs(view, f"{number:04d}", 1, best=100.0 - number, **overrides)
+    heights = [taken.count("\x1b[1A") for taken in FRAME_TAKEN_BACK.findall(written.getvalue())]
+    # the running, the best, the header, and a status that may take two lines
+    assert MOST_ROWS + NUM_BEST < max(heights) <= MOST_ROWS + NUM_BEST + 3
+    *frame, _, status = shown(written).splitlines()
+    assert status.startswith("sweep mine: 0 of 100 trials ended · 100 running")
+    assert [line.split()[0] for line in frame if line[0].isdigit()][:MOST_ROWS] == [
+        f"{n:04d}" for n in range(MOST_ROWS)
+    ]
+    assert [line.split()[:2] for line in frame if "best  " in line] == [["0099", "best"]]
+    assert max(map(len, frame)) <= 100
+
+
+def test_a_terminal_is_left_with_one_line_a_trial_and_a_cursor() -> None:
+    console, written = terminal()
+    with view_on(console, num_trials=2) as view:
+        run_epochs(view, "0000", 4)
+        view.ended("0000", "finished", "", 4)
+    text = written.getvalue()
+    assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")
+    assert shown(written).count("trial 0000  finished  val/nelbo 30.00") == 1

@@ -1,0 +1,262 @@
+"""Truth and contract: who is stopped, and that a restored scheduler judges as the undisturbed one."""
+
+import functools
+import itertools
+import random
+import secrets
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
+
+from vae_ray import Experiment
+from vae_ray.artifacts.run_directory import RunDirectory
+from vae_ray.tuning.records import TrialRecord
+from vae_ray.tuning.schedulers import ASHA_REDUCTION_FACTOR, SCHEDULERS, Scheduling, Setting, _within, rungs
+from vae_ray.tuning.settings import PBT_KEYS
+from vae_ray.tuning.space import Range, SearchSpace
+from vae_ray.tuning.trial import TRIAL
+
+METRIC = "val/nelbo"
+EPOCHS = 18  # rungs at 2 and 6: trials are stopped early, late and not at all
+NUM_TRIALS = 9
+NUM_CONCURRENT = 3
+SPACE = SearchSpace.from_dict(
+    {
+        "optim.lr": {"loguniform": [1e-4, 1e-2]},
+        "objective.beta": {"uniform": [0.25, 4]},
+        "optim.weight_decay": {"choice": [0.0, 0.1, 0.2]},
+    }
+)
+
+
+class Trial:
+    """What a scheduler sees of Tune's trials: our name, and an id that no other driver gives it again."""
+
+    def __init__(self, name: str) -> None:
+        self.config = {TRIAL: name}
+        self.trial_id = secrets.token_hex(4)
+
+    def __str__(self) -> str:
+        return str(self.config[TRIAL])
+
+
+class Event(NamedTuple):
+    """A trial has reported an epoch, and the undisturbed scheduler has decided."""
+
+    name: str
+    line: dict[str, Any]
+    decision: str
+
+
+def setting(epochs: int = EPOCHS) -> Setting:
+    return Setting(METRIC, epochs, SPACE)
+
+
+def record_of(name: str, history: list[dict[str, Any]], *, state: str = "pending") -> TrialRecord:
+    return TrialRecord(name, {}, state, "", RunDirectory(Path(name)), [], history)
+
+
+def records_of(events: list[Event]) -> list[TrialRecord]:
+    """What the trials' files tell after these events; trials that were only proposed are among them."""
+    return [
+        record_of(name, [event.line for event in events if event.name == name])
+        for name in (f"{number:04d}" for number in range(NUM_TRIALS))
+    ]
+
+
+@functools.cache
+def undisturbed(seed: int) -> list[Event]:
+    """A whole sweep, three trials at a time, each epoch of another length: in the order in which it happened."""
+    numbers = random.Random(seed)
+    scheduler = SCHEDULERS["asha"](setting(), []).scheduler
+    waiting = [f"{number:04d}" for number in range(NUM_TRIALS)]
+    quality = {name: numbers.uniform(0, 20) for name in waiting}
+    running: dict[str, tuple[Trial, dict[str, Any]]] = {}
+    events: list[Event] = []
+
+    def line_of(name: str, epoch: int, started_at: float) -> dict[str, Any]:
+        value = 100 + quality[name] - 2 * epoch + numbers.uniform(-9, 9)
+        return {"epoch": epoch, METRIC: value, "started_at": started_at, "seconds": numbers.uniform(0.1, 3)}
+
+    now = 1000.0
+    while waiting or running:
+        while waiting and len(running) < NUM_CONCURRENT:
+            name = waiting.pop(0)
+            trial = Trial(name)
+            scheduler.on_trial_add(None, trial)
+            running[name] = (trial, line_of(name, 1, now))
+        name = min(running, key=lambda name: running[name][1]["started_at"] + running[name][1]["seconds"])
+        trial, line = running[name]
+        now = line["started_at"] + line["seconds"]
+        events.append(Event(name, line, told(scheduler, trial, line)))
+        if events[-1].decision == TrialScheduler.STOP:
+            del running[name]
+        else:
+            running[name] = (trial, line_of(name, line["epoch"] + 1, now))
+    return events
+
+
+def told(scheduler: TrialScheduler, trial: Trial, line: dict[str, Any]) -> str:
+    """The decision on one epoch, with what Tune does after it."""
+    decision: str = scheduler.on_trial_result(None, trial, line)
+    if decision == TrialScheduler.STOP:
+        scheduler.on_trial_complete(None, trial, line)
+    return decision
+
+
+def first_other_decision(scheduling: Scheduling, events: list[Event], cut: int) -> Event | None:
+    """Where a restored sweep's scheduler, told the events from `cut` on, first decides otherwise; None if nowhere.
+
+    Unfinished trials come back as new ones of Tune's.
+    """
+    ended = {event.name for event in events[:cut] if event.decision == TrialScheduler.STOP}
+    trials = {f"{number:04d}": Trial(f"{number:04d}") for number in range(NUM_TRIALS)}
+    for name in sorted(trials.keys() - ended):
+        scheduling.scheduler.on_trial_add(None, trials[name])
+    return next(
+        (e for e in events[cut:] if told(scheduling.scheduler, trials[e.name], e.line) != e.decision),
+        None,
+    )
+
+
+# --- rungs ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("epochs", range(2, 101))
+def test_rungs_are_at_most_three_epochs_before_the_last_a_factor_apart(epochs: int) -> None:
+    found = rungs(epochs)
+    assert 1 <= len(found) <= 3
+    assert found[0] >= 1
+    assert found[-1] < epochs
+    assert [b / a for a, b in itertools.pairwise(found)] == [ASHA_REDUCTION_FACTOR] * (len(found) - 1)
+
+
+def test_one_epoch_has_one_rung() -> None:
+    assert rungs(1) == [1]
+
+
+@pytest.mark.parametrize("epochs", range(1, 101))
+def test_rungs_are_those_that_ray_s_scheduler_has(epochs: int) -> None:
+    scheduler = SCHEDULERS["asha"](setting(epochs), []).scheduler
+    assert isinstance(scheduler, AsyncHyperBandScheduler)
+    (bracket,) = scheduler._brackets  # Ray tells them nowhere else
+    assert sorted(milestone for milestone, _ in bracket._rungs if milestone < max(epochs, 2)) == rungs(epochs)
+
+
+# --- restored -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_restored_asha_decides_the_rest_as_the_undisturbed_one(seed: int) -> None:
+    events = undisturbed(seed)
+    for cut in range(len(events) + 1):
+        scheduling = SCHEDULERS["asha"](setting(), records_of(events[:cut]))
+        assert first_other_decision(scheduling, events, cut) is None, cut
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_restored_asha_names_exactly_the_trials_that_it_had_stopped(seed: int) -> None:
+    events = undisturbed(seed)
+    for cut in range(len(events) + 1):
+        stopped = {event.name for event in events[:cut] if event.decision == TrialScheduler.STOP}
+        assert SCHEDULERS["asha"](setting(), records_of(events[:cut])).stopped == stopped, cut
+
+
+def test_the_order_of_records_is_of_no_account() -> None:
+    events = undisturbed(0)
+    for cut in range(len(events)):
+        scheduling = SCHEDULERS["asha"](setting(), records_of(events[:cut])[::-1])
+        assert first_other_decision(scheduling, events, cut) is None, cut
+
+
+def test_asha_that_forgets_what_it_saw_decides_otherwise() -> None:
+    """So the tests above can fail."""
+    events = undisturbed(0)
+    early = [event for event in events if event.decision == TrialScheduler.STOP and event.line["epoch"] < EPOCHS]
+    assert {event.line["epoch"] for event in early} == set(rungs(EPOCHS))
+    assert len(early) < NUM_TRIALS
+    cut = events.index(early[0])
+    assert first_other_decision(SCHEDULERS["asha"](setting(), []), events, cut) == early[0]
+
+
+def test_trials_are_told_apart_by_our_names_and_not_by_ray_s_ids() -> None:
+    """The same trial under another id does not enter a rung a second time."""
+    scheduler = SCHEDULERS["asha"](setting(), []).scheduler
+    for value in (5.0, 1.0):  # the second is the better: alone it would shift the cut
+        trial = Trial("0000")
+        scheduler.on_trial_add(None, trial)
+        scheduler.on_trial_result(None, trial, {"epoch": 2, METRIC: value})
+    other = Trial("0001")
+    scheduler.on_trial_add(None, other)
+    assert scheduler.on_trial_result(None, other, {"epoch": 2, METRIC: 4.0}) == TrialScheduler.CONTINUE
+
+
+# --- every scheduler ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_scheduler_of_a_new_sweep_has_stopped_nothing(name: str) -> None:
+    scheduling = SCHEDULERS[name](setting(), [])
+    assert isinstance(scheduling.scheduler, TrialScheduler)
+    assert scheduling.stopped == frozenset()
+
+
+def test_without_a_scheduler_the_worst_trial_runs_to_the_end() -> None:
+    events = undisturbed(1)
+    scheduling = SCHEDULERS["none"](setting(), records_of(events[:20]))
+    assert scheduling.stopped == frozenset()
+    trial = Trial("0000")
+    lines = ({"epoch": epoch, METRIC: 1e9} for epoch in range(1, EPOCHS + 1))
+    assert {scheduling.scheduler.on_trial_result(None, trial, line) for line in lines} == {TrialScheduler.CONTINUE}
+
+
+# --- pbt ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("epochs", [1, 4, 5, 17, 100])
+def test_a_population_compares_itself_about_five_times(epochs: int) -> None:
+    interval = SCHEDULERS["pbt"](setting(epochs), []).scheduler._perturbation_interval
+    assert interval >= 1
+    assert min(epochs, 5) <= epochs / interval < 10
+
+
+@given(
+    st.sampled_from(["uniform", "loguniform"]),
+    st.floats(1e-6, 1e6),
+    st.floats(1.0001, 1e6),
+    st.floats(0, 1),
+    st.sampled_from([0.8, 1.0, 1.2]),
+)
+def test_a_perturbed_number_stays_in_its_range(kind: str, low: float, ratio: float, at: float, factor: float) -> None:
+    space = SearchSpace.from_dict({"optim.lr": {kind: [low, low * ratio]}, "objective.beta": {"choice": [1.0, 2.0]}})
+    config = {TRIAL: "0003", "optim.lr": (low + (low * ratio - low) * at) * factor, "objective.beta": 2.0}
+    bounded = _within(config, space)
+    assert low <= bounded["optim.lr"] <= low * ratio
+    assert {**bounded, "optim.lr": None} == {**config, "optim.lr": None}
+
+
+def test_what_pbt_explores_is_in_the_space_and_valid_for_the_experiment() -> None:
+    assert set(SPACE.domains) < set(PBT_KEYS)
+    scheduler = SCHEDULERS["pbt"](setting(), []).scheduler
+    random.seed(7)  # PBT draws from the global generator
+    trial = Trial("0003")
+    trial.config |= SPACE.draw(0, 0)
+    seen = []
+    for _ in range(300):  # each from the one before, as over many exploits
+        trial.config, _ = scheduler._get_new_config(trial, trial)
+        seen.append(trial.config)
+    for config in seen:
+        assert config[TRIAL] == "0003"
+        for key, domain in SPACE.domains.items():
+            if isinstance(domain, Range):
+                assert domain.low <= config[key] <= domain.high
+            else:
+                assert config[key] in domain.values
+        overrides = {key: config[key] for key in SPACE.domains}
+        assert Experiment().with_overrides(overrides).flat().items() >= overrides.items()
+    assert len({config["optim.lr"] for config in seen}) > 100
+    assert len({config["optim.weight_decay"] for config in seen}) == 3

@@ -1,0 +1,84 @@
+"""What a sweep has come to, from its files alone: leaderboard, `best/`, report and summary."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from vae_ray.runs import versions
+from vae_ray.trained import TrainedVAE
+from vae_ray.tuning import leaderboard
+from vae_ray.tuning.directory import SweepDirectory
+from vae_ray.tuning.records import TrialRecord, read_trials
+from vae_ray.tuning.report import write_report
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """What a sweep has come to; `to_dict` is the object that `vae-ray sweep --json` prints."""
+
+    sweep_dir: Path
+    num_trials: int
+    num_failed: int
+    states: dict[str, int]
+    """How many trials finished, were stopped, diverged, ..."""
+    metrics: list[str]
+    """By what trials are compared."""
+    best: dict[str, Any]
+    """`trial`, `overrides`, `checkpoint`, `metrics` of the winner, in nats."""
+    pareto_front: list[str]
+    """Trials that no other beats in both rate and distortion."""
+    leaderboard: Path
+    report: Path
+    seconds: float
+    """Of this call."""
+    versions: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
+
+
+def conclude(directory: SweepDirectory, *, started_at: float) -> SweepResult:
+    """Write the leaderboard, `best/`, the report and the summary of whatever trials have done so far."""
+    metrics = directory.description()["metrics"]
+    records = read_trials(directory)
+    table = leaderboard.rows(records, metrics, directory)
+    leaderboard.write_leaderboard(table, directory)
+    winner = next(iter(leaderboard.ranked(records, metrics)), None)
+    best = _installed(winner, directory) if winner is not None and not winner.failed else {}
+    write_report(directory, records, table)
+    states = [record.state for record in records]
+    result = SweepResult(
+        sweep_dir=directory.path,
+        num_trials=len(records),
+        num_failed=sum(record.failed for record in records),
+        states={state: states.count(state) for state in sorted(set(states))},
+        metrics=metrics,
+        best=best,
+        pareto_front=[row["trial"] for row in table if row["pareto_front"]],
+        leaderboard=directory.leaderboard_csv,
+        report=directory.report,
+        seconds=time.time() - started_at,
+        versions=versions(),
+    )
+    directory.write_summary(result.to_dict())
+    return result
+
+
+def _installed(winner: TrialRecord, directory: SweepDirectory) -> dict[str, Any]:
+    """The winner for the summary, once its checkpoint lies in `best/`; empty if it has none yet."""
+    if winner.best is None:
+        return {}
+    leaderboard.write_best(winner.best, directory)
+    metrics = {key: value for key, value in winner.best.metrics.items() if "/" in key}
+    if "test/nelbo" not in metrics:  # no epoch evaluated it
+        metrics |= TrainedVAE.load(directory.best).evaluate("test")
+    return {
+        "trial": winner.name,
+        "overrides": winner.overrides,
+        "checkpoint": str(directory.best),
+        "metrics": metrics,
+    }
