@@ -180,7 +180,7 @@ def opened_run(experiment: Experiment, *, resume: bool) -> Iterator[RunDirectory
     run = RunDirectory(storage_directory(experiment) / str(experiment.run.name))
     name = experiment.run.name
     existed = run.experiment_file.exists()
-    if not existed and (run.path.is_file() or run.checkpoints.exists()):
+    if not existed and is_taken(run.path):
         raise UserError(
             f"run.name: {name!r} is already used in {run.path.parent} by something else; choose another --name"
         )
@@ -201,6 +201,11 @@ def opened_run(experiment: Experiment, *, resume: bool) -> Iterator[RunDirectory
         if Path(error.lock_file) != run.path / ".driver.lock":
             raise
         raise UserError(f"run.name: {name!r} is being trained right now; choose another --name") from None
+
+
+def is_taken(path: Path) -> bool:
+    """Whether something lies there that is not ours; what a kill leaves at the start of a run begins with a dot."""
+    return path.is_file() or (path.is_dir() and any(not entry.name.startswith(".") for entry in path.iterdir()))
 
 
 def _settle(run: RunDirectory) -> int:

@@ -97,7 +97,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> SweepDirectory:
     for name in reversed(STATES):  # trials are proposed in any order
         own = {"objective.beta": beta[name]} if name != DIVERGED else {"optim.lr": 1e30, "optim.warmup_steps": 0}
         propose(directory, name, **own)
-        epochs = {STOPPED: 1, DIVERGED: 1, KILLED: 1, BEGUN: 1, CHANGED: 1, PROPOSED: 0}.get(name, 2)
+        epochs = {STOPPED: 1, DIVERGED: 1, BEGUN: 1, CHANGED: 1, KILLED: 0, PROPOSED: 0}.get(name, 2)
         if epochs:
             train_trial(directory, name, epochs=epochs, **own)
     train_trial(directory, CHANGED, epochs=2, **{"objective.beta": 4.0})
@@ -105,7 +105,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> SweepDirectory:
     end(directory, CHANGED, "finished")
     end(directory, STOPPED, "stopped", epoch=1)
     end(directory, DIVERGED, **read_failure(directory.trial(DIVERGED)), epoch=0)
-    end(directory, KILLED, "killed", WHY_KILLED, epoch=1)
+    end(directory, KILLED, "killed", WHY_KILLED, epoch=0)
     return directory
 
 
@@ -183,7 +183,7 @@ def test_a_description_without_an_experiment_is_a_mistake(directory: SweepDirect
 
 def test_a_trial_has_come_as_far_as_its_last_complete_checkpoint(built: SweepDirectory) -> None:
     done = {record.name: record.epochs_done for record in read_trials(built)}
-    assert done == {**dict.fromkeys(STATES, 2), STOPPED: 1, DIVERGED: 0, KILLED: 1, BEGUN: 1, PROPOSED: 0}
+    assert done == {**dict.fromkeys(STATES, 2), STOPPED: 1, DIVERGED: 0, KILLED: 0, BEGUN: 1, PROPOSED: 0}
     for record in read_trials(built):
         assert epochs_of(record) == list(range(1, record.epochs_done + 1))
 

@@ -28,8 +28,9 @@ def tuned_host(*, num_threads: int) -> Iterator[None]:
     torch.set_flush_denormal(True)
     torch.set_float32_matmul_precision(fastest_exact_precision())
     _keep_freed_memory()
-    gc.collect()
-    gc.freeze()  # torch's and ray's modules are 10^6 objects that no step can free: do not traverse them again
+    # torch's and ray's modules are 10^6 objects that no step can free: do not traverse them again. (Nor now: a
+    # collection before would cost a short trial more than an epoch.)
+    gc.freeze()
     try:
         yield
     finally:

@@ -76,8 +76,9 @@ class SweepDirectory:
         except FileNotFoundError:
             raise UserError(f"sweep {self.path}: no such sweep, it has no {self.description_file.name}") from None
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise UserError(f"{self.description_file}: cannot be read: {error}") from None
-        if not isinstance(content, dict) or not {"experiment", "search", "metrics"} <= content.keys():
+            raise UserError(f"{self.description_file}: cannot be read: {' '.join(str(error).split())}") from None
+        needed = {"experiment", "search", "metrics", "num_trials", "scheduler", "searcher"}
+        if not isinstance(content, dict) or not needed <= content.keys():
             raise UserError(f"{self.description_file}: damaged, it does not describe a sweep")
         return content
 

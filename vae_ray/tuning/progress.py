@@ -46,7 +46,9 @@ class SweepView:
         self._epochs_to_go = num_trials * epochs - sum(record.epochs_done for record in records)
         self._epochs_to_go -= sum(epochs - record.epochs_done for record in records if record.state != "pending")
         self._best = {
-            record.name: (value, record.overrides) for record in records if (value := record.value(metric)) is not None
+            record.name: (value, record.overrides)
+            for record in records
+            if not record.failed and (value := record.value(metric)) is not None
         }
         self._live = Live(console=self._console, get_renderable=self._table, refresh_per_second=2, transient=True)
 
@@ -60,7 +62,7 @@ class SweepView:
     ) -> None:
         if self._console.is_terminal:
             self._live.stop()
-        self._console.print(self._status(), soft_wrap=True)
+        self._console.print(self._status(), soft_wrap=True, markup=False, emoji=False)
 
     def epoch(self, name: str, overrides: dict[str, Any], line: dict[str, Any]) -> None:
         """A trial has finished an epoch."""
@@ -72,7 +74,7 @@ class SweepView:
                 self._best[name] = (line[self._metric], overrides)
         if not self._console.is_terminal and time.monotonic() - self._last_status > STATUS_SECONDS:
             self._last_status = time.monotonic()
-            self._console.print(self._status(), soft_wrap=True)
+            self._console.print(self._status(), soft_wrap=True, markup=False, emoji=False)
 
     def ended(self, name: str, state: str, reason: str, epoch: int) -> None:
         """A trial has come to its end, in whatever state."""
@@ -85,7 +87,9 @@ class SweepView:
                 self._best.pop(name, None)
         parts = [f"trial {name}", state if state not in ("stopped", *FAILURES) else f"{state} after epoch {epoch}"]
         parts += [reason] if reason else [f"{self._metric} {value:.2f}"] if value is not None else []
-        self._console.print("  ".join([*parts, _settings(overrides)]).rstrip(), soft_wrap=True, markup=False)
+        self._console.print(
+            "  ".join([*parts, _settings(overrides)]).rstrip(), soft_wrap=True, markup=False, emoji=False
+        )
 
     def _status(self) -> str:
         with self._lock:

@@ -68,7 +68,8 @@ class OptunaProposals(Searcher):  # type: ignore[misc]
         self._pending = [record for record in records if record.state == "pending"]
         self._asked: dict[str, optuna.trial.Trial] = {}
         self._resumed: dict[str, dict[str, Any]] = {}
-        self._best: dict[str, dict[str, Any]] = {}
+        self._best: dict[str, list[float]] = {}
+        """Of each running trial, the metrics of its best epoch: it is what the leaderboard will compare."""
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._study = optuna.create_study(
             directions=["minimize"] * len(settings.metrics),
@@ -76,9 +77,8 @@ class OptunaProposals(Searcher):  # type: ignore[misc]
             sampler=optuna.samplers.TPESampler(seed=stream(seed, "optuna", self._num_known) % 2**32),
         )
         for record in records:
-            found = [record.value(metric) for metric in settings.metrics]
-            values = [value for value in found if value is not None]
-            if record.state != "pending" and not record.failed and len(values) == len(found):
+            values = self._values(record)
+            if record.state != "pending" and not record.failed and values:
                 self._learn(record.proposed, values)
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str:
@@ -86,6 +86,8 @@ class OptunaProposals(Searcher):  # type: ignore[misc]
         if self._pending:
             record = self._pending.pop(0)
             self._resumed[trial_id] = record.proposed
+            if values := self._values(record):
+                self._best[trial_id] = values
             return {TRIAL: record.name, **record.proposed}
         if self._num_known >= self._settings.num_trials:
             return str(Searcher.FINISHED)
@@ -97,15 +99,16 @@ class OptunaProposals(Searcher):  # type: ignore[misc]
         return {TRIAL: name, **overrides}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Keep the best epoch: it is what the leaderboard will compare."""
-        best = self._best.setdefault(trial_id, result)
-        if self._score(result) < self._score(best):
-            self._best[trial_id] = result
+        """An epoch has been reported; Tune tells of the last one only in `on_trial_complete`."""
+        values = [float(result[metric]) for metric in self._settings.metrics]
+        self._best[trial_id] = min(self._best.get(trial_id, values), values, key=sum)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Tell Optuna how good it was."""
-        best = self._best.pop(trial_id, result)
-        values = None if error or best is None else [best[metric] for metric in self._settings.metrics]
+        if result and not error:
+            self.on_trial_result(trial_id, result)
+        best = self._best.pop(trial_id, None)
+        values = None if error else best
         if trial_id in self._asked:
             state = optuna.trial.TrialState.FAIL if values is None else optuna.trial.TrialState.COMPLETE
             self._study.tell(self._asked.pop(trial_id), values, state=state)
@@ -118,8 +121,10 @@ class OptunaProposals(Searcher):  # type: ignore[misc]
             optuna.trial.create_trial(params=params, distributions=self._distributions, values=values)
         )
 
-    def _score(self, result: dict[str, Any]) -> float:
-        return float(sum(result[metric] for metric in self._settings.metrics))
+    def _values(self, record: TrialRecord) -> list[float]:
+        """The metrics of a record's best checkpoint; empty without one."""
+        found = [record.value(metric) for metric in self._settings.metrics]
+        return [value for value in found if value is not None]
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the journal is what a sweep is restored from."""

@@ -74,6 +74,8 @@ def settings(
 
 def _metrics(metric: str | Sequence[str]) -> tuple[str, ...]:
     metrics = tuple(metric.replace(" ", "").split(",")) if isinstance(metric, str) else tuple(metric)
+    if not metrics:
+        raise UserError(f"metric: got {metric!r}, should be one of {', '.join(METRICS)}")
     for name in metrics:
         if name.endswith("/loss"):
             raise UserError(

@@ -1,7 +1,7 @@
 """The search space of a sweep: dotted keys of the Experiment, each with the values it may take.
 
-Plain data, as in `{"optim.lr": {"loguniform": [1e-4, 1e-2]}, "model.latent_dim": {"choice": [2, 10, 20]}}`. What is
-drawn depends on the seed, the trial's number and the key alone, never on the order in which trials run.
+Plain data, as in `{"optim.lr": {"loguniform": [1e-4, 1e-2]}, "model.latent_dim": {"choice": [2, 10, 20]}}`. What a
+trial draws depends on the seed, the space and the trial's number alone, never on the order in which trials run.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ import difflib
 import itertools
 import json
 import math
-import random
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+from scipy.stats import qmc
 
 from vae_ray.config import Experiment
 from vae_ray.errors import UserError
@@ -70,8 +71,11 @@ class Range:
         return min(max(float(f"{value:.{SIGNIFICANT_DIGITS}g}"), self.low), self.high)
 
     def probes(self) -> Sequence[Any]:
-        """Values that are valid if, and only if, all are: both ends and, for a key of whole numbers, between."""
-        return [self.at(0.0), self.at(math.nextafter(1, 0)), self.at(0.382)]
+        """Values that are valid if, and only if, all are: both ends and, where there is one, a fraction."""
+        inside = self.at(0.382)
+        if not self.integer and float(inside).is_integer():
+            inside = next((x for x in (inside + 0.5, inside - 0.5) if self.low <= x <= self.high), inside)
+        return [self.at(0.0), self.at(math.nextafter(1, 0)), inside]
 
 
 Domain = Values | Range
@@ -95,7 +99,7 @@ def _range(arguments: Any, *, log: bool = False, integer: bool = False) -> Range
         raise ValueError(f"should be [low, high], for example {example}")
     try:
         low, high = (float(end) for end in arguments)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(f"should be two numbers, for example {example}") from None
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
         raise ValueError(f"should be a smaller and a larger number, for example {example}")
@@ -129,14 +133,14 @@ class SearchSpace:
         """The space that ships under `name`, or that of a YAML file; raises `UserError`."""
         if name in search_names():
             return cls.load(str(SEARCH_DIR / f"{name}.yaml"))
-        if not (name.endswith((".yaml", ".yml")) or "/" in name or Path(name).is_file()):
+        if not (name.endswith((".yaml", ".yml")) or "/" in name or os.path.isfile(name)):
             near = difflib.get_close_matches(name, search_names(), n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(search_names())} or a YAML file"
             raise UserError(f"search: {name!r} does not exist; {hint}")
         try:
             content = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise UserError(f"search: {name}: cannot be read as YAML: {error}") from None
+            raise UserError(f"search: {name}: cannot be read as YAML: {' '.join(str(error).split())}") from None
         return cls.from_dict(content)
 
     @classmethod
@@ -147,6 +151,8 @@ class SearchSpace:
         domains = {}
         for key, value in content.items():
             name = _canonical(str(key))
+            if name in domains:
+                raise UserError(f"search: {name}: stands there twice; name it once")
             if not isinstance(value, Mapping) or len(value) != 1 or next(iter(value)) not in KINDS:
                 raise UserError(
                     f"search: {name}: got {value!r}, should be one of {', '.join(KINDS)} with its values; "
@@ -171,7 +177,11 @@ class SearchSpace:
                 read = [_scalar(experiment.with_overrides({key: value}).flat()[key]) for value in domain.probes()]
             except UserError as error:
                 raise UserError(f"search: {error}") from None
-            domains[key] = Values(tuple(read), domain.crossed) if isinstance(domain, Values) else domain
+            if isinstance(domain, Values):
+                if len(set(read)) < len(read):
+                    raise UserError(f"search: {key}: got {list(domain.values)!r}, names a value twice")
+                domain = Values(tuple(read), domain.crossed)
+            domains[key] = domain
         return SearchSpace(domains, self.source)
 
     def probes(self) -> Iterator[dict[str, Any]]:
@@ -181,14 +191,22 @@ class SearchSpace:
                 yield {key: value}
 
     def draw(self, seed: int, number: int) -> dict[str, Any]:
-        """The overrides of the trial of that number (from 0): grids in turn, the rest at random."""
+        """The overrides of the trial of that number (from 0): grids in turn, the rest quasi-random.
+
+        A scrambled Sobol sequence: each draw is uniform, and few of them already cover the space evenly, where
+        independent ones clump (Bousquet et al. 2017, arXiv:1706.03200).
+        """
         crossed = {key: domain for key, domain in self.domains.items() if isinstance(domain, Values) and domain.crossed}
         points = list(itertools.product(*(domain.values for domain in crossed.values())))
         drawn = dict(zip(crossed, points[number % len(points)], strict=True))
-        return {
-            key: drawn[key] if key in drawn else domain.at(random.Random(stream(seed, "trial", number, key)).random())
-            for key, domain in self.domains.items()
-        }
+        spread = sorted(self.domains.keys() - crossed.keys())
+        if spread:
+            sequence = qmc.Sobol(len(spread), rng=stream(seed, "search"))
+            if number:
+                sequence.fast_forward(number)
+            numbers = sequence.random(1)[0]
+            drawn |= {key: self.domains[key].at(float(u)) for key, u in zip(spread, numbers, strict=True)}
+        return {key: drawn[key] for key in self.domains}
 
     def grid(self) -> list[dict[str, Any]]:
         """Every combination of the values; raises `UserError` for a range, which has no end of them."""

@@ -21,7 +21,7 @@ from vae_ray import distributed
 from vae_ray.config import Experiment, differing_fields
 from vae_ray.data.arrow_store import open_split
 from vae_ray.errors import UserError
-from vae_ray.runs import PLACE_FIELDS, preflight, resolved, storage_directory
+from vae_ray.runs import PLACE_FIELDS, is_taken, preflight, resolved, storage_directory
 from vae_ray.tuning.conclusion import SweepResult, conclude
 from vae_ray.tuning.directory import SweepDirectory
 from vae_ray.tuning.run_trials import run_trials
@@ -30,6 +30,7 @@ from vae_ray.tuning.settings import SweepSettings, settings
 logger = logging.getLogger(__name__)
 
 MOST_VALIDATION_IMAGES = 5000
+INCOMPARABLE = {"data.source", "model.likelihood"}
 
 
 def sweep(
@@ -69,11 +70,21 @@ def sweep(
     )
     if max_concurrent is not None:
         _check_max_concurrent(max_concurrent, chosen.scheduler)
+    num_validation = experiment.data.num_validation
     chosen, experiment = preflighted(chosen, experiment)
     with opened_sweep(experiment, chosen, resume=resume) as directory:
+        _tell(set_aside=experiment.data.num_validation if not num_validation else 0, chosen=chosen)
         with distributed.connection(experiment, dashboard=experiment.workers.num > 1) as device:
             run_trials(directory, experiment, chosen, device=device, max_concurrent=max_concurrent, quiet=quiet)
         return conclude(directory, started_at=started_at)
+
+
+def _tell(*, set_aside: int, chosen: SweepSettings) -> None:
+    """Say what the user may not expect."""
+    if set_aside:
+        logger.warning("data.num_validation: %d training images are set aside to compare trials by", set_aside)
+    for key in sorted(INCOMPARABLE & chosen.space.domains.keys()):
+        logger.warning("search: %s: nats of different values measure different things; do not trust the ranking", key)
 
 
 def _base_experiment(experiment: Experiment, workers_per_trial: int | None) -> Experiment:
@@ -101,15 +112,11 @@ def preflighted(chosen: SweepSettings, experiment: Experiment) -> tuple[SweepSet
     if chosen.metrics[0].startswith("val/") and not experiment.data.num_validation:
         num_images = len(open_split(experiment.data, "train"))
         experiment = experiment.with_overrides({"data.num_validation": min(MOST_VALIDATION_IMAGES, num_images // 10)})
-        logger.warning(
-            "data.num_validation: %d of %d training images are set aside, because trials are compared by %s",
-            experiment.data.num_validation,
-            num_images,
-            chosen.metrics[0],
-        )
     space = chosen.space.checked(experiment)
     preflight(experiment)
     for overrides in space.probes():
+        if chosen.metrics[0].startswith("val/") and overrides.get("data.num_validation") == 0:
+            raise UserError(f"search: data.num_validation: got 0, but trials are compared by {chosen.metrics[0]}")
         if next(iter(overrides)).startswith(("data.", "training.global_batch_size")):
             try:
                 preflight(experiment.with_overrides(overrides))
@@ -124,7 +131,7 @@ def opened_sweep(experiment: Experiment, chosen: SweepSettings, *, resume: bool)
     name = str(experiment.run.name)
     directory = SweepDirectory(storage_directory(experiment) / name)
     exists = directory.description_file.exists()
-    if not exists and directory.path.exists() and any(directory.path.iterdir()):
+    if not exists and is_taken(directory.path):
         raise UserError(
             f"run.name: {name!r} is already used in {directory.path.parent} by something else; choose another --name"
         )

@@ -43,7 +43,7 @@ class Watch(tune.Callback):  # type: ignore[misc]
 
     def _end(self, trial: Trial, end: dict[str, str]) -> None:
         name = str(trial)
-        epoch = trial.last_result.get("epoch", 0)
+        epoch = trial.last_result.get("epoch", 0) or len(self._directory.trial(name).history())
         self._directory.append_to_journal({"trial": name, "event": "ended", "epoch": epoch, **end})
         self._view.ended(name, end["state"], end["reason"], epoch)
 
