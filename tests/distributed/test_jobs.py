@@ -1,4 +1,4 @@
-"""`ray job submit` of jobs/train.py on a cluster of one node, with token authentication as clusters should have."""
+"""`ray job submit` of the jobs/ on a cluster of one node, with token authentication as clusters should have."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def _wait_until_up(url: str, token: str) -> None:
             time.sleep(0.5)
 
 
-def submit(head: tuple[str, dict[str, str]], *arguments: str) -> subprocess.CompletedProcess[str]:
+def submit(head: tuple[str, dict[str, str]], job_file: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     address, environment = head
     excluded = json.dumps({"excludes": ["/.venv", "/.git", "/runs"]})
     deadline = time.monotonic() + 90
@@ -97,7 +97,7 @@ def submit(head: tuple[str, dict[str, str]], *arguments: str) -> subprocess.Comp
         job = subprocess.run(
             [
                 *(RAY, "job", "submit", f"--address={address}", "--working-dir", ".", f"--runtime-env-json={excluded}"),
-                *("--", sys.executable, "jobs/train.py", *arguments),
+                *("--", sys.executable, job_file, *arguments),
             ],
             cwd=REPOSITORY,
             env=environment,
@@ -113,7 +113,16 @@ def submit(head: tuple[str, dict[str, str]], *arguments: str) -> subprocess.Comp
 
 def test_a_submitted_job_trains_on_two_workers(head: tuple[str, dict[str, str]], tmp_path: Path) -> None:
     job = submit(
-        head, "digits", "--workers.num", "2", "--training.epochs", "2", "--storage", str(tmp_path), "--name=job"
+        head,
+        "jobs/train.py",
+        "digits",
+        "--workers.num",
+        "2",
+        "--training.epochs",
+        "2",
+        "--storage",
+        str(tmp_path),
+        "--name=job",
     )
     assert job.returncode == 0, job.stdout + job.stderr
     assert "best checkpoint" in job.stdout
@@ -123,7 +132,16 @@ def test_a_submitted_job_trains_on_two_workers(head: tuple[str, dict[str, str]],
 
 
 def test_a_job_with_bad_input_fails_with_the_commands_one_line(head: tuple[str, dict[str, str]]) -> None:
-    job = submit(head, "digits", "--workers.num", "64")
+    job = submit(head, "jobs/train.py", "digits", "--workers.num", "64")
     assert job.returncode != 0
     assert "vae-ray: workers.num: got 64 with 1 CPU each, should be at most what the Ray cluster has" in job.stdout
     assert "Traceback" not in job.stdout
+
+
+def test_a_submitted_job_sweeps(head: tuple[str, dict[str, str]], tmp_path: Path) -> None:
+    options = ["--num-trials", "2", "--training.epochs", "1", "--storage", str(tmp_path), "--name=job"]
+    job = submit(head, "jobs/sweep.py", "digits", *options)
+    assert job.returncode == 0, job.stdout + job.stderr
+    assert "best trial" in job.stdout
+    assert json.loads((tmp_path / "job" / "summary.json").read_text())["num_trials"] == 2
+    assert TrainedVAE.load(tmp_path / "job" / "best").checkpoint.epoch == 1

@@ -12,11 +12,13 @@ pytestmark = pytest.mark.ray
 
 README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
 
+EXAMPLES = re.findall(r"^```python\n(.*?)^```", README, flags=re.M | re.S)
+
 
 @pytest.mark.usefixtures("cluster")
 def test_the_python_example_does_what_its_comments_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (example,) = re.findall(r"^```python\n(.*?)^```", README, flags=re.M | re.S)
+    example = EXAMPLES[0]
     names: dict[str, Any] = {}
     exec(example, names)
 
@@ -27,3 +29,14 @@ def test_the_python_example_does_what_its_comments_say(tmp_path: Path, monkeypat
     assert names["decoded"].equal(names["again"])
     assert names["metrics"]["test/nelbo"] == pytest.approx(names["result"].metrics["test/nelbo"], abs=1e-4)
     assert names["result"].run_dir.parent == tmp_path / "runs"
+
+
+@pytest.mark.usefixtures("cluster")
+def test_the_sweep_example_leaves_a_best_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert len(EXAMPLES) == 2
+    names: dict[str, Any] = {}
+    exec(EXAMPLES[1], names)
+    assert names["images"].shape == (64, 1, 8, 8)
+    assert names["result"].num_trials == 3
+    assert names["result"].sweep_dir.parent == tmp_path / "runs"

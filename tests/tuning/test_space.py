@@ -66,7 +66,7 @@ def test_the_order_of_the_keys_does_not_change_a_draw(order: list[str], seed: in
 
 @pytest.mark.parametrize("seed", range(5))
 def test_few_draws_cover_the_space_evenly(seed: int) -> None:
-    """16 trials fall into 16 different sixteenths of every range: independent draws would leave a third of them empty."""
+    """16 trials fall into 16 different sixteenths of every range; independent draws leave a third empty."""
     space = SearchSpace.from_dict({"optim.lr": {"uniform": [1, 17]}, "objective.beta": {"uniform": [1, 17]}})
     draws = [space.draw(seed, number) for number in range(16)]
     for key in space.domains:
