@@ -21,8 +21,8 @@ from ray.tune.schedulers import (
 from vae_ray.tuning.records import TrialRecord
 from vae_ray.tuning.space import Range, SearchSpace, Values
 
-ASHA_REDUCTION_FACTOR = 3
-"""At each rung about a third of the trials go on; rungs are a factor of 3 apart."""
+ASHA_REDUCTION_FACTOR = 2
+"""At each rung about half of the trials go on; rungs are a factor of 2 apart."""
 PBT_EXPLOITS = 5
 """How often in a run the population is compared and the worst copy the best."""
 
@@ -57,9 +57,16 @@ def asha(setting: Setting, records: Sequence[TrialRecord]) -> Scheduling:
 
 
 def rungs(epochs: int) -> list[int]:
-    """The epochs at which ASHA compares trials: at most three, each 3 times the one before."""
-    first = max(1, epochs // ASHA_REDUCTION_FACTOR**2)
-    return [rung for power in range(3) if (rung := first * ASHA_REDUCTION_FACTOR**power) < epochs] or [1]
+    """The epochs at which ASHA compares trials: the first after a fifth of the run, each twice the one before.
+
+    Earlier comparisons favour large learning rates: on MNIST a trial that ends second best was tenth of 16 after one
+    epoch of ten, while its posterior was still learning to say anything.
+    """
+    rung, found = max(1, epochs // 5), []
+    while rung < epochs:
+        found.append(rung)
+        rung *= ASHA_REDUCTION_FACTOR
+    return found or [1]
 
 
 class _NamedAsha(AsyncHyperBandScheduler):  # type: ignore[misc]
