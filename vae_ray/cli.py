@@ -147,7 +147,7 @@ def _add_sweep(command: Command) -> None:
 
 
 def _with_model(sub: argparse.ArgumentParser, *, out: bool = True) -> argparse.ArgumentParser:
-    sub.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, or a run directory for its best one")
+    sub.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, or the directory of a run or a sweep")
     if out:
         sub.add_argument("--out", required=True, type=Path, metavar="FILE.png", help="where to write the picture")
     return sub

@@ -24,6 +24,9 @@ from vae_ray.training.group import Solo
 from vae_ray.traversal import Traversal
 from vae_ray.traversal import traverse as traverse_dimensions
 
+BEST = "best"
+"""In a sweep's directory, its winner's checkpoint."""
+
 SplitName = Literal["train", "val", "test"]
 Method = Literal["linear", "spherical"]
 
@@ -42,7 +45,7 @@ class TrainedVAE:
 
     @classmethod
     def load(cls, path: str | Path, *, device: str | torch.device = "cpu") -> TrainedVAE:
-        """The model of a checkpoint directory, or of a run directory's best checkpoint.
+        """The model of a checkpoint directory, or the best one of a run's or a sweep's directory.
 
         Raises `UserError` if it is missing, incomplete, truncated or not what was written.
         """
@@ -152,11 +155,11 @@ class TrainedVAE:
 
 
 def find_checkpoint(path: str | Path) -> Checkpoint:
-    """The checkpoint at `path`, or the best one of the run directory `path`."""
+    """The checkpoint at `path`, or the best one of the run or sweep whose directory `path` is."""
     path = Path(path)
     run = RunDirectory(path)
     if not os.path.isdir(run.checkpoints):
-        return read_checkpoint(path)
+        return read_checkpoint(path / BEST if os.path.isdir(path / BEST) else path)
     checkpoints = complete_checkpoints(run.checkpoints)
     if not checkpoints:
         raise UserError(f"run {path}: has no complete checkpoint yet; train it with --resume")

@@ -21,7 +21,7 @@ from vae_ray.tuning.space import Range, SearchSpace
 from vae_ray.tuning.trial import TRIAL
 
 METRIC = "val/nelbo"
-EPOCHS = 18  # rungs at 2 and 6: trials are stopped early, late and not at all
+EPOCHS = 12  # rungs at 2, 4 and 8: trials are stopped early, late and not at all
 NUM_TRIALS = 9
 NUM_CONCURRENT = 3
 SPACE = SearchSpace.from_dict(
@@ -127,9 +127,9 @@ def first_other_decision(scheduling: Scheduling, events: list[Event], cut: int) 
 
 
 @pytest.mark.parametrize("epochs", range(2, 101))
-def test_rungs_are_at_most_three_epochs_before_the_last_a_factor_apart(epochs: int) -> None:
+def test_rungs_are_at_most_four_epochs_before_the_last_a_factor_apart(epochs: int) -> None:
     found = rungs(epochs)
-    assert 1 <= len(found) <= 3
+    assert 1 <= len(found) <= 4
     assert found[0] >= 1
     assert found[-1] < epochs
     assert [b / a for a, b in itertools.pairwise(found)] == [ASHA_REDUCTION_FACTOR] * (len(found) - 1)
@@ -186,7 +186,7 @@ def test_asha_that_forgets_what_it_saw_decides_otherwise() -> None:
 def test_trials_are_told_apart_by_our_names_and_not_by_ray_s_ids() -> None:
     """The same trial under another id does not enter a rung a second time."""
     scheduler = SCHEDULERS["asha"](setting(), []).scheduler
-    for value in (5.0, 1.0):  # the second is the better: alone it would shift the cut
+    for value in (5.0, 1.0):  # the second is the better: it would shift the cut
         trial = Trial("0000")
         scheduler.on_trial_add(None, trial)
         scheduler.on_trial_result(None, trial, {"epoch": 2, METRIC: value})

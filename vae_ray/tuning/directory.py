@@ -18,6 +18,7 @@ import yaml
 from vae_ray.artifacts.durable_files import replace_durably
 from vae_ray.artifacts.run_directory import RunDirectory
 from vae_ray.errors import UserError
+from vae_ray.trained import BEST
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class SweepDirectory:
     @property
     def best(self) -> Path:
         """A complete checkpoint of the winner."""
-        return self.path / "best"
+        return self.path / BEST
 
     @property
     def tune_state(self) -> Path:
