@@ -49,7 +49,6 @@ def conclude(directory: SweepDirectory, *, started_at: float) -> SweepResult:
     leaderboard.write_leaderboard(table, directory)
     winner = next(iter(leaderboard.ranked(records, metrics)), None)
     best = _installed(winner, directory) if winner is not None and not winner.failed else {}
-    write_report(directory, records, table)
     states = [record.state for record in records]
     result = SweepResult(
         sweep_dir=directory.path,
@@ -65,6 +64,7 @@ def conclude(directory: SweepDirectory, *, started_at: float) -> SweepResult:
         versions=versions(),
     )
     directory.write_summary(result.to_dict())
+    write_report(directory, records, table)  # last: what has been computed must not depend on how it looks
     return result
 
 

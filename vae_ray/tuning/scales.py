@@ -115,7 +115,7 @@ def log_ticks(low: float, high: float) -> list[float]:
         ticks = [tick for tick in ticks if low <= tick <= high]
         if len(ticks) <= MOST_TICKS:
             break
-    ticks = ticks[:: -(-len(ticks) // MOST_TICKS)]
+    ticks = ticks[:: -(-len(ticks) // MOST_TICKS) or 1]
     return ticks if len(ticks) > 1 else [low, high]
 
 
