@@ -25,6 +25,8 @@ from vae_ray.traversal import traverse
 NUM_SAMPLES = 64
 NUM_RECONSTRUCTIONS = 32
 PROGRESS_SECONDS = 0.5
+# Fields that do not change what is learnt; TensorBoard shows the first few columns only.
+NO_HYPERPARAMETERS = ("data.root", "data.cache_dir", "data.download", "run.name", "run.storage", "workers.")
 
 
 class Recorder:
@@ -109,10 +111,11 @@ class Recorder:
         }
 
     def _hparams(self) -> None:
-        """The experiment's fields beside the last metrics, for TensorBoard's HPARAMS page."""
+        """What was learnt with, beside the last metrics, for TensorBoard's HPARAMS page."""
         values = {
             key: value if isinstance(value, bool | int | float | str) else str(value)
             for key, value in self.experiment.flat().items()
+            if not key.startswith(NO_HYPERPARAMETERS)
         }
         metrics = {f"final/{key}": value for key, value in self._last_metrics.items()}
         self.events.add_hparams(values, metrics, name="hparams")
