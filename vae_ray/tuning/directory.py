@@ -6,6 +6,7 @@ trials' own run directories it is all that `--resume` and the leaderboard read; 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from dataclasses import dataclass
@@ -91,15 +92,8 @@ class SweepDirectory:
         replace_durably(self.summary_file, (json.dumps(summary, indent=2) + "\n").encode())
 
     def journal(self) -> list[dict[str, Any]]:
-        """The journal's entries, oldest first; a line cut short by a kill is not one."""
-        entries: list[dict[str, Any]] = []
-        if self.journal_file.exists():
-            for line in self.journal_file.read_text(encoding="utf-8").splitlines():
-                try:
-                    entries.append(json.loads(line))
-                except ValueError:
-                    continue
-        return entries
+        """The journal's entries, oldest first."""
+        return json_lines(self.journal_file)
 
     def append_to_journal(self, *entries: dict[str, Any]) -> None:
         """Add entries so that they survive a kill and a power cut."""
@@ -114,3 +108,13 @@ class SweepDirectory:
         with self.journal_file.open("rb") as stream:
             stream.seek(-1, os.SEEK_END)
             return stream.read(1) == b"\n"
+
+
+def json_lines(file: Path) -> list[dict[str, Any]]:
+    """The objects of a file that grows line by line; a line cut short by a kill is not one."""
+    lines = []
+    if file.exists():
+        for line in file.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError):
+                lines.append(json.loads(line))
+    return lines

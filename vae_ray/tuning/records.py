@@ -6,16 +6,14 @@ States: `pending` (proposed, perhaps begun), `finished`, `stopped` (early, by th
 
 from __future__ import annotations
 
-import contextlib
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from vae_ray.artifacts.run_directory import RunDirectory
 from vae_ray.config import Experiment
 from vae_ray.training.checkpoints import Checkpoint, best_checkpoint, complete_checkpoints
-from vae_ray.tuning.directory import SweepDirectory
+from vae_ray.tuning.directory import SweepDirectory, json_lines
 
 FAILURES = ("diverged", "failed", "killed")
 FAILURE_FILE = "failure.json"
@@ -64,7 +62,7 @@ class TrialRecord:
     @property
     def current(self) -> dict[str, Any]:
         """The overrides with which it goes on: those of the last exploit under PBT, else those it began with."""
-        lines = _json_lines(self.run.path / LINEAGE_FILE)
+        lines = json_lines(self.run.path / LINEAGE_FILE)
         return lines[-1]["overrides"] if lines else self.proposed
 
     def value(self, metric: str) -> float | None:
@@ -121,13 +119,3 @@ def read_failure(run: RunDirectory) -> dict[str, str]:
         return {"state": str(content["state"]), "reason": str(content["reason"])}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
-
-
-def _json_lines(file: Path) -> list[dict[str, Any]]:
-    """The objects of a file that grows line by line; a line cut short by a kill is not one."""
-    lines = []
-    if file.exists():
-        for line in file.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError):
-                lines.append(json.loads(line))
-    return lines

@@ -51,8 +51,9 @@ def run_trials(
     if chosen.searcher != "optuna":
         propose_all(directory, chosen, seed=seed, num_known=len(read_trials(directory)))
     setting = Setting(chosen.metrics[0], _most_epochs(experiment, chosen), chosen.space)
-    scheduling = SCHEDULERS[chosen.scheduler](setting, read_trials(directory))
-    for record in read_trials(directory):
+    known = read_trials(directory)
+    scheduling = SCHEDULERS[chosen.scheduler](setting, known)
+    for record in known:
         if record.state == "pending" and record.name in scheduling.stopped:
             end = {"event": "ended", "epoch": record.epochs_done, "state": "stopped", "reason": ""}
             directory.append_to_journal({"trial": record.name, **end})
@@ -61,8 +62,9 @@ def run_trials(
     num_to_run = len(pending) + chosen.num_trials - len(records)
     if not num_to_run:
         return
-    random.seed(stream(seed, "pbt"))  # PBT draws from the global generators
-    np.random.seed(stream(seed, "pbt") % 2**32)
+    if chosen.scheduler == "pbt":  # it draws from the global generators
+        random.seed(stream(seed, "pbt"))
+        np.random.seed(stream(seed, "pbt") % 2**32)
     shutil.rmtree(directory.tune_state, ignore_errors=True)
     # PBT pauses trials and compares the whole population: all of it must be alive at once.
     limit = 0 if chosen.scheduler == "pbt" else _concurrency(experiment, device, max_concurrent)
