@@ -22,6 +22,7 @@ from urllib.parse import urlparse
 import filelock
 import torch
 
+from vae_ray import signals
 from vae_ray.artifacts.progress import ProgressView
 from vae_ray.artifacts.run_directory import RunDirectory
 from vae_ray.config import Experiment, differing_fields
@@ -75,8 +76,8 @@ def train(experiment: Experiment, *, resume: bool = False, quiet: bool = True) -
     """Train `experiment` and return its result; `quiet=False` shows progress on stderr.
 
     With `resume` a run of that name goes on from its newest complete checkpoint (a finished one is returned
-    as it is). Raises `UserError`, before anything starts, for what the user can put right, and
-    `TrainingFailed` for a run that could not finish.
+    as it is). Raises `UserError`, before anything starts, for what the user can put right, `TrainingFailed` for
+    a run that could not finish, and `Stopped` after a signal or a file `.stop` in the run's directory.
     """
     started_at = time.time()
     if resume and experiment.run.name is None:
@@ -89,7 +90,8 @@ def train(experiment: Experiment, *, resume: bool = False, quiet: bool = True) -
         done_before, seconds_before = _settle(run)
         with _execution(experiment) as (device, execute):
             run.write_experiment(experiment)
-            with contextlib.nullcontext() if quiet else ProgressView(run, experiment):
+            view = contextlib.nullcontext() if quiet else ProgressView(run, experiment)
+            with signals.stopping(run), view:
                 execute(experiment, run.path, device)
             result = summarise(
                 run,
@@ -226,6 +228,7 @@ def _settle(run: RunDirectory) -> tuple[int, float]:
     """
     try:
         with run.lock("writer").acquire(timeout=WRITER_LOCK_SECONDS):
+            run.stop_file.unlink(missing_ok=True)
             found = resumable_checkpoints(run.checkpoints)
             newest = found[-1] if found else None
             done = newest.epochs_done if newest else 0

@@ -52,6 +52,11 @@ class RunDirectory:
         """How far the current epoch is; only for the live view."""
         return self.path / ".progress.json"
 
+    @property
+    def stop_file(self) -> Path:
+        """Tells whoever trains here to write a checkpoint and stop; removed at the next start."""
+        return self.path / ".stop"
+
     def lock(self, role: str) -> filelock.BaseFileLock:
         """The lock of "driver" or "writer"; released by the system even if its holder is killed."""
         return filelock.FileLock(self.path / f".{role}.lock")

@@ -40,6 +40,9 @@ class RayWorkers:
             dist.all_reduce(values)
         return values
 
+    def preempted(self) -> bool:
+        return ray.train.get_preemption_info() is not None
+
     def sum_bucket(self, gradients: Tensor) -> torch.futures.Future[Tensor]:
         """Sum one bucket of gradients over the group, in place."""
         if self.device.type == "cpu" and self._one_node:

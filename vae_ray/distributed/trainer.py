@@ -8,7 +8,9 @@ import logging
 import secrets
 import shutil
 import tempfile
+import threading
 from collections.abc import Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from vae_ray.config import Experiment
 from vae_ray.distributed.group import RayWorkers
-from vae_ray.errors import Diverged, TrainingFailed, UserError
+from vae_ray.errors import Diverged, Stopped, TrainingFailed, UserError
 from vae_ray.training.fit import EpochResult, fit_epochs
 
 RAY_STATE = ".ray"
@@ -33,7 +35,7 @@ def fit(
     """Train `experiment` in `run_path` on `workers.num` Ray workers; Ray must be connected.
 
     `callbacks` are Ray Train's and see every epoch's report.
-    Raises `TrainingFailed` with the worker's own error if the group could not finish.
+    Raises `TrainingFailed` with the worker's own error if the group could not finish, and `Stopped` if it was told to.
     """
     # Ray's state of a killed run may be torn, and its controller may outlive the driver by seconds and go on
     # writing. So each start is a run of its own to Ray; what is complete, our manifests say.
@@ -61,10 +63,29 @@ def fit(
     )
     logging.getLogger("ray.train").setLevel(logging.CRITICAL)  # what fails is raised below, once
     try:
-        trainer.fit()
+        stopped = _result_of(trainer).return_value
     except ray.train.TrainingFailedError as error:
         raise _cause(error) from error
     shutil.rmtree(ray_storage, ignore_errors=True)
+    if stopped:
+        raise Stopped(stopped)
+
+
+def _result_of(trainer: TorchTrainer) -> Any:
+    """Ray's result of the fit. In the main thread Ray would take SIGINT for itself, so it runs in another."""
+    if threading.current_thread() is not threading.main_thread():
+        return trainer.fit()
+    outcome: Future[Any] = Future()
+
+    def fit_now() -> None:
+        try:
+            outcome.set_result(trainer.fit())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    # a daemon: if this thread is interrupted, the process must not wait for the other
+    threading.Thread(target=fit_now, name="ray-train-fit", daemon=True).start()
+    return outcome.result()
 
 
 def _cause(error: ray.train.TrainingFailedError) -> Exception:
@@ -79,8 +100,11 @@ def _cause(error: ray.train.TrainingFailedError) -> Exception:
     return TrainingFailed(f"the workers could not finish: {lines[-1].strip() if lines else type(error).__name__}")
 
 
-def _train_worker(config: dict[str, Any]) -> None:
-    """What each Ray Train worker runs: our loop, with a report to Ray after every epoch."""
+def _train_worker(config: dict[str, Any]) -> str | None:
+    """What each Ray Train worker runs: our loop, with a report to Ray after every epoch.
+
+    Returns why it stopped before the last epoch, if it was told to.
+    """
     experiment, run_path = Experiment.from_dict(config["experiment"]), Path(config["run_path"])
 
     def report(result: EpochResult) -> None:
@@ -96,5 +120,9 @@ def _train_worker(config: dict[str, Any]) -> None:
             )
 
     with contextlib.closing(RayWorkers()) as group:
-        for result in fit_epochs(experiment, run_path, group):
-            report(result)
+        try:
+            for result in fit_epochs(experiment, run_path, group):
+                report(result)
+        except Stopped as stopped:
+            return str(stopped)
+    return None

@@ -42,6 +42,7 @@ def fit_epochs(experiment: Experiment, run_path: Path, group: WorkerGroup) -> Ge
 
     All ranks iterate with equal arguments. Rank 0 writes; the others only compute. Whoever stops early closes the
     generator: that ends the run's files properly and lets go of its directory, and a later call goes on from there.
+    Raises `Stopped` on all ranks, after a checkpoint, once there is a file `.stop` in the run directory.
     """
     run = RunDirectory(run_path)
     with contextlib.ExitStack() as stack:
@@ -52,6 +53,7 @@ def fit_epochs(experiment: Experiment, run_path: Path, group: WorkerGroup) -> Ge
         worker = Worker(experiment, run, group)
         recorder = stack.enter_context(worker.recorder()) if group.rank == 0 else None
         while worker.epochs_done < experiment.training.epochs:
+            worker.stop_if_told()
             line = worker.run_epoch(recorder)
             if recorder is not None:
                 recorder.epoch(line, worker.model)

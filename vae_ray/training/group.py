@@ -32,6 +32,10 @@ class WorkerGroup(Protocol):
         """Elementwise sum over workers, the same on every worker. All ranks must call it."""
         ...
 
+    def preempted(self) -> bool:
+        """Whether a worker's machine is about to be taken away, the same on every worker. All ranks must call it."""
+        ...
+
 
 class Solo:
     """One worker alone; its sums are its own."""
@@ -47,6 +51,9 @@ class Solo:
 
     def sum(self, values: Tensor) -> Tensor:
         return values
+
+    def preempted(self) -> bool:
+        return False
 
 
 def shards_of(group: WorkerGroup) -> Shards:
