@@ -5,13 +5,20 @@ A second implementation of `WorkerGroup`, for what all ranks must agree on.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+
+from vae_ray.models.vae import VAE, build_vae
+from vae_ray.training import fit as training_fit
+from vae_ray.training import worker as training_worker
+from vae_ray.training.host import tuned_host
 
 
 class Meeting:
@@ -69,5 +76,15 @@ def on_threads(size: int, work: Callable[[ThreadWorkers], Any]) -> list[Any]:
             meeting.barrier.abort()
             return error
 
-    with ThreadPoolExecutor(size) as threads:
+    # What belongs to the process is not for threads to change under each other: the precision of products, and the
+    # generator from which torch draws new weights.
+    untuned = patch.object(training_fit, "tuned_host", lambda **_: contextlib.nullcontext())
+    building = threading.Lock()
+
+    def build_alone(*args: Any, **kwargs: Any) -> VAE:
+        with building:
+            return build_vae(*args, **kwargs)
+
+    one_by_one = patch.object(training_worker, "build_vae", build_alone)
+    with tuned_host(num_threads=1), untuned, one_by_one, ThreadPoolExecutor(size) as threads:
         return list(threads.map(one, range(size)))
