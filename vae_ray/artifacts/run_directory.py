@@ -10,6 +10,7 @@ from typing import Any
 import filelock
 
 from vae_ray.artifacts.durable_files import replace_durably
+from vae_ray.artifacts.patient_files import append_whole
 from vae_ray.config import Experiment
 from vae_ray.errors import UserError
 
@@ -48,6 +49,11 @@ class RunDirectory:
         return self.path / "tensorboard"
 
     @property
+    def nonfinite(self) -> Path:
+        """Batches whose loss or gradient was not finite."""
+        return self.path / "nonfinite"
+
+    @property
     def progress_file(self) -> Path:
         """How far the current epoch is; only for the live view."""
         return self.path / ".progress.json"
@@ -81,14 +87,15 @@ class RunDirectory:
                     break
         return lines
 
-    def append_metrics(self, line: dict[str, Any]) -> None:
-        with self.metrics_file.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(line) + "\n")
+    def append_metrics(self, *lines: dict[str, Any]) -> None:
+        """Add whole lines or, where the storage does not take them, nothing; raises `OSError`."""
+        append_whole(self.metrics_file, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
     def forget_after(self, epoch: int) -> None:
         """Drop metrics and pictures of epochs that will be computed again."""
-        kept = [json.dumps(line) + "\n" for line in self.history() if line["epoch"] <= epoch]
-        replace_durably(self.metrics_file, "".join(kept).encode())
+        kept = "".join(json.dumps(line) + "\n" for line in self.history() if line["epoch"] <= epoch).encode()
+        if not self.metrics_file.exists() or self.metrics_file.read_bytes() != kept:
+            replace_durably(self.metrics_file, kept)
         for picture in self.images.glob("*/epoch=*.png"):
             if int(picture.stem.partition("=")[2]) > epoch:
                 picture.unlink()

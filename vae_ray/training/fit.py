@@ -16,6 +16,7 @@ from vae_ray.config import Experiment
 from vae_ray.training.checkpoints import checkpoint_name
 from vae_ray.training.group import WorkerGroup
 from vae_ray.training.host import tuned_host
+from vae_ray.training.nonfinite import RollBack
 from vae_ray.training.worker import Worker
 
 WRITER_LOCK_SECONDS = 60.0
@@ -54,7 +55,13 @@ def fit_epochs(experiment: Experiment, run_path: Path, group: WorkerGroup) -> Ge
         recorder = stack.enter_context(worker.recorder()) if group.rank == 0 else None
         while worker.epochs_done < experiment.training.epochs:
             worker.stop_if_told()
-            line = worker.run_epoch(recorder)
+            try:
+                line = worker.run_epoch(recorder)
+            except RollBack:
+                worker.roll_back()
+                if recorder is not None:
+                    recorder.begin_at(worker.epochs_done + 1)
+                continue
             if recorder is not None:
                 recorder.epoch(line, worker.model)
                 worker.save(line)
