@@ -22,6 +22,7 @@ from urllib.parse import urlparse
 import filelock
 import torch
 
+import vae_ray
 from vae_ray.artifacts.progress import ProgressView
 from vae_ray.artifacts.run_directory import RunDirectory
 from vae_ray.config import Experiment, differing_fields
@@ -272,8 +273,9 @@ def _result_from(summary: dict[str, Any], history: list[dict[str, Any]]) -> Trai
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide a run's numbers."""
-    packages = ("vae_ray", "torch", "torchvision", "ray", "pyarrow", "safetensors")
+    packages = ("torch", "torchvision", "ray", "pyarrow", "safetensors")
     return {
         "python": platform.python_version(),
+        "vae_ray": vae_ray.__version__,  # a package that travelled with a job has no metadata
         **{name: importlib.metadata.version(name) for name in packages},
     }

@@ -7,23 +7,11 @@ import logging
 import os
 from collections.abc import Iterator
 
-# Ray reads these when it is imported or started; a user's own settings stay.
-for _name, _value in {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    # A report waits for the controller's next poll: at the default of 2 s short epochs would wait for Ray.
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-    "RAY_TRAIN_METRICS_ENABLED": "0",
-    "RAY_AIR_NEW_OUTPUT": "0",  # only Tune's older output can be silenced; our own view tells what happens
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # a trial's run directory has its own metrics and TensorBoard events
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the future default; without it Ray warns at every start
-}.items():
-    os.environ.setdefault(_name, _value)
+import ray
+import torch
 
-import ray  # noqa: E402
-import torch  # noqa: E402
-
-from vae_ray.config import Experiment  # noqa: E402
-from vae_ray.errors import UserError  # noqa: E402
+from vae_ray.config import Experiment
+from vae_ray.errors import UserError
 
 
 def check_local_resources(experiment: Experiment) -> None:
