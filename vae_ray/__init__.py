@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from vae_ray.tuning.conclusion import SweepResult as SweepResult
     from vae_ray.tuning.sweep import sweep as sweep
 
-__version__ = "0.1.0"
-
 _HOME_OF = {
     "Experiment": "vae_ray.config",
     "SweepResult": "vae_ray.tuning.conclusion",

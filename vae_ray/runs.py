@@ -22,7 +22,6 @@ from urllib.parse import urlparse
 import filelock
 import torch
 
-import vae_ray
 from vae_ray.artifacts.progress import ProgressView
 from vae_ray.artifacts.run_directory import RunDirectory
 from vae_ray.config import Experiment, differing_fields
@@ -32,6 +31,7 @@ from vae_ray.trained import TrainedVAE
 from vae_ray.training.checkpoints import best_checkpoint, complete_checkpoints
 from vae_ray.training.fit import WRITER_LOCK_SECONDS, fit
 from vae_ray.training.group import Solo
+from vae_ray.version import VERSION
 
 logger = logging.getLogger(__name__)
 
@@ -276,6 +276,6 @@ def versions() -> dict[str, str]:
     packages = ("torch", "torchvision", "ray", "pyarrow", "safetensors")
     return {
         "python": platform.python_version(),
-        "vae_ray": vae_ray.__version__,  # a package that travelled with a job has no metadata
+        "vae_ray": VERSION,  # a package that travelled with a job has no metadata
         **{name: importlib.metadata.version(name) for name in packages},
     }

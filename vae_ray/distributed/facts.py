@@ -36,7 +36,7 @@ def question(cache_dir: str | None = None) -> Callable[[], dict[str, Any]]:
 
         def our_version() -> str | None:
             try:
-                return str(importlib.import_module("vae_ray").__version__)
+                return str(importlib.import_module("vae_ray.version").VERSION)
             except ImportError:
                 return None
 

@@ -14,12 +14,11 @@ from pathlib import Path
 
 import pathspec
 
-import vae_ray
 from vae_ray.errors import UserError
 
 LIMIT_BYTES = 512 * 2**20
 """Ray's own limit for a package."""
-PACKAGE = Path(vae_ray.__file__).parent
+PACKAGE = Path(__file__).parents[1]
 EXCLUDED = (
     *(".git", ".venv", "venv", "__pycache__", "*.pyc", "*.egg-info", ".ipynb_checkpoints"),
     *(".mypy_cache", ".pytest_cache", ".ruff_cache", ".hypothesis", "node_modules"),
