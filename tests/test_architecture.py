@@ -1,7 +1,8 @@
 """The rooms of the package and who may import whom, read from the sources themselves.
 
 cli -> tuning -> runs -> {distributed, trained} -> training -> artifacts -> objective -> {likelihoods, schedules}
--> models -> posterior -> data -> seeds -> config -> {errors, version}. Downwards only; `models` may use the posterior.
+-> models -> posterior -> data -> {seeds, storage} -> config -> {errors, version}. Downwards only; `models` may use
+the posterior.
 """
 
 import ast
@@ -17,7 +18,7 @@ PACKAGE = REPOSITORY / "vae_ray"
 LAYERS = [
     {"errors", "version"},
     {"config"},
-    {"seeds"},
+    {"seeds", "storage"},
     {"data"},
     {"posterior"},
     {"models"},

@@ -210,14 +210,14 @@ def submit(options: argparse.Namespace) -> dict[str, Any]:
     from vae_ray.distributed import submission
     from vae_ray.distributed.upload import collect
 
-    need = None
+    workers = None
     if experiment is None:
         submission.check_place("CHECKPOINT", inner.checkpoint, flag="evaluate")
     else:
         submission.check_places(experiment)
-        workers = inner.workers_per_trial or 1 if options.job == "sweep" else experiment.workers.num
-        gpus = experiment.workers.gpus if experiment.workers.device == "cuda" else 0
-        need = submission.Need(workers, experiment.workers.cpus, gpus)
+        workers = experiment.workers
+        if options.job == "sweep":
+            workers = workers.model_copy(update={"num": inner.workers_per_trial or 1})
     given = (getattr(inner, "experiment", None), getattr(inner, "search", None))
     files = [path for path in given if path is not None and os.path.isfile(path)]
     named = {f"submitted/{number}-{Path(path).name}": Path(path) for number, path in enumerate(files, start=1)}
@@ -228,7 +228,7 @@ def submit(options: argparse.Namespace) -> dict[str, Any]:
             [options.job, *arguments, *(f"--{key}={value}" for key, value in options.overrides.items())],
             address=options.address,
             upload=collect(working_dir=options.working_dir, named=named),
-            need=need,
+            workers=workers,
             environment=environment,
             python=options.python,
             follow=options.follow,

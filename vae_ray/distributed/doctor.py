@@ -37,6 +37,7 @@ from vae_ray.distributed.findings import Finding, judge
 from vae_ray.distributed.submission import ENDED, send
 from vae_ray.distributed.upload import collect
 from vae_ray.errors import TrainingFailed, UserError
+from vae_ray.storage.locations import check_writable, directory_of, is_uri
 
 CONNECT_SECONDS = 90.0
 JOB_SECONDS = 180.0
@@ -121,23 +122,35 @@ def _by_connection(address: str, storage: str | None) -> Diagnosis:
     """Connect to the cluster in a process of its own: Ray's connection may hang or take its process down."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe(duplex=False)
-    process = context.Process(target=_examine_connected, args=(address, storage, there), daemon=True)
-    process.start()
-    there.close()
-    try:
-        if not here.poll(CONNECT_SECONDS):
-            raise UserError(f"{address} does not answer within {CONNECT_SECONDS:g} s; is every node of it up?")
-        answer = here.recv()
-    except EOFError:
-        raise UserError(
-            f"{address}: Ray's connection died; is this machine one of its nodes? If not, try --address http://HOST:8265"
-        ) from None
-    finally:
-        process.kill()
-        process.join()
+    with tempfile.NamedTemporaryFile(prefix="vae_ray-") as complaints:
+        arguments = (address, storage, there, complaints.name)
+        process = context.Process(target=_examine_connected, args=arguments, daemon=True)
+        process.start()
+        there.close()
+        try:
+            answer = _received(here, Path(complaints.name), address)
+        finally:
+            process.kill()
+            process.join()
     if isinstance(answer, str):
         raise UserError(answer)
     return Diagnosis(address, *answer)
+
+
+def _received(answer: Connection, complaints: Path, address: str) -> Any:
+    """What comes; `UserError` as soon as it is clear that nothing will."""
+    deadline = time.monotonic() + CONNECT_SECONDS
+    while time.monotonic() < deadline:
+        with contextlib.suppress(EOFError):
+            if answer.poll(0.25):
+                return answer.recv()
+            if b"Unauthenticated" not in complaints.read_bytes():  # Ray's core asks again for 20 s before it says so
+                continue
+            raise UserError(f"{address} refuses the token of this process, or it has none; {TOKEN_ADVICE}")
+        raise UserError(
+            f"{address}: Ray's connection died; is this machine one of its nodes? If not, try --address http://HOST:8265"
+        )
+    raise UserError(f"{address} does not answer within {CONNECT_SECONDS:g} s; is every node of it up?")
 
 
 def _is_dashboard(address: str) -> bool:
@@ -161,9 +174,9 @@ def _is_dashboard(address: str) -> bool:
     return False
 
 
-def _examine_connected(address: str, storage: str | None, answer: Connection) -> None:
+def _examine_connected(address: str, storage: str | None, answer: Connection, complaints: str) -> None:
     """In the process of its own: send findings and nodes, or one line that says why not."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # Ray's core writes its own retries there
+    os.dup2(os.open(complaints, os.O_WRONLY), 2)  # Ray's core writes there what it tries
     try:
         context = ray.init(address=address, log_to_driver=False, logging_level=logging.CRITICAL)
     except ray.exceptions.AuthenticationError:
@@ -202,18 +215,36 @@ def _token(is_open: bool) -> Finding:
 
 
 def _storage(storage: str, *, several: bool) -> list[Finding]:
-    """Whether runs can be stored there, by every node."""
+    """Whether runs can be stored there, by every node of several."""
+    shown = "writable from every node" if several else "writable"
     try:
-        with _made(Path(storage).expanduser().absolute()) as path:
-            with tempfile.TemporaryFile(dir=path):
-                pass
+        if is_uri(storage):
+            check_writable(storage)
+            return _uri_from_nodes(storage) if several else [Finding("ok", "storage", f"{storage} is {shown}")]
+        with _made(directory_of(storage)) as path:
+            check_writable(str(path))
             if several:
                 nodes.check_storage(path)
     except UserError as error:
         return [Finding("error", "storage", str(error).removeprefix("run.storage: "))]
     except OSError as error:
         return [Finding("error", "storage", f"{storage} cannot be written ({error.strerror})", "--storage DIR|URI")]
-    return [Finding("ok", "storage", f"{storage} is writable" + (" from every node" if several else ""))]
+    return [Finding("ok", "storage", f"{path} is {shown}")]
+
+
+def _uri_from_nodes(uri: str) -> list[Finding]:
+    """Every node writes to an object store for itself, with its own network and credentials."""
+
+    def write() -> None:
+        from vae_ray.storage.locations import check_writable
+
+        check_writable(uri)
+
+    failed = [answer for answer in nodes.on_every_node(write) if answer.error is not None]
+    if not failed:
+        return [Finding("ok", "storage", f"{uri} is writable from every node")]
+    reasons = "; ".join(f"{answer.address}: {str(answer.error).removeprefix('UserError: ')}" for answer in failed)
+    return [Finding("error", "storage", f"not all nodes can write to {uri} ({reasons})")]
 
 
 @contextlib.contextmanager

@@ -18,9 +18,10 @@ from typing import Any
 
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from vae_ray.config import Experiment
-from vae_ray.distributed.dashboard import Dashboard, find_dashboard, job_client, node_resources, one_line
+from vae_ray.config import Experiment, WorkersConfig
+from vae_ray.distributed.dashboard import Dashboard, find_dashboard, job_client, may_grow, node_resources, one_line
 from vae_ray.distributed.environment import DEFAULTS
+from vae_ray.distributed.nodes import room
 from vae_ray.distributed.upload import Upload, mebibytes
 from vae_ray.errors import TrainingFailed, UserError
 
@@ -28,15 +29,6 @@ AGENT_SECONDS = 60.0
 STOP_SECONDS = "30"
 """How long a stopped job has for its last checkpoint; Ray's own default is 3."""
 ENDED = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED)
-
-
-@dataclass(frozen=True)
-class Need:
-    """What a run asks of the cluster at least."""
-
-    num_workers: int
-    cpus: int
-    gpus: int
 
 
 @dataclass(frozen=True)
@@ -76,7 +68,7 @@ def submit(
     *,
     address: str | None,
     upload: Upload,
-    need: Need | None = None,
+    workers: WorkersConfig | None = None,
     environment: Mapping[str, str] | None = None,
     python: str = "python",
     follow: bool = True,
@@ -89,8 +81,8 @@ def submit(
     upload.check_size()
     dashboard = find_dashboard(address)
     client = job_client(dashboard)
-    if need is not None:
-        _check_need(need, dashboard)
+    if workers is not None:
+        _check_room(workers, dashboard)
     if dashboard.is_open:
         _say(f"warning: {dashboard.url} asks for no token: anyone who reaches it can run code there")
     _say(f"uploading {len(upload.files)} files, {mebibytes(upload.num_bytes)}")
@@ -130,17 +122,19 @@ def check_place(key: str, place: str, *, flag: str) -> None:
         )
 
 
-def _check_need(need: Need, dashboard: Dashboard) -> None:
-    """Refuse what the cluster has not got; one that grows by itself may get it."""
+def _check_room(workers: WorkersConfig, dashboard: Dashboard) -> None:
+    """Refuse more workers than the cluster has room for, unless it is one that grows."""
     nodes = node_resources(dashboard)
-    for resource, each in (("CPU", need.cpus), ("GPU", need.gpus)):
-        has = sum(resources.get(resource, 0) for resources in nodes)
-        wanted = need.num_workers * each
-        if wanted > has:
-            raise UserError(
-                f"workers.num: got {need.num_workers} with {each} {resource} each, should be at most what the cluster "
-                f"has ({has:g} {resource}s on {len(nodes)} nodes)"
-            )
+    each = {"CPU": workers.cpus, **({"GPU": workers.gpus} if workers.device == "cuda" else {})}
+    fitting = room(nodes, each)
+    if workers.least <= fitting:
+        return
+    wants = " and ".join(f"{amount} {kind}" for kind, amount in each.items())
+    has = " and ".join(f"{sum(node.get(kind, 0) for node in nodes):g} {kind}s" for kind in each)
+    text = f"workers.num: got {workers.least} with {wants} each; the cluster has {has} on {len(nodes)} nodes"
+    if not may_grow(dashboard):
+        raise UserError(f"{text}, which is room for {fitting}; for example --workers.num {max(1, fitting)}")
+    _say(f"warning: {text} now; the job needs it to grow")
 
 
 def send(client: JobSubmissionClient, **job: Any) -> str:
