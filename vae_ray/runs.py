@@ -32,6 +32,7 @@ from vae_ray.trained import TrainedVAE
 from vae_ray.training.checkpoints import best_checkpoint, complete_checkpoints, resumable_checkpoints
 from vae_ray.training.fit import fit
 from vae_ray.training.group import Solo
+from vae_ray.version import VERSION
 
 logger = logging.getLogger(__name__)
 
@@ -310,8 +311,9 @@ def _result_from(summary: dict[str, Any], history: list[dict[str, Any]]) -> Trai
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide a run's numbers."""
-    packages = ("vae_ray", "torch", "torchvision", "ray", "pyarrow", "safetensors")
+    packages = ("torch", "torchvision", "ray", "pyarrow", "safetensors")
     return {
         "python": platform.python_version(),
+        "vae_ray": VERSION,  # a package that travelled with a job has no metadata
         **{name: importlib.metadata.version(name) for name in packages},
     }
