@@ -6,8 +6,10 @@ workers or on another node.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
+import time
 from types import TracebackType
 from typing import Any
 
@@ -18,6 +20,7 @@ from vae_ray.artifacts.run_directory import RunDirectory
 from vae_ray.config import Experiment
 
 POLL_SECONDS = 0.25
+FETCH_SECONDS = 2.0
 
 
 class ProgressView:
@@ -28,6 +31,7 @@ class ProgressView:
         self._console = console or Console(stderr=True, highlight=False)
         self._last_shown = max((line["epoch"] for line in run.history()), default=0)
         self._read_bytes = 0
+        self._next_fetch = 0.0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="progress", daemon=True)
         self._bar = Progress(
@@ -58,7 +62,16 @@ class ProgressView:
         while not self._stop.wait(POLL_SECONDS):
             self._show()
 
+    def _fetch(self, *, is_last: bool) -> None:
+        """Of a run at a URI, its metrics as they now are; a look that fails is followed by the next."""
+        mirror = self._run.mirror
+        if mirror is not None and (is_last or time.monotonic() >= self._next_fetch):
+            self._next_fetch = time.monotonic() + FETCH_SECONDS
+            with contextlib.suppress(OSError):
+                mirror.fetch(lambda name: name == self._run.metrics_file.name)
+
     def _show(self) -> None:
+        self._fetch(is_last=self._stop.is_set())
         size = self._run.metrics_file.stat().st_size if self._run.metrics_file.exists() else 0
         if size != self._read_bytes:
             self._read_bytes, history = size, self._run.history()
