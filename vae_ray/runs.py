@@ -54,6 +54,8 @@ class TrainResult:
     last_checkpoint: Path | str
     best_epoch: int
     num_workers: int
+    nodes: list[str]
+    """Addresses of the machines of the workers that ended it, by rank."""
     device: str
     epochs: int
     metrics: dict[str, float]
@@ -278,7 +280,7 @@ def summarise(
     metrics = {key: value for key, value in best.metrics.items() if "/" in key}
     if "test/nelbo" not in metrics:
         metrics |= TrainedVAE.load(run.located(best.path), device=device).evaluate("test")
-    history = run.history()
+    history, last_attempt = run.history(), run.attempts()[-1]
     mine = [line for line in history if line["epoch"] > done_before]
     train_seconds = sum(line["seconds"] for line in history)  # of the lines that survived
     num_images = sum(line["images_per_second"] * line["seconds"] for line in history)
@@ -287,7 +289,8 @@ def summarise(
         best_checkpoint=run.located(best.path),
         last_checkpoint=run.located(checkpoints[-1].path),
         best_epoch=best.epoch,
-        num_workers=experiment.workers.most,
+        num_workers=last_attempt["num_workers"],
+        nodes=last_attempt["nodes"],
         device=device.type,
         epochs=checkpoints[-1].epoch,
         metrics=metrics,

@@ -32,6 +32,7 @@ class ProgressView:
         self._last_shown = max((line["epoch"] for line in run.history()), default=0)
         self._read_bytes = 0
         self._next_fetch = 0.0
+        self._attempts_shown = len(run.attempts())
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="progress", daemon=True)
         self._bar = Progress(
@@ -68,7 +69,7 @@ class ProgressView:
         if mirror is not None and (is_last or time.monotonic() >= self._next_fetch):
             self._next_fetch = time.monotonic() + FETCH_SECONDS
             with contextlib.suppress(OSError):
-                mirror.fetch(lambda name: name == self._run.metrics_file.name)
+                mirror.fetch(lambda name: name in (self._run.metrics_file.name, self._run.attempts_file.name))
 
     def _show(self) -> None:
         self._fetch(is_last=self._stop.is_set())
@@ -80,6 +81,10 @@ class ProgressView:
                     # soft_wrap: a line stays one line, however narrow the terminal or the log
                     self._console.print(describe_epoch(line, self._epochs), soft_wrap=True)
                     self._last_shown = line["epoch"]
+        for attempt in self._run.attempts()[self._attempts_shown :]:
+            self._attempts_shown += 1
+            if self._attempts_shown > 1:
+                self._console.print(describe_attempt(attempt), soft_wrap=True)
         try:
             state = json.loads(self._run.progress_file.read_text())
         except (OSError, ValueError):  # between epochs there is none
@@ -100,6 +105,18 @@ def describe_epoch(line: dict[str, Any], epochs: int) -> str:
         *(_terms(line, split) for split in splits),
     ]
     return "  ".join([*parts, f"{line['images_per_second']:,.0f} images/s"])
+
+
+def describe_attempt(attempt: dict[str, Any]) -> str:
+    """One line for people from one line of `attempts.jsonl` that is not the first: what was lost, and who goes on."""
+    epochs, steps = attempt["epochs_done"], attempt["steps_done"]
+    whence = f"epoch {epochs + 1}, step {steps}" if steps else f"the end of epoch {epochs}" if epochs else "the start"
+    lost = ""
+    if attempt.get("last_epoch") == epochs + 1 and attempt["last_step"] > steps:
+        lost = f"; {attempt['last_step'] - steps} steps or some more are computed again"
+    num = attempt["num_workers"]
+    who = f"{num} worker{'s' if num > 1 else ''} on {', '.join(sorted(set(attempt['nodes'])))}"
+    return f"started again from {whence}: {who}{lost}"
 
 
 def _terms(values: dict[str, Any], split: str) -> str:

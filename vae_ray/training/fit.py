@@ -47,6 +47,7 @@ def fit_epochs(experiment: Experiment, location: str | Path, group: WorkerGroup)
         if group.rank == 0:
             stack.enter_context(run.open_for_writing())
         worker = Worker(experiment, run, group)
+        worker.record_attempt()
         recorder = stack.enter_context(worker.recorder()) if group.rank == 0 else None
         while worker.epochs_done < experiment.training.epochs:
             line = worker.run_epoch(recorder)

@@ -31,7 +31,7 @@ from vae_ray.training.checkpoints import (
     save_checkpoint,
 )
 from vae_ray.training.evaluation import evaluate_split
-from vae_ray.training.group import WorkerGroup, shards_of
+from vae_ray.training.group import WorkerGroup, agreed, shards_of
 from vae_ray.training.loop import StepSettings, train_epoch
 from vae_ray.training.metrics import TermSums, labelled
 from vae_ray.training.optimization import build_optimizer, learning_rate
@@ -47,7 +47,7 @@ class Worker:
 
     def __init__(self, experiment: Experiment, run: RunDirectory, group: WorkerGroup) -> None:
         self.experiment, self.run, self.group = experiment, run, group
-        self.splits = Splits.open(experiment)
+        self.splits = agreed(group, lambda: Splits.open(experiment))
         self.likelihood = LIKELIHOODS[experiment.model.likelihood](experiment.model)
         self.model = self._new_model().to(group.device)
         self.optimizer = build_optimizer(experiment.optim, self.model.parameters())
@@ -72,11 +72,26 @@ class Worker:
 
     def _newest_checkpoint(self) -> Checkpoint | None:
         """The newest checkpoint as rank 0 read it; the others must not decide for themselves, nor see the storage."""
-        newest = None
-        if self.group.rank == 0 and (found := resumable_checkpoints(self.run.checkpoints)):
+
+        def read() -> Checkpoint | None:
+            if self.group.rank != 0 or not (found := resumable_checkpoints(self.run.checkpoints)):
+                return None
             self.run.fetch(found[-1].path)
-            newest = found[-1].in_memory()
-        return self.group.share(newest)
+            return found[-1].in_memory()
+
+        return self.group.share(agreed(self.group, read))
+
+    def record_attempt(self) -> None:
+        """Write down who computes from where on, for people; on rank 0, others return."""
+        nodes = self.group.gather(self.group.node)
+        if self.group.rank == 0:
+            self.run.append_attempt(
+                started_at=time.time(),
+                num_workers=self.group.size,
+                nodes=nodes,
+                epochs_done=self.epochs_done,
+                steps_done=self.steps_done,
+            )
 
     def recorder(self) -> Recorder:
         """The recorder of what this worker is about to compute; rank 0 only."""
@@ -101,7 +116,9 @@ class Worker:
             if recorder is not None and recorder.progress_is_due():
                 rate = num_done * training.global_batch_size / (time.perf_counter() - started)
                 done = (num_done + first_step) / (training.epochs * self.steps_per_epoch)
-                recorder.progress(epoch=epoch, done=done, images_per_second=rate, **labelled("train", sums.means()))
+                recorder.progress(
+                    epoch=epoch, step=num_done, done=done, images_per_second=rate, **labelled("train", sums.means())
+                )
             if self._checkpoint_is_due(first_step + num_done) and num_done < self.steps_per_epoch:
                 self.save_inside_epoch(sums.gathered(self.group), seconds=time.perf_counter() - started)
 
