@@ -26,13 +26,14 @@ class Meeting:
 
     def __init__(self, size: int) -> None:
         self.barrier = threading.Barrier(size, timeout=60)
-        self.given: list[Tensor] = [torch.empty(0)] * size
+        self.given: list[Any] = [None] * size
 
 
 class ThreadWorkers:
     """One thread's view of its group."""
 
     device = torch.device("cpu")
+    node = "here"
 
     def __init__(self, rank: int, size: int, meeting: Meeting) -> None:
         self.rank, self.size, self._meeting = rank, size, meeting
@@ -52,14 +53,26 @@ class ThreadWorkers:
         parameter.grad.copy_(self.sum(parameter.grad))
 
     def sum(self, values: Tensor) -> Tensor:
-        self._meeting.given[self.rank] = values
-        self._meeting.barrier.wait()
-        total = torch.stack(self._meeting.given).sum(0)
+        total = torch.stack(self._exchanged(values)).sum(0)
         self._meeting.barrier.wait()
         self._num_sums += 1
         if self._num_sums == self._at:
             self._then()
         return total
+
+    def gather(self, value: Any) -> list[Any]:
+        values = list(self._exchanged(value))
+        self._meeting.barrier.wait()
+        return values
+
+    def share(self, value: Any) -> Any:
+        return self.gather(value)[0]
+
+    def _exchanged(self, value: Any) -> list[Any]:
+        """What all have given; nobody may change it before the next barrier."""
+        self._meeting.given[self.rank] = value
+        self._meeting.barrier.wait()
+        return self._meeting.given
 
     def preempted(self) -> bool:
         return False

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM at the driver of real Ray workers: a checkpoint inside the epoch, exit 130, nothing left running."""
+"""Ctrl-C and SIGTERM at the driver of real Ray workers: a checkpoint inside the epoch, exit 130, nothing left."""
 
 from __future__ import annotations
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,11 @@ from vae_ray.artifacts.durable_files import replace_durably
 from vae_ray.artifacts.patient_files import append_whole
 from vae_ray.config import Experiment
 from vae_ray.errors import UserError
+from vae_ray.storage.locations import child, is_uri
+from vae_ray.storage.mirror import Mirror, copy_path, is_light, own_copy
+
+WRITER_LOCK_SECONDS = 60.0
+"""How long a writer waits for a dying predecessor to let go of the run directory."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +27,62 @@ class RunDirectory:
     """Paths of one run, and the few ways in which its files are read and written."""
 
     path: Path
+    mirror: Mirror | None = field(default=None, compare=False)
+    """Where the storage is a URI: `path` is this machine's copy."""
+
+    @classmethod
+    def at(cls, location: str | Path, *, role: str) -> RunDirectory:
+        """The run at a directory or URI; of a URI, with a copy for this process and its `role` ("driver", "writer").
+
+        Raises `UserError` for a URI that no file system serves.
+        """
+        if not is_uri(location):
+            return cls(Path(location))
+        path = copy_path(str(location), role)
+        return cls(path, Mirror(path, str(location)))
+
+    @property
+    def location(self) -> str:
+        """The directory or URI by which everyone else finds this run."""
+        return str(self.path) if self.mirror is None else self.mirror.uri
+
+    def located(self, path: Path) -> Path | str:
+        """Where everyone else finds the file or directory `path` of this run."""
+        return path if self.mirror is None else child(self.mirror.uri, *path.relative_to(self.path).parts)
+
+    def fetch(self, checkpoint: Path | None = None) -> None:
+        """Bring the copy of a URI up to date, with the weights of `checkpoint` only; nothing to do for a directory."""
+        if self.mirror is None:
+            return
+        whole = f"{checkpoint.relative_to(self.path).as_posix()}/" if checkpoint is not None else "\0"
+        try:
+            self.mirror.fetch(lambda name: is_light(name) or name.startswith(whole))
+        except OSError as error:
+            raise UserError(f"{self.location}: cannot be read ({' '.join(str(error).split())[:200]})") from None
+
+    @contextlib.contextmanager
+    def open_for_writing(self) -> Iterator[None]:
+        """Let this process alone write the run, for the body; of a URI in a copy, whose last part is sent at the end.
+
+        Raises `filelock.Timeout` if a dying predecessor does not let go, and `TrainingFailed` if a copy cannot be sent.
+        """
+        with contextlib.ExitStack() as stack:
+            if self.mirror is not None:
+                stack.enter_context(own_copy(self.mirror))
+                stack.callback(self.mirror.close)
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(self.lock("writer").acquire(timeout=WRITER_LOCK_SECONDS))
+            yield
+
+    def publish_soon(self) -> None:
+        """Have all that is new copied to where everyone sees it, without waiting; nothing to do for a directory."""
+        if self.mirror is not None:
+            self.mirror.push_soon()
+
+    def publish(self, *files: Path) -> None:
+        """Copy just these files to where everyone sees them; nothing to do for a directory."""
+        if self.mirror is not None:
+            self.mirror.push([file.relative_to(self.path).as_posix() for file in files])
 
     @property
     def experiment_file(self) -> Path:
@@ -35,6 +98,11 @@ class RunDirectory:
     def summary_file(self) -> Path:
         """The result, once the run has finished."""
         return self.path / "summary.json"
+
+    @property
+    def attempts_file(self) -> Path:
+        """One JSON object for each time that workers began or went on with the run."""
+        return self.path / "attempts.jsonl"
 
     @property
     def checkpoints(self) -> Path:
@@ -60,8 +128,34 @@ class RunDirectory:
 
     @property
     def stop_file(self) -> Path:
-        """Tells whoever trains here to write a checkpoint and stop; removed at the next start."""
+        """Tells whoever trains here to write a checkpoint and stop; removed at the next start.
+
+        Of a run at a URI it lies there, not in anyone's copy.
+        """
         return self.path / ".stop"
+
+    def ask_to_stop(self) -> None:
+        """Have whoever trains here write a checkpoint and stop."""
+        if self.mirror is None:
+            self.stop_file.touch()
+        else:
+            self.mirror.write(self.stop_file.name, b"stop")
+
+    def is_asked_to_stop(self) -> bool:
+        """Whether someone has asked since the last start; of a run at a URI that is a question to its storage."""
+        if self.mirror is None:
+            return self.stop_file.exists()
+        try:
+            return self.mirror.read(self.stop_file.name) is not None
+        except OSError:  # away for a moment
+            return False
+
+    def forget_stop(self) -> None:
+        """Begin without a request of the past."""
+        if self.mirror is None:
+            self.stop_file.unlink(missing_ok=True)
+        else:
+            self.mirror.delete(self.stop_file.name)
 
     def lock(self, role: str) -> filelock.BaseFileLock:
         """The lock of "driver" or "writer"; released by the system even if its holder is killed."""
@@ -78,18 +172,29 @@ class RunDirectory:
 
     def history(self) -> list[dict[str, Any]]:
         """The lines of `metrics.jsonl`, oldest first; a line cut short by a kill ends the list."""
-        lines: list[dict[str, Any]] = []
-        if self.metrics_file.exists():
-            for line in self.metrics_file.read_text(encoding="utf-8").splitlines():
-                try:
-                    lines.append(json.loads(line))
-                except ValueError:
-                    break
-        return lines
+        return _json_lines(self.metrics_file)
 
     def append_metrics(self, *lines: dict[str, Any]) -> None:
         """Add whole lines or, where the storage does not take them, nothing; raises `OSError`."""
         append_whole(self.metrics_file, "".join(json.dumps(line) + "\n" for line in lines).encode())
+
+    def attempts(self) -> list[dict[str, Any]]:
+        """The lines of `attempts.jsonl`, oldest first."""
+        return _json_lines(self.attempts_file)
+
+    def append_attempt(self, **attempt: Any) -> None:
+        """Write down that workers begin: `started_at`, `num_workers`, `nodes` by rank, `epochs_done`, `steps_done`.
+
+        To that comes what is known of the attempt before: the epoch and step that it had reached.
+        """
+        try:
+            reached = json.loads(self.progress_file.read_text(encoding="utf-8"))
+            attempt |= {"last_epoch": int(reached["epoch"]), "last_step": int(reached["step"])}
+        except (OSError, ValueError, KeyError, TypeError):  # it ended between epochs, or there was none
+            pass
+        self.progress_file.unlink(missing_ok=True)
+        with self.attempts_file.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(attempt) + "\n")
 
     def forget_after(self, epoch: int) -> None:
         """Drop metrics and pictures of epochs that will be computed again."""
@@ -112,3 +217,14 @@ class RunDirectory:
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         replace_durably(self.summary_file, (json.dumps(summary, indent=2) + "\n").encode())
+
+
+def _json_lines(file: Path) -> list[dict[str, Any]]:
+    lines: list[dict[str, Any]] = []
+    if file.exists():
+        for line in file.read_text(encoding="utf-8").splitlines():
+            try:
+                lines.append(json.loads(line))
+            except ValueError:
+                break
+    return lines

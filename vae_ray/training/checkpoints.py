@@ -18,7 +18,7 @@ import json
 import os
 import pickle
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,6 +71,8 @@ class Checkpoint:
     files: dict[str, dict[str, Any]]
     step: int | None = None
     """How many steps of `epoch` are done, where it has not ended; its metrics are then no more than its `seconds`."""
+    contents: dict[str, bytes] = field(default_factory=dict, repr=False, compare=False)
+    """Files that are already in memory; see `in_memory`."""
 
     @property
     def epochs_done(self) -> int:
@@ -89,6 +91,8 @@ class Checkpoint:
 
     def read(self, name: str) -> bytes:
         """The bytes of one file; raises `UserError` if they are not those that were written."""
+        if name in self.contents:
+            return self.contents[name]
         expected, file = self.files[name], self.path / name
         try:
             content = file.read_bytes()
@@ -106,6 +110,13 @@ class Checkpoint:
                 f"found {digest[:16]}…; use another checkpoint of the run"
             )
         return content
+
+    def in_memory(self) -> Checkpoint:
+        """The same, read and checked whole: it can be given to workers that do not see its directory.
+
+        Raises `UserError` if a file is not what was written.
+        """
+        return replace(self, contents={name: self.read(name) for name in (EXPERIMENT, WEIGHTS, TRAINING_STATE)})
 
     def experiment(self) -> Experiment:
         """The experiment that produced this checkpoint."""

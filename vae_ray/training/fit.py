@@ -19,9 +19,6 @@ from vae_ray.training.host import tuned_host
 from vae_ray.training.nonfinite import RollBack
 from vae_ray.training.worker import Worker
 
-WRITER_LOCK_SECONDS = 60.0
-"""How long rank 0 waits for a dying predecessor to let go of the run directory."""
-
 
 class EpochResult(NamedTuple):
     """What one epoch has come to; the same on every rank."""
@@ -32,26 +29,26 @@ class EpochResult(NamedTuple):
     """Directory of the epoch's checkpoint, which rank 0 has written and synced."""
 
 
-def fit(experiment: Experiment, run_path: Path, group: WorkerGroup) -> None:
+def fit(experiment: Experiment, location: str | Path, group: WorkerGroup) -> None:
     """Train to the experiment's last epoch: all of `fit_epochs`."""
-    for _ in fit_epochs(experiment, run_path, group):
+    for _ in fit_epochs(experiment, location, group):
         pass
 
 
-def fit_epochs(experiment: Experiment, run_path: Path, group: WorkerGroup) -> Generator[EpochResult, None, None]:
+def fit_epochs(experiment: Experiment, location: str | Path, group: WorkerGroup) -> Generator[EpochResult, None, None]:
     """Train epoch by epoch, going on from the run's newest complete checkpoint; yields after each epoch.
 
-    All ranks iterate with equal arguments. Rank 0 writes; the others only compute. Whoever stops early closes the
-    generator: that ends the run's files properly and lets go of its directory, and a later call goes on from there.
-    Raises `Stopped` on all ranks, after a checkpoint, once there is a file `.stop` in the run directory.
+    `location` is the run's directory or URI. All ranks iterate with equal arguments; rank 0 alone reads and writes the
+    run. Whoever stops early closes the generator: that ends the run's files properly and lets go of its directory, and
+    a later call goes on from there. Raises `Stopped` on all ranks, after a checkpoint, once someone asks for it.
     """
-    run = RunDirectory(run_path)
+    run = RunDirectory.at(location, role="writer")
     with contextlib.ExitStack() as stack:
         stack.enter_context(tuned_host(num_threads=experiment.workers.cpus))
         if group.rank == 0:
-            run.checkpoints.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(run.lock("writer").acquire(timeout=WRITER_LOCK_SECONDS))
+            stack.enter_context(run.open_for_writing())
         worker = Worker(experiment, run, group)
+        worker.record_attempt()
         recorder = stack.enter_context(worker.recorder()) if group.rank == 0 else None
         while worker.epochs_done < experiment.training.epochs:
             worker.stop_if_told()

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vae_ray.artifacts.patient_files import reason
 from vae_ray.artifacts.recorder import NUM_RECONSTRUCTIONS, Recorder
 from vae_ray.artifacts.run_directory import RunDirectory
 from vae_ray.config import Experiment
@@ -34,7 +35,7 @@ from vae_ray.training.checkpoints import (
     save_checkpoint,
 )
 from vae_ray.training.evaluation import evaluate_split
-from vae_ray.training.group import WorkerGroup, shards_of
+from vae_ray.training.group import WorkerGroup, agreed, shards_of
 from vae_ray.training.interruptions import Interruptions
 from vae_ray.training.loop import StepSettings, train_epoch
 from vae_ray.training.metrics import TermSums, labelled
@@ -54,7 +55,7 @@ class Worker:
 
     def __init__(self, experiment: Experiment, run: RunDirectory, group: WorkerGroup) -> None:
         self.experiment, self.run, self.group = experiment, run, group
-        self.splits = Splits.open(experiment)
+        self.splits = agreed(group, lambda: Splits.open(experiment))
         self.likelihood = LIKELIHOODS[experiment.model.likelihood](experiment.model)
         self.model = self._new_model().to(group.device)
         self.optimizer = build_optimizer(experiment.optim, self.model.parameters())
@@ -92,14 +93,30 @@ class Worker:
         self.progress = self.progress._replace(num_nonfinite=num_nonfinite, lr_factor=lr_factor)
 
     def _newest_checkpoint(self) -> Checkpoint | None:
-        """The checkpoint that rank 0 sees as newest; the others must not decide for themselves."""
-        found = resumable_checkpoints(self.run.checkpoints) if self.group.rank == 0 else []
-        position = torch.tensor(found[-1].position if found else (0, 0), dtype=torch.float64, device=self.group.device)
-        epochs, steps = (int(number) for number in self.group.sum(position).tolist())
-        if not epochs and not steps:
-            return None
-        by_position = {checkpoint.position: checkpoint for checkpoint in resumable_checkpoints(self.run.checkpoints)}
-        return by_position[epochs, steps]
+        """The newest checkpoint as rank 0 read it; the others must not decide for themselves, nor see the storage."""
+
+        def read() -> Checkpoint | None:
+            if self.group.rank != 0 or not (found := resumable_checkpoints(self.run.checkpoints)):
+                return None
+            self.run.fetch(found[-1].path)
+            return found[-1].in_memory()
+
+        return self.group.share(agreed(self.group, read))
+
+    def record_attempt(self) -> None:
+        """Write down who computes from where on, for people; on rank 0, others return."""
+        nodes = self.group.gather(self.group.node)
+        if self.group.rank == 0:
+            try:
+                self.run.append_attempt(
+                    started_at=time.time(),
+                    num_workers=self.group.size,
+                    nodes=nodes,
+                    epochs_done=self.epochs_done,
+                    steps_done=self.steps_done,
+                )
+            except OSError as error:
+                logger.warning("%s: could not be written (%s)", self.run.attempts_file, reason(error))
 
     def recorder(self) -> Recorder:
         """The recorder of what this worker is about to compute; rank 0 only."""
@@ -124,7 +141,9 @@ class Worker:
             if recorder is not None and recorder.progress_is_due():
                 rate = num_done * training.global_batch_size / (time.perf_counter() - started)
                 done = (num_done + first_step) / (training.epochs * self.steps_per_epoch)
-                recorder.progress(epoch=epoch, done=done, images_per_second=rate, **labelled("train", sums.means()))
+                recorder.progress(
+                    epoch=epoch, step=num_done, done=done, images_per_second=rate, **labelled("train", sums.means())
+                )
             interruption = self._interruptions.after_step()
             is_due = self._checkpoint_is_due(first_step + num_done) and num_done < self.steps_per_epoch
             if is_due or any(interruption):
@@ -185,7 +204,7 @@ class Worker:
             try:
                 save_batch(file, self.experiment, self.splits, epoch=epoch, step=step, settings=settings)
             except OSError as error:
-                logger.warning("%s: could not be written (%s)", file, error.strerror)
+                logger.warning("%s: could not be written (%s)", file, reason(error))
         self._nonfinite(
             f"epoch {epoch}, step {step} of {self.steps_per_epoch}: the loss or its gradient is not finite; "
             f"the batch is in {file}",
@@ -284,3 +303,4 @@ class Worker:
         )
         with contextlib.suppress(OSError):  # the storage has just gone away: next time
             prune_checkpoints(self.run.checkpoints, num_best=self.experiment.run.checkpoints_kept)
+        self.run.publish_soon()
