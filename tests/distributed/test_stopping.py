@@ -23,7 +23,7 @@ def test_a_stopped_run_of_ray_workers_goes_on_to_the_same_bits(tmp_path: Path, b
     experiment = digits(tmp_path, 2, name="stopped", **LONG)
     training = Training(experiment, tmp_path)
     try:
-        training.wait_for_lines(1)
+        training.wait_for_epoch(2)
         # a terminal sends Ctrl-C to all of the foreground's processes, Ray's and the workers included
         which = signal.SIGINT if by_a_terminal else signal.SIGTERM
         code, seconds, said = training.ends_after(which, whole_group=by_a_terminal)

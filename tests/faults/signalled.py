@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -35,13 +36,19 @@ class Training:
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
 
-    def wait_for_lines(self, num_lines: int, *, timeout_seconds: float = 120) -> None:
-        """Return once so many epochs are done."""
+    def wait_for_epoch(self, epoch: int, *, timeout_seconds: float = 120) -> None:
+        """Return once some steps of that epoch are done."""
         deadline = time.monotonic() + timeout_seconds
-        while len(self.run.history()) < num_lines:
+        while self._epoch_begun() < epoch:
             assert self.process.poll() is None, self._log.read_text()
             assert time.monotonic() < deadline, self._log.read_text()
             time.sleep(0.01)
+
+    def _epoch_begun(self) -> int:
+        try:
+            return int(json.loads(self.run.progress_file.read_text())["epoch"])
+        except (OSError, ValueError):  # not begun, or just being written
+            return 0
 
     def ends_after(self, *signals: signal.Signals, pause_seconds: float = 0.05, whole_group: bool = False) -> Ended:
         """Send the signals, to the whole process group as a terminal does if so told, and wait for the end of all."""
