@@ -34,7 +34,7 @@ def stopping(run: RunDirectory) -> Iterator[None]:
         if not was_asked and _someone_trains(run):
             was_asked = True
             with contextlib.suppress(OSError):  # then only the second signal helps
-                run.ask_to_stop()
+                run.request_stop()
             os.write(2, SAID)  # print() is not safe in a handler: it may have interrupted one
         else:
             for each in SIGNALS:
@@ -50,7 +50,7 @@ def stopping(run: RunDirectory) -> Iterator[None]:
 
 
 def _someone_trains(run: RunDirectory) -> bool:
-    """Whether rank 0, in this process or in another, holds the run's directory. Of a URI nobody can tell."""
+    """Whether rank 0, in this process or in another, holds the run's directory; of a URI that is not known."""
     if run.mirror is not None:
         return True
     try:

@@ -104,6 +104,25 @@ class RunDirectory:
         """One JSON object for each time that workers began or went on with the run."""
         return self.path / "attempts.jsonl"
 
+    def request_stop(self) -> None:
+        """Ask whoever trains here to write a checkpoint and stop; raises `OSError`."""
+        if self.mirror is not None:
+            self.mirror.write(self.stop_file.name, b"stop")
+        else:
+            self.stop_file.touch()
+
+    def stop_is_requested(self) -> bool:
+        """Whether someone asked for it; of a run at a URI as it was at most a second ago."""
+        if self.mirror is None:
+            return self.stop_file.exists()
+        return self.mirror.has_soon(self.stop_file.name)
+
+    def forget_stop(self) -> None:
+        """Let the next start begin without a request."""
+        self.stop_file.unlink(missing_ok=True)
+        if self.mirror is not None:
+            self.mirror.delete(self.stop_file.name)
+
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
@@ -133,29 +152,6 @@ class RunDirectory:
         Of a run at a URI it lies there, not in anyone's copy.
         """
         return self.path / ".stop"
-
-    def ask_to_stop(self) -> None:
-        """Have whoever trains here write a checkpoint and stop."""
-        if self.mirror is None:
-            self.stop_file.touch()
-        else:
-            self.mirror.write(self.stop_file.name, b"stop")
-
-    def is_asked_to_stop(self) -> bool:
-        """Whether someone has asked since the last start; of a run at a URI that is a question to its storage."""
-        if self.mirror is None:
-            return self.stop_file.exists()
-        try:
-            return self.mirror.read(self.stop_file.name) is not None
-        except OSError:  # away for a moment
-            return False
-
-    def forget_stop(self) -> None:
-        """Begin without a request of the past."""
-        if self.mirror is None:
-            self.stop_file.unlink(missing_ok=True)
-        else:
-            self.mirror.delete(self.stop_file.name)
 
     def lock(self, role: str) -> filelock.BaseFileLock:
         """The lock of "driver" or "writer"; released by the system even if its holder is killed."""

@@ -40,7 +40,8 @@ def fit_epochs(experiment: Experiment, location: str | Path, group: WorkerGroup)
 
     `location` is the run's directory or URI. All ranks iterate with equal arguments; rank 0 alone reads and writes the
     run. Whoever stops early closes the generator: that ends the run's files properly and lets go of its directory, and
-    a later call goes on from there. Raises `Stopped` on all ranks, after a checkpoint, once someone asks for it.
+    a later call goes on from there. Raises `Stopped` on all ranks, after a checkpoint, once there is a file `.stop` in
+    the run's directory.
     """
     run = RunDirectory.at(location, role="writer")
     with contextlib.ExitStack() as stack:

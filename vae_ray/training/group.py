@@ -39,16 +39,16 @@ class WorkerGroup(Protocol):
         """Elementwise sum over workers, the same on every worker. All ranks must call it."""
         ...
 
-    def preempted(self) -> bool:
-        """Whether a worker's machine is about to be taken away, the same on every worker. All ranks must call it."""
-        ...
-
     def share(self, value: Value) -> Value:
         """Rank 0's `value`, on every worker. All ranks must call it."""
         ...
 
     def gather(self, value: Value) -> list[Value]:
         """Every worker's `value`, in order of rank, on every worker. All ranks must call it."""
+        ...
+
+    def preempted(self) -> bool:
+        """Whether a worker's machine is about to be taken away, the same on every worker. All ranks must call it."""
         ...
 
 
@@ -67,14 +67,14 @@ class Solo:
     def sum(self, values: Tensor) -> Tensor:
         return values
 
-    def preempted(self) -> bool:
-        return False
-
     def share(self, value: Value) -> Value:
         return value
 
     def gather(self, value: Value) -> list[Value]:
         return [value]
+
+    def preempted(self) -> bool:
+        return False
 
 
 def agreed(group: WorkerGroup, action: Callable[[], Value]) -> Value:

@@ -1,7 +1,7 @@
 """What interrupts training from outside, agreed on by all ranks: a request to stop, a machine that goes away.
 
-A request is the file `.stop` in the run's directory or URI: the same for a signal in this process, for Ray workers on
-other nodes and for trials. Rank 0 looks at it, and at its clock, and tells the others.
+A request is the file `.stop` in the run's directory: the same for a signal in this process, for Ray workers on other
+nodes and for trials. Rank 0 looks at it, and at its clock, and tells the others.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ from vae_ray.training.group import WorkerGroup
 
 AGREE_SECONDS = 0.2
 """About the time from one agreement to the next: a sum over workers costs a quarter of a millisecond of it."""
-URI_SECONDS = 2.0
-"""Least time between two looks where the run's directory is a URI."""
 PREEMPTION_SECONDS = 2.0
 """Least time between two questions whether a machine goes away: each costs milliseconds."""
 
@@ -31,6 +29,9 @@ class Interruption(NamedTuple):
     """Write a checkpoint and go on: a machine of the group is about to go. Said once."""
 
 
+NOTHING = Interruption()
+
+
 class Interruptions:
     """Asks every few steps; how many is agreed on too, so that all ranks ask after the same step."""
 
@@ -38,14 +39,13 @@ class Interruptions:
         self._run, self._group = run, group
         self._interval = self._steps_left = 1
         self._agreed_at = time.monotonic()
-        self._look_at = self._ask_preempted_at = self._agreed_at
-        self._stop = False
+        self._ask_preempted_at = self._agreed_at
         self._was_preempted = False
 
     def after_step(self) -> Interruption:
         """All ranks must call it after every step."""
         self._steps_left -= 1
-        return self.agreed() if self._steps_left <= 0 else Interruption()
+        return self.agreed() if self._steps_left <= 0 else NOTHING
 
     def agreed(self) -> Interruption:
         """Ask now. All ranks must call it."""
@@ -68,7 +68,4 @@ class Interruptions:
             self._ask_preempted_at = now + PREEMPTION_SECONDS
         # as many steps as fit in the time, growing with care: the next may be slower than those measured
         interval = max(1, min(8 * num_steps, int(AGREE_SECONDS * num_steps / max(seconds, 1e-6))))
-        if now >= self._look_at:
-            self._stop = self._run.is_asked_to_stop()
-            self._look_at = now + (URI_SECONDS if self._run.mirror else 0.0)
-        return float(self._stop), float(ask_preempted), float(interval)
+        return float(self._run.stop_is_requested()), float(ask_preempted), float(interval)

@@ -141,9 +141,8 @@ class Worker:
             if recorder is not None and recorder.progress_is_due():
                 rate = num_done * training.global_batch_size / (time.perf_counter() - started)
                 done = (num_done + first_step) / (training.epochs * self.steps_per_epoch)
-                recorder.progress(
-                    epoch=epoch, step=num_done, done=done, images_per_second=rate, **labelled("train", sums.means())
-                )
+                terms = labelled("train", sums.means())
+                recorder.progress(epoch=epoch, step=num_done, done=done, images_per_second=rate, **terms)
             interruption = self._interruptions.after_step()
             is_due = self._checkpoint_is_due(first_step + num_done) and num_done < self.steps_per_epoch
             if is_due or any(interruption):
@@ -236,7 +235,7 @@ class Worker:
         done = f"epoch {self.epochs_done} of {self.experiment.training.epochs}"
         if self.steps_done:
             done = f"step {self.steps_done} of {self.steps_per_epoch} of epoch {self.epochs_done + 1}"
-        return Stopped(f"stopped after {done}; go on with --resume --name {self.run.path.name}")
+        return Stopped(f"stopped after {done}; go on with --resume --name {self.experiment.run.name}")
 
     def _checkpoint_is_due(self, num_steps: int) -> bool:
         every = self.experiment.run.checkpoint_every_steps
