@@ -15,6 +15,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
+from vae_ray.errors import Diverged, Stopped
 from vae_ray.models.vae import VAE, build_vae
 from vae_ray.training import fit as training_fit
 from vae_ray.training import worker as training_worker
@@ -85,6 +86,8 @@ def on_threads(size: int, work: Callable[[ThreadWorkers], Any]) -> list[Any]:
     def one(rank: int) -> Any:
         try:
             return work(ThreadWorkers(rank, size, meeting))
+        except (Stopped, Diverged) as error:  # on these all agree: nobody is left waiting
+            return error
         except Exception as error:
             meeting.barrier.abort()
             return error
