@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
 
 from vae_ray.errors import UserError
+from vae_ray.reading import parse_yaml, read_bytes, shown
 
 PRESET_DIR = Path(__file__).parent / "presets"
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
@@ -36,9 +37,19 @@ def _refuse_bool(value: object) -> object:
     return value
 
 
+def _refuse_unprintable(value: Any) -> Any:
+    """A path that no file system allows, or that no terminal shows, is a mistake."""
+    if any(ord(character) < 32 or 0xD800 <= ord(character) < 0xE000 for character in str(value)):
+        raise ValueError("should be a path of printable characters")
+    return value
+
+
 Int = Annotated[int, BeforeValidator(_refuse_bool)]
 Float = Annotated[float, BeforeValidator(_refuse_bool), Field(allow_inf_nan=False)]
-Widths = Annotated[tuple[Annotated[Int, Field(ge=1, le=65536)], ...], BeforeValidator(_split_list)]
+FilePath = Annotated[Path, AfterValidator(_refuse_unprintable)]
+Widths = Annotated[
+    tuple[Annotated[Int, Field(ge=1, le=65536)], ...], Field(max_length=256), BeforeValidator(_split_list)
+]
 
 
 class _Section(BaseModel):
@@ -51,13 +62,13 @@ class DataConfig(_Section):
     source: Literal["digits", "mnist", "fashion_mnist", "kmnist"] = Field(
         "digits", description="Data set; digits ships inside scikit-learn and needs no download."
     )
-    root: Path | None = Field(
+    root: FilePath | None = Field(
         None,
         description="Directory of the raw files in torchvision's layout (ROOT/MNIST/raw/...); "
         "null means datasets/ inside data.cache_dir. No effect for digits.",
     )
     download: bool = Field(True, description="Download raw files that are absent. No effect for digits.")
-    cache_dir: Path | None = Field(
+    cache_dir: FilePath | None = Field(
         None,
         description="Directory of the decoded, memory-mapped images; null means $VAE_RAY_CACHE, else ~/.cache/vae_ray.",
     )
@@ -152,7 +163,9 @@ class RunConfig(_Section):
     name: Annotated[str, StringConstraints(pattern=NAME_PATTERN)] | None = Field(
         None, description="Directory of the run inside run.storage; null means SOURCE-DATE-TIME."
     )
-    storage: str = Field("runs", min_length=1, description="Directory that holds all runs.")
+    storage: Annotated[str, AfterValidator(_refuse_unprintable)] = Field(
+        "runs", min_length=1, description="Directory that holds all runs."
+    )
     seed: Int = Field(0, ge=0, lt=2**63, description="Seed of weights, order of images and latent noise.")
     checkpoints_kept: Int = Field(1, ge=1, description="Best checkpoints kept; the last is kept besides.")
 
@@ -183,8 +196,8 @@ class Experiment(_Section):
     def from_file(cls, path: str | Path) -> Experiment:
         """An experiment from YAML sections; raises `UserError` if it cannot be read or is not valid."""
         try:
-            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            content = parse_yaml(read_bytes(Path(path)))
+        except (OSError, ValueError) as error:
             raise UserError(f"{path}: cannot be read as YAML: {_one_line(error)}") from None
         return cls.from_dict({} if content is None else content, origin=str(path))
 
@@ -283,7 +296,7 @@ def _explain(error: ValidationError) -> str:
     reason = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
     if key == "run.name":
         reason = "should be 1 to 64 letters, digits, '.', '_' or '-', the first a letter or digit"
-    return f"{key}: got {first['input']!r}, {reason}{hint}"
+    return f"{key}: got {shown(first['input'])}, {reason}{hint}"
 
 
 def _example(doc: FieldDoc) -> str:
