@@ -29,6 +29,7 @@ from vae_ray.data.splits import Splits
 from vae_ray.errors import UserError
 from vae_ray.trained import TrainedVAE
 from vae_ray.training.checkpoints import best_checkpoint, complete_checkpoints
+from vae_ray.training.damage import set_aside_damaged
 from vae_ray.training.fit import WRITER_LOCK_SECONDS, fit
 from vae_ray.training.group import Solo
 
@@ -179,6 +180,7 @@ def opened_run(experiment: Experiment, *, resume: bool) -> Iterator[RunDirectory
     """The run's directory, locked for this process; refused if the name is taken by something else."""
     run = RunDirectory(storage_directory(experiment) / str(experiment.run.name))
     name = experiment.run.name
+    run.refuse_links()
     existed = run.experiment_file.exists()
     if not existed and is_taken(run.path):
         raise UserError(
@@ -215,6 +217,7 @@ def _settle(run: RunDirectory) -> int:
     """
     try:
         with run.lock("writer").acquire(timeout=WRITER_LOCK_SECONDS):
+            set_aside_damaged(run.checkpoints)
             done = max((found.epoch for found in complete_checkpoints(run.checkpoints)), default=0)
             run.forget_after(done)
             return done
@@ -266,8 +269,11 @@ def summarise(
 
 
 def _result_from(summary: dict[str, Any], history: list[dict[str, Any]]) -> TrainResult:
-    paths = {key: Path(summary[key]) for key in ("run_dir", "best_checkpoint", "last_checkpoint")}
-    return TrainResult(**{**summary, **paths, "history": history})
+    try:
+        paths = {key: Path(summary[key]) for key in ("run_dir", "best_checkpoint", "last_checkpoint")}
+        return TrainResult(**{**summary, **paths, "history": history})
+    except (KeyError, TypeError) as error:
+        raise UserError(f"summary.json: damaged ({error}); delete it and use --resume") from None
 
 
 def versions() -> dict[str, str]:

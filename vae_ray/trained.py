@@ -18,7 +18,8 @@ from vae_ray.likelihoods import LIKELIHOODS
 from vae_ray.models.vae import VAE
 from vae_ray.posterior import DiagonalGaussian
 from vae_ray.seeds import generator
-from vae_ray.training.checkpoints import Checkpoint, best_checkpoint, complete_checkpoints, read_checkpoint
+from vae_ray.training.checkpoints import Checkpoint, complete_checkpoints, read_checkpoint
+from vae_ray.training.damage import best_whole_checkpoint
 from vae_ray.training.evaluation import evaluate_split
 from vae_ray.training.group import Solo
 from vae_ray.traversal import Traversal
@@ -47,7 +48,8 @@ class TrainedVAE:
     def load(cls, path: str | Path, *, device: str | torch.device = "cpu") -> TrainedVAE:
         """The model of a checkpoint directory, or the best one of a run's or a sweep's directory.
 
-        Raises `UserError` if it is missing, incomplete, truncated or not what was written.
+        Raises `UserError` if it is missing, incomplete, truncated or not what was written. Of a run, the best
+        checkpoint that is whole is taken, with a warning that names the damaged ones.
         """
         checkpoint = find_checkpoint(path)
         return cls(checkpoint.build_model().to(device), checkpoint.experiment(), checkpoint)
@@ -160,10 +162,10 @@ def find_checkpoint(path: str | Path) -> Checkpoint:
     run = RunDirectory(path)
     if not os.path.isdir(run.checkpoints):
         return read_checkpoint(path / BEST if os.path.isdir(path / BEST) else path)
-    checkpoints = complete_checkpoints(run.checkpoints)
-    if not checkpoints:
+    best = best_whole_checkpoint(complete_checkpoints(run.checkpoints))
+    if best is None:
         raise UserError(f"run {path}: has no complete checkpoint yet; train it with --resume")
-    return best_checkpoint(checkpoints)
+    return best
 
 
 def _linear(a: Tensor, b: Tensor, t: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ from vae_ray.training.checkpoints import (
     prune_checkpoints,
     save_checkpoint,
 )
+from vae_ray.training.damage import set_aside_damaged
 from vae_ray.training.evaluation import evaluate_split
 from vae_ray.training.group import WorkerGroup, shards_of
 from vae_ray.training.host import tuned_host
@@ -76,6 +77,7 @@ def fit_epochs(experiment: Experiment, run_path: Path, group: WorkerGroup) -> Ge
         if group.rank == 0:
             run.checkpoints.mkdir(parents=True, exist_ok=True)
             stack.enter_context(run.lock("writer").acquire(timeout=WRITER_LOCK_SECONDS))
+            set_aside_damaged(run.checkpoints)
         worker = _Worker(experiment, run, group)
         recorder = stack.enter_context(worker.recorder()) if group.rank == 0 else None
         for epoch in range(worker.epochs_done + 1, experiment.training.epochs + 1):
