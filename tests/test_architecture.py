@@ -1,8 +1,8 @@
 """The rooms of the package and who may import whom, read from the sources themselves.
 
 cli -> tuning -> runs -> {distributed, trained} -> training -> artifacts -> objective -> {likelihoods, schedules}
--> models -> posterior -> data -> seeds -> config
--> reading -> errors. Downwards only; `models` may use the posterior.
+-> models -> posterior -> data -> {seeds, storage} -> config -> reading -> errors. Downwards only; `models` may use
+the posterior.
 """
 
 import ast
@@ -19,7 +19,7 @@ LAYERS = [
     {"errors"},
     {"reading"},
     {"config"},
-    {"seeds"},
+    {"seeds", "storage"},
     {"data"},
     {"posterior"},
     {"models"},

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +21,9 @@ from vae_ray.likelihoods import LIKELIHOODS
 from vae_ray.models.vae import VAE
 from vae_ray.posterior import DiagonalGaussian
 from vae_ray.seeds import generator
-from vae_ray.training.checkpoints import Checkpoint, complete_checkpoints, read_checkpoint
+from vae_ray.storage.locations import answered, cache_root, is_uri
+from vae_ray.storage.mirror import Mirror
+from vae_ray.training.checkpoints import MANIFEST, Checkpoint, complete_checkpoints, read_checkpoint
 from vae_ray.training.damage import best_whole_checkpoint
 from vae_ray.training.evaluation import evaluate_split
 from vae_ray.training.group import Solo
@@ -157,15 +162,44 @@ class TrainedVAE:
 
 
 def find_checkpoint(path: str | Path) -> Checkpoint:
-    """The checkpoint at `path`, or the best one of the run or sweep whose directory `path` is."""
-    path = Path(path)
+    """The checkpoint at `path`, or the best one of the run or sweep whose directory `path` is; it may be a URI."""
+    if is_uri(path):
+        return _fetched_checkpoint(str(path))
+    return _local_checkpoint(Path(path), fetch=lambda checkpoint: None)
+
+
+def _local_checkpoint(path: Path, *, fetch: Callable[[Path], None]) -> Checkpoint:
     run = RunDirectory(path)
     if not os.path.isdir(run.checkpoints):
         return read_checkpoint(path / BEST if os.path.isdir(path / BEST) else path)
-    best = best_whole_checkpoint(complete_checkpoints(run.checkpoints))
+    best = best_whole_checkpoint(complete_checkpoints(run.checkpoints), fetch=fetch)
     if best is None:
         raise UserError(f"run {path}: has no complete checkpoint yet; train it with --resume")
     return best
+
+
+def _fetched_checkpoint(uri: str) -> Checkpoint:
+    """The same of a URI: manifests first, then the files of the one that is wanted, kept in the cache for next time."""
+    copy = cache_root() / "copies" / hashlib.sha256(uri.encode()).hexdigest()[:16] / "reader"
+    mirror = Mirror(copy, uri, key="checkpoint")
+    manifests = re.compile(rf"(({BEST}|checkpoints/[^/]+)/)?{MANIFEST}")
+    try:
+        answered(mirror.listing)
+        mirror.fetch(lambda name: manifests.fullmatch(name) is not None)
+        if not copy.exists():
+            raise UserError(
+                f"checkpoint {uri}: there is none; give the URI of a run, a sweep or RUN/checkpoints/epoch=NNNN"
+            )
+
+        def fetch(checkpoint: Path) -> None:
+            folder = checkpoint.relative_to(copy).as_posix()
+            mirror.fetch(lambda name: folder == "." or name.startswith(f"{folder}/"))
+
+        chosen = _local_checkpoint(copy, fetch=fetch).path
+        fetch(chosen)
+    except OSError as error:
+        raise UserError(f"checkpoint {uri}: cannot be read ({' '.join(str(error).split())[:200]})") from None
+    return read_checkpoint(chosen)
 
 
 def _linear(a: Tensor, b: Tensor, t: Tensor) -> Tensor:

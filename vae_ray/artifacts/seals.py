@@ -72,7 +72,8 @@ def append_sealed(file: Path, lines: Iterable[dict[str, Any]]) -> None:
     contents = [json.dumps(line).encode() for line in lines]
     with file.open("a+b") as stream:
         torn = _torn_end(stream)
-        remember(file, [*torn, *contents])
+        taken = [] if seals_of(file).exists() else file.read_bytes().split(b"\n")  # it came without: as it stands
+        remember(file, [*taken, *torn, *contents])
         stream.write(b"".join(b"\n" for _ in torn) + b"".join(content + b"\n" for content in contents))
         stream.flush()
         os.fsync(stream.fileno())

@@ -22,6 +22,8 @@ from numpy.typing import NDArray
 
 from vae_ray.config import DataConfig
 from vae_ray.errors import UserError
+from vae_ray.storage.locations import answered, child, is_uri
+from vae_ray.storage.mirror import Mirror
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +87,7 @@ class TorchvisionMNIST:
     def __init__(self, config: DataConfig, class_name: str, *, root: Path) -> None:
         self.source, self.class_name = config.source, class_name
         self.root, self.download = root, config.download
+        self.uri = config.root if config.root is not None and is_uri(config.root) else None
 
     def _raw_files(self, split: str) -> tuple[Path, Path]:
         prefix = {"train": "train", "test": "t10k"}[split]
@@ -93,13 +96,30 @@ class TorchvisionMNIST:
 
     def fingerprint(self) -> str:
         files = [*self._raw_files("train"), *self._raw_files("test")]
+        if self.uri is not None:
+            self._fetch(self.uri, {file.name for file in files})
         missing = [file for file in files if not file.is_file()]
+        if missing and self.uri is not None:
+            raise UserError(f"data.root: got {self.uri!r}, which lacks {self.class_name}/raw/{missing[0].name}")
         if missing and self.download:
             self._download(missing)
         elif missing:
             raise UserError(self._how_to_get(missing[0], "and data.download is false"))
         stats = [file.stat() for file in files]
         return ";".join(f"{file.resolve()}:{s.st_size}:{s.st_mtime_ns}" for file, s in zip(files, stats, strict=True))
+
+    def _fetch(self, uri: str, names: set[str]) -> None:
+        """Copy the raw files from `uri` to this node; the copy it has serves while the URI does not answer."""
+        raw = self.root / self.class_name / "raw"
+        mirror = Mirror(raw, child(uri, self.class_name, "raw"), key="data.root")
+        try:
+            answered(mirror.listing)
+            mirror.fetch(lambda name: name in names)
+        except OSError as error:
+            reason = " ".join(str(error).split())[:200]
+            if not all((raw / name).is_file() for name in names):
+                raise UserError(f"data.root: got {uri!r}, which cannot be read ({reason})") from None
+            logger.warning("data.root: %s cannot be read (%s); using this node's copy", uri, reason)
 
     def _download(self, missing: list[Path]) -> None:
         import torchvision.datasets

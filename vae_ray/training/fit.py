@@ -41,9 +41,6 @@ from vae_ray.training.loop import StepSettings, train_epoch
 from vae_ray.training.metrics import TermSums, labelled
 from vae_ray.training.optimization import build_optimizer, learning_rate
 
-WRITER_LOCK_SECONDS = 60.0
-"""How long rank 0 waits for a dying predecessor to let go of the run directory."""
-
 
 def selection_metric(experiment: Experiment) -> str:
     """The metric by which checkpoints are compared: never the loss, so that beta cannot bias it."""
@@ -59,25 +56,24 @@ class EpochResult(NamedTuple):
     """Directory of the epoch's checkpoint, which rank 0 has written and synced."""
 
 
-def fit(experiment: Experiment, run_path: Path, group: WorkerGroup) -> None:
+def fit(experiment: Experiment, location: str | Path, group: WorkerGroup) -> None:
     """Train to the experiment's last epoch: all of `fit_epochs`."""
-    for _ in fit_epochs(experiment, run_path, group):
+    for _ in fit_epochs(experiment, location, group):
         pass
 
 
-def fit_epochs(experiment: Experiment, run_path: Path, group: WorkerGroup) -> Generator[EpochResult, None, None]:
+def fit_epochs(experiment: Experiment, location: str | Path, group: WorkerGroup) -> Generator[EpochResult, None, None]:
     """Train epoch by epoch, going on from the run's newest complete checkpoint; yields after each epoch.
 
     All ranks iterate with equal arguments. Rank 0 writes; the others only compute. Whoever stops early closes the
     generator: that ends the run's files properly and lets go of its directory, and a later call goes on from there.
     """
-    run = RunDirectory(run_path)
+    run = RunDirectory.at(location, role="writer")
     with contextlib.ExitStack() as stack:
         stack.enter_context(tuned_host(num_threads=experiment.workers.cpus))
         if group.rank == 0:
-            run.checkpoints.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(run.lock("writer").acquire(timeout=WRITER_LOCK_SECONDS))
-            set_aside_damaged(run.checkpoints)
+            stack.enter_context(run.open_for_writing())
+            set_aside_damaged(run)
         worker = _Worker(experiment, run, group)
         recorder = stack.enter_context(worker.recorder()) if group.rank == 0 else None
         for epoch in range(worker.epochs_done + 1, experiment.training.epochs + 1):
@@ -85,6 +81,7 @@ def fit_epochs(experiment: Experiment, run_path: Path, group: WorkerGroup) -> Ge
             if recorder is not None:
                 recorder.epoch(line, worker.model)
                 worker.save(epoch, line)
+                run.publish_soon()
             yield EpochResult(line, run.checkpoints / checkpoint_name(epoch))
 
 

@@ -24,7 +24,8 @@ logger = logging.getLogger(__name__)
 class SweepResult:
     """What a sweep has come to; `to_dict` is the object that `vae-ray sweep --json` prints."""
 
-    sweep_dir: Path
+    sweep_dir: Path | str
+    """A path; of a storage that is a URI, the URI. So are the files."""
     num_trials: int
     num_failed: int
     states: dict[str, int]
@@ -35,8 +36,8 @@ class SweepResult:
     """`trial`, `overrides`, `checkpoint`, `metrics` of the winner, in nats."""
     pareto_front: list[str]
     """Trials that no other beats in both rate and distortion."""
-    leaderboard: Path
-    report: Path
+    leaderboard: Path | str
+    report: Path | str
     seconds: float
     """Of this call."""
     versions: dict[str, str]
@@ -49,26 +50,28 @@ class SweepResult:
 def conclude(directory: SweepDirectory, *, started_at: float) -> SweepResult:
     """Write the leaderboard, `best/`, the report and the summary of whatever trials have done so far."""
     metrics = directory.description()["metrics"]
+    directory.fetch()
     records = read_trials(directory)
     table = leaderboard.rows(records, metrics, directory)
     leaderboard.write_leaderboard(table, directory)
     best = _installed(leaderboard.ranked(records, metrics), directory)
     states = [record.state for record in records]
     result = SweepResult(
-        sweep_dir=directory.path,
+        sweep_dir=directory.located(directory.path),
         num_trials=len(records),
         num_failed=sum(record.failed for record in records),
         states={state: states.count(state) for state in sorted(set(states))},
         metrics=metrics,
         best=best,
         pareto_front=[row["trial"] for row in table if row["pareto_front"]],
-        leaderboard=directory.leaderboard_csv,
-        report=directory.report,
+        leaderboard=directory.located(directory.leaderboard_csv),
+        report=directory.located(directory.report),
         seconds=time.time() - started_at,
         versions=versions(),
     )
     directory.write_summary(result.to_dict())
     write_report(directory, records, table)  # last: what has been computed must not depend on how it looks
+    directory.publish()
     return result
 
 
@@ -78,6 +81,7 @@ def _installed(ranked: Sequence[TrialRecord], directory: SweepDirectory) -> dict
         if winner.failed or winner.best is None:
             continue
         try:
+            directory.fetch(winner.best.path)
             leaderboard.write_best(winner.best, directory)
         except Damaged as error:
             logger.warning("%s; trial %s is passed over", error, winner.name)
@@ -88,7 +92,7 @@ def _installed(ranked: Sequence[TrialRecord], directory: SweepDirectory) -> dict
         return {
             "trial": winner.name,
             "overrides": winner.overrides,
-            "checkpoint": str(directory.best),
+            "checkpoint": str(directory.located(directory.best)),
             "metrics": metrics,
         }
     return {}

@@ -7,7 +7,6 @@ States: `pending` (proposed, perhaps begun), `finished`, `stopped` (early, by th
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +14,10 @@ from vae_ray.artifacts.run_directory import RunDirectory
 from vae_ray.config import NAME_PATTERN, Experiment
 from vae_ray.errors import Damaged
 from vae_ray.reading import parse_json, read_bytes, shown
+from vae_ray.storage.locations import child
 from vae_ray.training.checkpoints import Checkpoint, best_checkpoint, complete_checkpoints
-from vae_ray.tuning.directory import SweepDirectory, json_lines
+from vae_ray.tuning.directory import TRIALS, SweepDirectory, json_lines
+from vae_ray.tuning.space import SWEEP_KEYS
 
 FAILURES = ("diverged", "failed", "killed")
 FAILURE_FILE = "failure.json"
@@ -75,12 +76,11 @@ class TrialRecord:
 
 def read_trials(directory: SweepDirectory) -> list[TrialRecord]:
     """Every trial that was ever proposed, once, in order of its name."""
-    description = directory.description()
-    experiment = Experiment.from_dict(description["experiment"], origin=str(directory.description_file))
+    experiment = Experiment.from_dict(directory.description()["experiment"], origin=str(directory.description_file))
     proposed: dict[str, dict[str, Any]] = {}
     ended: dict[str, dict[str, Any]] = {}
     for entry in directory.journal():
-        if not _is_entry(entry, description["search"]):
+        if not _is_entry(entry):
             raise Damaged(f"{directory.journal_file}: damaged, {shown(entry)} is nothing that a sweep writes")
         if entry["event"] == "proposed":
             proposed.setdefault(entry["trial"], entry["overrides"])
@@ -92,14 +92,15 @@ def read_trials(directory: SweepDirectory) -> list[TrialRecord]:
     ]
 
 
-def _is_entry(entry: dict[str, Any], searched: Collection[str]) -> bool:
-    """Whether an entry of the journal is one of ours: of a trial inside the sweep, and of searched keys alone."""
+def _is_entry(entry: dict[str, Any]) -> bool:
+    """Whether an entry of the journal is one of ours: of a trial inside the sweep, and of keys that can be searched."""
     name, overrides = entry.get("trial"), entry.get("overrides", {})
     return (
         isinstance(name, str)
         and re.fullmatch(NAME_PATTERN, name) is not None
         and entry.get("event") in ("proposed", "ended")
-        and (entry["event"] == "ended" or (isinstance(overrides, dict) and overrides.keys() <= set(searched)))
+        and isinstance(overrides, dict)
+        and not any(key.startswith(SWEEP_KEYS) for key in overrides)
     )
 
 
@@ -123,9 +124,9 @@ def _read_trial(
     )
 
 
-def trial_experiment(base: Experiment, directory: SweepDirectory, name: str, overrides: dict[str, Any]) -> Experiment:
-    """What the trial of that name trains."""
-    place = {"run.name": name, "run.storage": str(directory.path / "trials")}
+def trial_experiment(base: Experiment, sweep: str, name: str, overrides: dict[str, Any]) -> Experiment:
+    """What the trial of that name, of the sweep at that location, trains."""
+    place = {"run.name": name, "run.storage": child(sweep, TRIALS)}
     return base.with_overrides({**overrides, **place})
 
 
