@@ -203,7 +203,8 @@ class RunDirectory:
         kept = [line for line in self.history() if line["epoch"] <= epoch]
         if missing := sorted(set(range(1, epoch + 1)) - {line["epoch"] for line in kept}):
             logger.warning("%s: has no line of epoch %s", self.metrics_file, ", ".join(map(str, missing)))
-        replace_lines(self.metrics_file, kept)
+        if self.metrics_file.exists():  # else this is a start, and what is not hidden would look like another's
+            replace_lines(self.metrics_file, kept)
         for picture in self.images.glob("*/epoch=*.png"):
             if int(picture.stem.partition("=")[2]) > epoch:
                 picture.unlink()
