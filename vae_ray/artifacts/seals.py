@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from vae_ray.artifacts.durable_files import replace_durably
+from vae_ray.artifacts.patient_files import append_whole
 from vae_ray.errors import Damaged, UserError
 from vae_ray.reading import parse_json, read_bytes, shown
 
@@ -38,10 +39,7 @@ def checksum(content: bytes) -> str:
 
 def remember(file: Path, contents: Iterable[bytes]) -> None:
     """Note the checksums of what is about to be written to `file`."""
-    with seals_of(file).open("ab") as stream:
-        stream.write("".join(checksum(content) + "\n" for content in contents).encode())
-        stream.flush()
-        os.fsync(stream.fileno())
+    append_whole(seals_of(file), "".join(checksum(content) + "\n" for content in contents).encode())
 
 
 def remembered(file: Path) -> frozenset[str] | None:
@@ -68,15 +66,16 @@ def read_sealed(file: Path) -> bytes:
 
 
 def append_sealed(file: Path, lines: Iterable[dict[str, Any]]) -> None:
-    """Add JSON lines so that they survive a kill and a power cut; one that a kill cut short before stays alone."""
+    """Add JSON lines so that they survive a kill and a power cut; one that a kill cut short before stays alone.
+
+    All of them or, where the storage does not take them, none; then `OSError`.
+    """
     contents = [json.dumps(line).encode() for line in lines]
     with file.open("a+b") as stream:
         torn = _torn_end(stream)
-        taken = [] if seals_of(file).exists() else file.read_bytes().split(b"\n")  # it came without: as it stands
-        remember(file, [*taken, *torn, *contents])
-        stream.write(b"".join(b"\n" for _ in torn) + b"".join(content + b"\n" for content in contents))
-        stream.flush()
-        os.fsync(stream.fileno())
+    taken = [] if seals_of(file).exists() else file.read_bytes().split(b"\n")  # it came without: as it stands
+    remember(file, [*taken, *torn, *contents])
+    append_whole(file, b"".join(b"\n" for _ in torn) + b"".join(content + b"\n" for content in contents))
 
 
 def _torn_end(stream: BinaryIO) -> list[bytes]:
