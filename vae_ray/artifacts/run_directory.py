@@ -99,6 +99,11 @@ class RunDirectory:
         return self.path / "summary.json"
 
     @property
+    def attempts_file(self) -> Path:
+        """One JSON object for each time that workers began or went on with the run."""
+        return self.path / "attempts.jsonl"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
@@ -130,18 +135,29 @@ class RunDirectory:
 
     def history(self) -> list[dict[str, Any]]:
         """The lines of `metrics.jsonl`, oldest first; a line cut short by a kill ends the list."""
-        lines: list[dict[str, Any]] = []
-        if self.metrics_file.exists():
-            for line in self.metrics_file.read_text(encoding="utf-8").splitlines():
-                try:
-                    lines.append(json.loads(line))
-                except ValueError:
-                    break
-        return lines
+        return _json_lines(self.metrics_file)
 
     def append_metrics(self, line: dict[str, Any]) -> None:
         with self.metrics_file.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(line) + "\n")
+
+    def attempts(self) -> list[dict[str, Any]]:
+        """The lines of `attempts.jsonl`, oldest first."""
+        return _json_lines(self.attempts_file)
+
+    def append_attempt(self, **attempt: Any) -> None:
+        """Write down that workers begin: `started_at`, `num_workers`, `nodes` by rank, `epochs_done`, `steps_done`.
+
+        To that comes what is known of the attempt before: the epoch and step that it had reached.
+        """
+        try:
+            reached = json.loads(self.progress_file.read_text(encoding="utf-8"))
+            attempt |= {"last_epoch": int(reached["epoch"]), "last_step": int(reached["step"])}
+        except (OSError, ValueError, KeyError, TypeError):  # it ended between epochs, or there was none
+            pass
+        self.progress_file.unlink(missing_ok=True)
+        with self.attempts_file.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(attempt) + "\n")
 
     def forget_after(self, epoch: int) -> None:
         """Drop metrics and pictures of epochs that will be computed again."""
@@ -163,3 +179,14 @@ class RunDirectory:
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         replace_durably(self.summary_file, (json.dumps(summary, indent=2) + "\n").encode())
+
+
+def _json_lines(file: Path) -> list[dict[str, Any]]:
+    lines: list[dict[str, Any]] = []
+    if file.exists():
+        for line in file.read_text(encoding="utf-8").splitlines():
+            try:
+                lines.append(json.loads(line))
+            except ValueError:
+                break
+    return lines

@@ -21,10 +21,13 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from vae_ray.config import Experiment
 from vae_ray.distributed.group import RayWorkers
+from vae_ray.distributed.node_watch import NodeWatch
 from vae_ray.errors import Diverged, TrainingFailed, UserError
 from vae_ray.storage.locations import child, is_uri, open_filesystem
 from vae_ray.training.fit import EpochResult, fit_epochs
 
+AGREED: dict[str, type[Exception]] = {kind.__name__: kind for kind in (Diverged, UserError)}
+"""What ends a run on all its workers together; to go on from the last checkpoint would end the same way."""
 RAY_STATE = ".ray"
 ELASTIC_LOOK_SECONDS = 15.0
 """How often a run with a range of workers looks whether the cluster has grown."""
@@ -59,9 +62,13 @@ def fit(experiment: Experiment, location: str, device: torch.device, *, callback
             ),
         )
         try:
-            trainer.fit()
+            with NodeWatch(experiment, uses_gpu=device.type == "cuda"):
+                outcome = trainer.fit().return_value
         except ray.train.TrainingFailedError as error:
             raise _cause(error) from error
+    if outcome is not None:
+        kind, message = outcome
+        raise AGREED[kind](message)
 
 
 def _scaling(experiment: Experiment, device: torch.device) -> ScalingConfig:
@@ -115,8 +122,12 @@ def _cause(error: ray.train.TrainingFailedError) -> Exception:
     return TrainingFailed(f"the workers could not finish: {lines[-1].strip() if lines else type(error).__name__}")
 
 
-def _train_worker(config: dict[str, Any]) -> None:
-    """What each Ray Train worker runs: our loop, with a report to Ray after every epoch."""
+def _train_worker(config: dict[str, Any]) -> tuple[str, str] | None:
+    """What each Ray Train worker runs: our loop, with a report to Ray after every epoch.
+
+    An error on which all workers agree is returned by its kind and message: for one that is raised Ray starts them
+    anew.
+    """
     experiment, location = Experiment.from_dict(config["experiment"]), str(config["location"])
 
     def report(result: EpochResult) -> None:
@@ -132,5 +143,9 @@ def _train_worker(config: dict[str, Any]) -> None:
             )
 
     with contextlib.closing(RayWorkers()) as group:
-        for result in fit_epochs(experiment, location, group):
-            report(result)
+        try:
+            for result in fit_epochs(experiment, location, group):
+                report(result)
+        except tuple(AGREED.values()) as error:
+            return type(error).__name__, str(error)
+    return None

@@ -25,7 +25,7 @@ from vae_ray.artifacts.run_directory import RunDirectory
 from vae_ray.config import Experiment
 from vae_ray.errors import Diverged
 from vae_ray.storage.locations import child
-from vae_ray.training.checkpoints import complete_checkpoints, read_checkpoint
+from vae_ray.training.checkpoints import complete_checkpoints, read_checkpoint, resumable_checkpoints
 from vae_ray.training.fit import EpochResult, fit_epochs
 from vae_ray.training.group import Solo
 from vae_ray.tuning.directory import TRIALS
@@ -115,9 +115,10 @@ class TrialLoop(tune.Trainable):  # type: ignore[misc]
         """Replace this trial's state by the donor's; what it did itself stays in its history."""
         self._close()
         self._run.fetch()
-        epoch = read_checkpoint(source).epoch
-        for own in complete_checkpoints(self._run.checkpoints):
-            if own.epoch >= epoch:
+        adopted_checkpoint = read_checkpoint(source)
+        epoch = adopted_checkpoint.epoch
+        for own in resumable_checkpoints(self._run.checkpoints):
+            if own.position >= adopted_checkpoint.position:
                 shutil.rmtree(own.path)
         adopted = self._run.checkpoints / f".partial-{source.name}"
         shutil.copytree(source, adopted, dirs_exist_ok=True)
