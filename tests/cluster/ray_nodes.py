@@ -67,7 +67,11 @@ class RayNodes:
             if is_head
             else [f"--address={self.head.address}:{GCS_PORT}"]
         )
-        options = [f"--node-ip-address={host.address}", f"--num-cpus={self.num_cpus}", "--object-store-memory=100000000"]
+        options = [
+            f"--node-ip-address={host.address}",
+            f"--num-cpus={self.num_cpus}",
+            "--object-store-memory=100000000",
+        ]
         command = ["ray", "start", "--block", *role, *options]
         self._started.append(host.start(*command, env=self.credentials, log=self.log(host)))
         if host not in self.nodes:
@@ -90,7 +94,13 @@ class RayNodes:
         wait_until(lambda: self.alive() == addresses, f"nodes {sorted(addresses)} alive", seconds=seconds)
         wait_until(lambda: self.get("/api/jobs/") is not None, "the job API answers", seconds=seconds)
 
-    def submit(self, *entrypoint: str, env: dict[str, str] | None = None, timeout: float = 240) -> CompletedProcess[str]:
+    def submit(
+        self,
+        *entrypoint: str,
+        env: dict[str, str] | None = None,
+        cwd: Path = REPOSITORY,
+        timeout: float = 240,
+    ) -> CompletedProcess[str]:
         """`ray job submit --working-dir .` in the checkout, from the client's place; follows the job to its end.
 
         `env` replaces the credentials.
@@ -99,7 +109,7 @@ class RayNodes:
         deadline = time.monotonic() + 60
         while True:
             variables = self.credentials if env is None else env
-            done = self.client.run(*command, env=variables, cwd=REPOSITORY, timeout=timeout)
+            done = self.client.run(*command, env=variables, cwd=cwd, timeout=timeout)
             # a head node answers before the agent that runs jobs is up
             if "No available agent" not in done.stdout + done.stderr or time.monotonic() > deadline:
                 return done
