@@ -1,8 +1,8 @@
 """Machines of a small network on this one, each a set of Linux namespaces.
 
-A host has an address, a host name, a process table, a /tmp, a /dev/shm and a home of its own; of the rest of the file
-system it sees what all see, the Python environment and one directory that all share, as an NFS mount would be. So
-whatever runs on it must come over the network or through the shared directory, and `kill -9` of "everything" there,
+A host has an address, a host name, a process table, a /tmp, /run, /dev/shm and a home of its own; of the rest of the
+file system it sees what all see: the Python environment, and one directory that all share, as an NFS mount would be.
+So whatever runs on it must come over the network or through the shared directory, and `kill -9` of "everything" there,
 or a `ray stop`, means that host alone.
 
 Nothing here has a name outside: no `ip netns add`, no interface in the main namespace. A host is its first process,
@@ -47,6 +47,7 @@ done
 shift
 mount -t tmpfs -o mode=1777 tmpfs /tmp
 mount -t tmpfs tmpfs /home
+mount -t tmpfs tmpfs /run
 eval "$moves"
 umount /mnt
 mount -t tmpfs -o size=512m tmpfs /dev/shm
@@ -96,6 +97,7 @@ class Host:
     pid: int
     environment: dict[str, str] = field(default_factory=dict)
     """Of every command here, beside PATH, HOME and LANG; nothing comes from the tests' own environment."""
+    started: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def command(self, *command: str, env: Mapping[str, str] | None = None, cwd: str | Path = HOME) -> list[str]:
         """What to run, on the real machine, to have `command` run on this one."""
@@ -120,10 +122,11 @@ class Host:
 
     def start(self, *command: str, log: Path, env: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
         """Start `command` here, with its output in `log`; the host's end is its end."""
+        prepared = self.command(*command, env=env)
         with log.open("ab") as output:
-            return subprocess.Popen(
-                self.command(*command, env=env), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
-            )
+            process = subprocess.Popen(prepared, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
+        self.started.append(process)
+        return process
 
     def processes(self) -> list[str]:
         """The command lines of all that run here, except the host's first process."""
@@ -176,6 +179,9 @@ class Network:
         for process in reversed(self._processes):
             process.kill()
             process.communicate()
+        for host in self.hosts.values():
+            for started in host.started:
+                started.wait()
         self._processes.clear()
 
     def _in_switch(self, *arguments: str) -> None:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from subprocess import CompletedProcess, Popen
+from subprocess import CompletedProcess
 from typing import Any
 
 from tests.cluster.hosts import Host, Network, describe
@@ -41,13 +41,14 @@ class RayNodes:
     """Of each node: two workers of one CPU each cannot be on the same one."""
     head: Host | None = None
     nodes: list[Host] = field(default_factory=list)
-    _started: list[Popen[bytes]] = field(default_factory=list)
+    through_ssh: bool = False
+    """Whether the client has a tunnel to the job API, which then listens on the head's loopback alone."""
 
     @property
     def job_address(self) -> str:
-        """Where jobs are submitted, as every host can reach it."""
+        """Where the client submits jobs."""
         assert self.head is not None
-        return f"http://{self.head.address}:{DASHBOARD_PORT}"
+        return f"http://{'127.0.0.1' if self.through_ssh else self.head.address}:{DASHBOARD_PORT}"
 
     @property
     def credentials(self) -> dict[str, str]:
@@ -73,7 +74,7 @@ class RayNodes:
             "--object-store-memory=100000000",
         ]
         command = ["ray", "start", "--block", *role, *options]
-        self._started.append(host.start(*command, env=self.credentials, log=self.log(host)))
+        host.start(*command, env=self.credentials, log=self.log(host))
         if host not in self.nodes:
             self.nodes.append(host)
 
@@ -119,9 +120,6 @@ class RayNodes:
         """Kill all that runs on the nodes; Ray is on none of them afterwards."""
         for host in self.nodes:
             host.kill_everything()
-        for process in self._started:
-            process.wait()
-        self._started.clear()
 
 
 def succeeded(done: CompletedProcess[str]) -> CompletedProcess[str]:
