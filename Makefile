@@ -22,7 +22,7 @@ types: $(INSTALLED)
 	$(BIN)/mypy
 
 unit: $(INSTALLED)  ## no Ray, about a minute
-	$(BIN)/pytest -m "not ray and not system and not cluster"
+	$(BIN)/pytest -m "not ray and not system and not faults and not cluster"
 
 ray: $(INSTALLED)  ## real Ray workers
 	$(BIN)/pytest -m ray

@@ -1,7 +1,8 @@
 """The rooms of the package and who may import whom, read from the sources themselves.
 
 cli -> tuning -> runs -> {distributed, trained} -> training -> artifacts -> objective -> {likelihoods, schedules}
--> models -> posterior -> data -> seeds -> config -> errors. Downwards only; `models` may use the posterior.
+-> models -> posterior -> data -> {seeds, storage} -> config -> {errors, version}. Downwards only; `models` may use
+the posterior.
 """
 
 import ast
@@ -15,9 +16,9 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = REPOSITORY / "vae_ray"
 LAYERS = [
-    {"errors"},
+    {"errors", "version"},
     {"config"},
-    {"seeds"},
+    {"seeds", "storage"},
     {"data"},
     {"posterior"},
     {"models"},

@@ -156,7 +156,7 @@ def test_differing_fields_name_key_and_both_values() -> None:
         ("optim.grad_clip", "0.5", 0.5),
         ("data.download", "false", False),
         ("data.download", True, True),
-        ("data.root", "some/where", Path("some/where")),
+        ("data.root", "some/where", "some/where"),
         ("data.num-validation", "0", 0),
         ("workers.device", "cpu", "cpu"),
     ],

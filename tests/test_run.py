@@ -157,7 +157,7 @@ def test_a_run_is_not_resumed_with_another_experiment(quick: Experiment) -> None
 def test_a_run_that_is_being_trained_is_refused(quick: Experiment) -> None:
     run = RunDirectory(Path(quick.run.storage) / "digits-in-process")
     run.path.mkdir(parents=True)
-    with run.lock("driver").acquire(), pytest.raises(UserError, match="is being trained right now"):
+    with run.lock("driver").acquire(), pytest.raises(UserError, match="is running right now"):
         train(quick)
     train(quick.with_overrides({"training.epochs": 1}))
 

@@ -9,6 +9,7 @@ optimizers and schedules live in the files that own them; the `Literal`s below r
 from __future__ import annotations
 
 import difflib
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -16,10 +17,20 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    StringConstraints,
+    ValidationError,
+)
 
 from vae_ray.errors import UserError
 
+MOST_WORKERS = 4096
 PRESET_DIR = Path(__file__).parent / "presets"
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
@@ -36,8 +47,33 @@ def _refuse_bool(value: object) -> object:
     return value
 
 
+def _worker_count(value: object) -> int | tuple[int, int]:
+    """4, `"4"`, `"2..8"` or `(2, 8)`; a range of one number is that number."""
+    text = "..".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    match = re.fullmatch(r"(\d{1,9})(?:\.\.(\d{1,9}))?", text.strip(), re.ASCII)
+    if isinstance(value, bool | float) or match is None:
+        raise ValueError("should be a number of workers such as 4, or a range such as 2..8")
+    least, most = int(match[1]), int(match[2] or match[1])
+    if most > MOST_WORKERS:
+        raise ValueError(f"should be at most {MOST_WORKERS}")
+    if least > most or (least == 0 and most > 0):
+        raise ValueError("should be a range from at least 1 up to a larger number, such as 2..8")
+    return least if least == most else (least, most)
+
+
+def _count_text(value: int | tuple[int, int]) -> int | str:
+    return value if isinstance(value, int) else f"{value[0]}..{value[1]}"
+
+
 Int = Annotated[int, BeforeValidator(_refuse_bool)]
 Float = Annotated[float, BeforeValidator(_refuse_bool), Field(allow_inf_nan=False)]
+WorkerCount = Annotated[
+    int | tuple[int, int], PlainValidator(_worker_count), PlainSerializer(_count_text, when_used="json")
+]
+Location = Annotated[
+    str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value), Field(min_length=1)
+]
+"""A directory or a URI; see `vae_ray.storage.locations`."""
 Widths = Annotated[tuple[Annotated[Int, Field(ge=1, le=65536)], ...], BeforeValidator(_split_list)]
 
 
@@ -51,9 +87,9 @@ class DataConfig(_Section):
     source: Literal["digits", "mnist", "fashion_mnist", "kmnist"] = Field(
         "digits", description="Data set; digits ships inside scikit-learn and needs no download."
     )
-    root: Path | None = Field(
+    root: Location | None = Field(
         None,
-        description="Directory of the raw files in torchvision's layout (ROOT/MNIST/raw/...); "
+        description="Directory or URI (s3://, gs://) of the raw files in torchvision's layout (ROOT/MNIST/raw/...); "
         "null means datasets/ inside data.cache_dir. No effect for digits.",
     )
     download: bool = Field(True, description="Download raw files that are absent. No effect for digits.")
@@ -138,12 +174,33 @@ class TrainingConfig(_Section):
 class WorkersConfig(_Section):
     """Who computes."""
 
-    num: Int = Field(1, ge=0, le=4096, description="Ray Train workers; 0 trains in this process without Ray.")
+    num: WorkerCount = Field(
+        1,
+        description="Ray Train workers; 0 trains in this process without Ray; a range such as 2..8 starts with as many "
+        "as the cluster has room for and follows it as nodes come and go.",
+    )
     cpus: Int = Field(1, ge=1, description="CPU cores, and torch threads, of each worker.")
     gpus: Int = Field(1, ge=1, description="GPUs reserved for each worker; it trains on the first. No effect on cpu.")
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="cuda, cpu, or auto: cuda if there is a GPU for every worker."
     )
+
+    max_failures: Int = Field(
+        3,
+        ge=0,
+        description="How often lost workers are replaced, going on from the last checkpoint; nodes that were "
+        "announced to go away are not counted. No effect without Ray.",
+    )
+
+    @property
+    def least(self) -> int:
+        """The smallest number of workers that can train; 0 without Ray."""
+        return self.num if isinstance(self.num, int) else self.num[0]
+
+    @property
+    def most(self) -> int:
+        """The largest number of workers that can train; 0 without Ray."""
+        return self.num if isinstance(self.num, int) else self.num[1]
 
 
 class RunConfig(_Section):
@@ -152,9 +209,19 @@ class RunConfig(_Section):
     name: Annotated[str, StringConstraints(pattern=NAME_PATTERN)] | None = Field(
         None, description="Directory of the run inside run.storage; null means SOURCE-DATE-TIME."
     )
-    storage: str = Field("runs", min_length=1, description="Directory that holds all runs.")
+    storage: Location = Field(
+        "runs",
+        description="Directory that holds all runs, or a URI (s3://BUCKET/runs, gs://...); "
+        "on several nodes one that all of them see.",
+    )
     seed: Int = Field(0, ge=0, lt=2**63, description="Seed of weights, order of images and latent noise.")
     checkpoints_kept: Int = Field(1, ge=1, description="Best checkpoints kept; the last is kept besides.")
+    checkpoint_every_steps: Int | None = Field(
+        None,
+        ge=0,
+        description="Steps of the run between checkpoints inside an epoch, of which the newest is kept until the "
+        "epoch's own is written; null or 0: only at the end of epochs.",
+    )
 
 
 class Experiment(_Section):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import logging
-import os
 import platform
 import time
 from collections.abc import Callable, Iterator
@@ -17,25 +16,31 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 import filelock
 import torch
 
 from vae_ray.artifacts.progress import ProgressView
-from vae_ray.artifacts.run_directory import RunDirectory
+from vae_ray.artifacts.run_directory import WRITER_LOCK_SECONDS, RunDirectory
 from vae_ray.config import Experiment, differing_fields
 from vae_ray.data.splits import Splits
 from vae_ray.errors import UserError
+from vae_ray.storage.lease import lease
+from vae_ray.storage.locations import absolute, check_writable, child, is_uri
+from vae_ray.storage.mirror import Mirror, own_copy
 from vae_ray.trained import TrainedVAE
-from vae_ray.training.checkpoints import best_checkpoint, complete_checkpoints
-from vae_ray.training.fit import WRITER_LOCK_SECONDS, fit
+from vae_ray.training.checkpoints import best_checkpoint, complete_checkpoints, resumable_checkpoints
+from vae_ray.training.fit import fit
 from vae_ray.training.group import Solo
+from vae_ray.version import VERSION
 
 logger = logging.getLogger(__name__)
 
-# Fields that say where and by whom a run is computed, not what it computes; they may differ on resume.
-PLACE_FIELDS = ("run.name", "run.storage", "data.root", "data.download", "data.cache_dir")
+# Fields that say where, by whom and how carefully a run is computed, not what it computes; they may differ on resume.
+PLACE_FIELDS = (
+    *("run.name", "run.storage", "data.root", "data.download", "data.cache_dir"),
+    "run.checkpoint_every_steps",
+)
 PLACE_SECTIONS = ("workers.",)
 
 
@@ -43,9 +48,10 @@ PLACE_SECTIONS = ("workers.",)
 class TrainResult:
     """What a run has come to; `to_dict` is the object that `vae-ray train --json` prints."""
 
-    run_dir: Path
-    best_checkpoint: Path
-    last_checkpoint: Path
+    run_dir: Path | str
+    """A path; of a storage that is a URI, the URI. So are the checkpoints."""
+    best_checkpoint: Path | str
+    last_checkpoint: Path | str
     best_epoch: int
     num_workers: int
     device: str
@@ -83,23 +89,33 @@ def train(experiment: Experiment, *, resume: bool = False, quiet: bool = True) -
     with opened_run(experiment, resume=resume) as run:
         if resume and (summary := run.summary()):
             return _result_from(summary, run.history())
-        done_before = _settle(run)
+        done_before, seconds_before = _settle(run)
         with _execution(experiment) as (device, execute):
             run.write_experiment(experiment)
+            run.publish(run.experiment_file)
             with contextlib.nullcontext() if quiet else ProgressView(run, experiment):
-                execute(experiment, run.path, device)
-            result = summarise(run, experiment, device=device, started_at=started_at, done_before=done_before)
+                execute(experiment, run.location, device)
+            run.fetch()
+            result = summarise(
+                run,
+                experiment,
+                device=device,
+                started_at=started_at,
+                done_before=done_before,
+                seconds_before=seconds_before,
+            )
         run.write_summary(result.to_dict())
+        run.publish(run.summary_file)
         return result
 
 
 def resolved(experiment: Experiment) -> Experiment:
     """The experiment with a name and with absolute paths: workers have working directories of their own."""
-    overrides = {
-        f"data.{key}": path.expanduser().absolute()
-        for key in ("root", "cache_dir")
-        if (path := getattr(experiment.data, key)) is not None
-    }
+    overrides: dict[str, Any] = {}
+    if experiment.data.root is not None:
+        overrides["data.root"] = absolute(experiment.data.root)
+    if experiment.data.cache_dir is not None:
+        overrides["data.cache_dir"] = experiment.data.cache_dir.expanduser().absolute()
     if experiment.run.name is None:
         overrides["run.name"] = f"{experiment.data.source}-{datetime.now():%Y%m%d-%H%M%S-%f}"[:-3]
     return experiment.with_overrides(overrides)
@@ -111,7 +127,7 @@ def preflight(experiment: Experiment) -> None:
     Raises `UserError` for a storage that cannot be written, data that cannot be read or is too small, and
     workers, CPUs or GPUs that do not exist.
     """
-    storage_directory(experiment)
+    check_writable(experiment.run.storage)
     num_training = len(Splits.open(experiment).train_indices)
     batch = experiment.training.global_batch_size
     if batch > num_training:
@@ -119,9 +135,9 @@ def preflight(experiment: Experiment) -> None:
             f"training.global_batch_size: got {batch}, should be at most the {num_training} training images; "
             f"for example --training.global-batch-size {min(64, num_training)}"
         )
-    if experiment.workers.num > batch:
+    if experiment.workers.most > batch:
         raise UserError(
-            f"workers.num: got {experiment.workers.num}, should be at most training.global_batch_size ({batch}), "
+            f"workers.num: got {experiment.workers.most}, should be at most training.global_batch_size ({batch}), "
             f"so that every worker has an image; for example --workers.num {batch}"
         )
     if experiment.workers.num == 0:
@@ -132,14 +148,14 @@ def preflight(experiment: Experiment) -> None:
         distributed.check_local_resources(experiment)
 
 
-Execute = Callable[[Experiment, Path, torch.device], None]
+Execute = Callable[[Experiment, str, torch.device], None]
 
 
 @contextlib.contextmanager
 def _execution(experiment: Experiment) -> Iterator[tuple[torch.device, Execute]]:
     """The device, and the function that trains in a run's directory: here, or on Ray while connected to it."""
     if experiment.workers.num == 0:
-        yield _local_device(experiment), lambda experiment, path, device: fit(experiment, path, Solo(device))
+        yield _local_device(experiment), lambda experiment, location, device: fit(experiment, location, Solo(device))
     else:
         from vae_ray import distributed
 
@@ -154,53 +170,63 @@ def _local_device(experiment: Experiment) -> torch.device:
     return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def storage_directory(experiment: Experiment) -> Path:
-    """The directory `run.storage`, made if need be and known to be writable; raises `UserError` otherwise."""
-    text = experiment.run.storage
-    url = urlparse(text)
-    if len(url.scheme) > 1 and url.scheme != "file":
-        raise UserError(
-            f"run.storage: got {text!r}, {url.scheme}:// is not supported; should be a directory that all "
-            "workers see, for example --storage runs"
-        )
-    directory = Path(url.path if url.scheme == "file" else text).expanduser().absolute()
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        probe = directory / f".vae_ray-probe-{os.getpid()}"
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"run.storage: got {text!r}, cannot be written ({error.strerror}); try --storage DIR") from None
-    return directory
+def run_location(experiment: Experiment) -> str:
+    """The directory or URI of the (named) run."""
+    return child(absolute(experiment.run.storage), str(experiment.run.name))
 
 
 @contextlib.contextmanager
 def opened_run(experiment: Experiment, *, resume: bool) -> Iterator[RunDirectory]:
-    """The run's directory, locked for this process; refused if the name is taken by something else."""
-    run = RunDirectory(storage_directory(experiment) / str(experiment.run.name))
-    name = experiment.run.name
-    existed = run.experiment_file.exists()
-    if not existed and is_taken(run.path):
-        raise UserError(
-            f"run.name: {name!r} is already used in {run.path.parent} by something else; choose another --name"
-        )
-    if existed and not resume:
-        difference = differing_fields(*_comparable(run.experiment(), experiment))
+    """The run's directory, held by this process alone; refused if the name is taken by something else."""
+    check_writable(experiment.run.storage)
+    run = RunDirectory.at(run_location(experiment), role="driver")
+
+    def refuse_other_uses() -> None:
+        _refuse_other_uses(run, experiment, resume=resume)
+
+    with held(run.path, run.mirror, name=str(experiment.run.name), before=refuse_other_uses):
+        yield run
+
+
+@contextlib.contextmanager
+def held(path: Path, mirror: Mirror | None, *, name: str, before: Callable[[], None]) -> Iterator[None]:
+    """Hold the directory of a run or sweep for the body, once `before` had nothing against it.
+
+    Raises `UserError` if another driver holds it: by a lock, or where the storage is a URI by a lease.
+    """
+    if mirror is not None:
+        with lease(mirror, name=name), own_copy(mirror):
+            before()
+            yield
+        return
+    before()  # so that nothing is made where something is refused
+    path.mkdir(parents=True, exist_ok=True)
+    lock = path / ".driver.lock"
+    try:
+        with filelock.FileLock(lock).acquire(blocking=False):
+            before()  # another may have come and gone
+            yield
+    except filelock.Timeout as error:
+        if Path(error.lock_file) != lock:
+            raise
+        raise UserError(f"run.name: {name!r} is running right now; choose another --name") from None
+
+
+def _refuse_other_uses(run: RunDirectory, experiment: Experiment, *, resume: bool) -> None:
+    name, storage = experiment.run.name, absolute(experiment.run.storage)
+    if not run.experiment_file.exists():
+        if is_taken(run.path):
+            raise UserError(f"run.name: {name!r} is already used in {storage} by something else; choose another --name")
+        return
+    difference = differing_fields(*_comparable(run.experiment(), experiment))
+    if not resume:
         what = f"a different experiment ({'; '.join(difference)})" if difference else "this experiment"
         raise UserError(
-            f"run.name: {name!r} is already used in {run.path.parent} by {what}; add --resume to go on with it, "
+            f"run.name: {name!r} is already used in {storage} by {what}; add --resume to go on with it, "
             "or choose another --name"
         )
-    if existed and (difference := differing_fields(*_comparable(run.experiment(), experiment))):
+    if difference:
         raise UserError(f"run {name!r}: cannot be resumed with a different experiment: {'; '.join(difference)}")
-    run.path.mkdir(parents=True, exist_ok=True)
-    try:
-        with run.lock("driver").acquire(blocking=False):
-            yield run
-    except filelock.Timeout as error:
-        if Path(error.lock_file) != run.path / ".driver.lock":
-            raise
-        raise UserError(f"run.name: {name!r} is being trained right now; choose another --name") from None
 
 
 def is_taken(path: Path) -> bool:
@@ -208,16 +234,19 @@ def is_taken(path: Path) -> bool:
     return path.is_file() or (path.is_dir() and any(not entry.name.startswith(".") for entry in path.iterdir()))
 
 
-def _settle(run: RunDirectory) -> int:
-    """The last epoch with a complete checkpoint, once nobody writes; lines and pictures after it are dropped.
+def _settle(run: RunDirectory) -> tuple[int, float]:
+    """How many epochs the newest checkpoint has behind it, and for how many seconds it had trained the next.
 
+    Once nobody writes; lines and pictures of later epochs are dropped.
     The workers of a killed driver live on for seconds and may finish another epoch.
     """
     try:
         with run.lock("writer").acquire(timeout=WRITER_LOCK_SECONDS):
-            done = max((found.epoch for found in complete_checkpoints(run.checkpoints)), default=0)
+            found = resumable_checkpoints(run.checkpoints)
+            newest = found[-1] if found else None
+            done = newest.epochs_done if newest else 0
             run.forget_after(done)
-            return done
+            return done, newest.metrics["seconds"] if newest and newest.step is not None else 0.0
     except filelock.Timeout:
         raise UserError(
             f"run.name: {run.path.name!r} is still being written by a worker of an earlier driver; "
@@ -232,31 +261,40 @@ def _comparable(old: Experiment, new: Experiment) -> tuple[Experiment, Experimen
 
 
 def summarise(
-    run: RunDirectory, experiment: Experiment, *, device: torch.device, started_at: float, done_before: int
+    run: RunDirectory,
+    experiment: Experiment,
+    *,
+    device: torch.device,
+    started_at: float,
+    done_before: int,
+    seconds_before: float,
 ) -> TrainResult:
-    """The result of a finished run, from its own files; evaluates the test split where no epoch did."""
+    """The result of a finished run, from its own files; evaluates the test split where no epoch did.
+
+    `done_before` epochs, and `seconds_before` of the next, were trained by earlier calls.
+    """
     checkpoints = complete_checkpoints(run.checkpoints)
     best = best_checkpoint(checkpoints)
     metrics = {key: value for key, value in best.metrics.items() if "/" in key}
     if "test/nelbo" not in metrics:
-        metrics |= TrainedVAE.load(best.path, device=device).evaluate("test")
+        metrics |= TrainedVAE.load(run.located(best.path), device=device).evaluate("test")
     history = run.history()
     mine = [line for line in history if line["epoch"] > done_before]
     train_seconds = sum(line["seconds"] for line in history)  # of the lines that survived
     num_images = sum(line["images_per_second"] * line["seconds"] for line in history)
     return TrainResult(
-        run_dir=run.path,
-        best_checkpoint=best.path,
-        last_checkpoint=checkpoints[-1].path,
+        run_dir=run.located(run.path),
+        best_checkpoint=run.located(best.path),
+        last_checkpoint=run.located(checkpoints[-1].path),
         best_epoch=best.epoch,
-        num_workers=experiment.workers.num,
+        num_workers=experiment.workers.most,
         device=device.type,
         epochs=checkpoints[-1].epoch,
         metrics=metrics,
         images_per_second=num_images / train_seconds if train_seconds else 0.0,
         seconds={
-            "startup": (mine[0]["started_at"] if mine else time.time()) - started_at,
-            "training": sum(line["seconds"] for line in mine),
+            "startup": (mine[0]["started_at"] + seconds_before if mine else time.time()) - started_at,
+            "training": sum(line["seconds"] for line in mine) - seconds_before,
             "total": time.time() - started_at,
         },
         versions=versions(),
@@ -266,14 +304,16 @@ def summarise(
 
 
 def _result_from(summary: dict[str, Any], history: list[dict[str, Any]]) -> TrainResult:
-    paths = {key: Path(summary[key]) for key in ("run_dir", "best_checkpoint", "last_checkpoint")}
+    keys = ("run_dir", "best_checkpoint", "last_checkpoint")
+    paths = {key: summary[key] if is_uri(summary[key]) else Path(summary[key]) for key in keys}
     return TrainResult(**{**summary, **paths, "history": history})
 
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide a run's numbers."""
-    packages = ("vae_ray", "torch", "torchvision", "ray", "pyarrow", "safetensors")
+    packages = ("torch", "torchvision", "ray", "pyarrow", "safetensors")
     return {
         "python": platform.python_version(),
+        "vae_ray": VERSION,  # a package that travelled with a job has no metadata
         **{name: importlib.metadata.version(name) for name in packages},
     }

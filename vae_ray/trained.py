@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +20,9 @@ from vae_ray.likelihoods import LIKELIHOODS
 from vae_ray.models.vae import VAE
 from vae_ray.posterior import DiagonalGaussian
 from vae_ray.seeds import generator
-from vae_ray.training.checkpoints import Checkpoint, best_checkpoint, complete_checkpoints, read_checkpoint
+from vae_ray.storage.locations import answered, cache_root, is_uri
+from vae_ray.storage.mirror import Mirror
+from vae_ray.training.checkpoints import MANIFEST, Checkpoint, best_checkpoint, complete_checkpoints, read_checkpoint
 from vae_ray.training.evaluation import evaluate_split
 from vae_ray.training.group import Solo
 from vae_ray.traversal import Traversal
@@ -155,7 +159,9 @@ class TrainedVAE:
 
 
 def find_checkpoint(path: str | Path) -> Checkpoint:
-    """The checkpoint at `path`, or the best one of the run or sweep whose directory `path` is."""
+    """The checkpoint at `path`, or the best one of the run or sweep whose directory `path` is; it may be a URI."""
+    if is_uri(path):
+        return _fetched_checkpoint(str(path))
     path = Path(path)
     run = RunDirectory(path)
     if not os.path.isdir(run.checkpoints):
@@ -164,6 +170,25 @@ def find_checkpoint(path: str | Path) -> Checkpoint:
     if not checkpoints:
         raise UserError(f"run {path}: has no complete checkpoint yet; train it with --resume")
     return best_checkpoint(checkpoints)
+
+
+def _fetched_checkpoint(uri: str) -> Checkpoint:
+    """The same of a URI: manifests first, then the files of the one that is wanted, kept in the cache for next time."""
+    copy = cache_root() / "copies" / hashlib.sha256(uri.encode()).hexdigest()[:16] / "reader"
+    mirror = Mirror(copy, uri, key="checkpoint")
+    manifests = re.compile(rf"(({BEST}|checkpoints/[^/]+)/)?{MANIFEST}")
+    try:
+        answered(mirror.listing)
+        mirror.fetch(lambda name: manifests.fullmatch(name) is not None)
+        if not copy.exists():
+            raise UserError(
+                f"checkpoint {uri}: there is none; give the URI of a run, a sweep or RUN/checkpoints/epoch=NNNN"
+            )
+        chosen = find_checkpoint(copy).path.relative_to(copy).as_posix()
+        mirror.fetch(lambda name: chosen == "." or name.startswith(f"{chosen}/"))
+    except OSError as error:
+        raise UserError(f"checkpoint {uri}: cannot be read ({' '.join(str(error).split())[:200]})") from None
+    return read_checkpoint(copy / chosen)
 
 
 def _linear(a: Tensor, b: Tensor, t: Tensor) -> Tensor:

@@ -79,7 +79,7 @@ def train_trial(directory: SweepDirectory, name: str, *, epochs: int, **override
     """Train a trial up to that epoch, or until it diverges, as its own process does."""
     run = directory.trial(name)
     base = Experiment.from_dict(directory.description()["experiment"])
-    experiment = trial_experiment(base, directory, name, overrides)
+    experiment = trial_experiment(base, directory.location, name, overrides)
     run.path.mkdir(parents=True, exist_ok=True)
     with (
         contextlib.suppress(Diverged),
@@ -263,7 +263,7 @@ def test_a_trial_s_experiment_is_the_base_with_its_overrides_and_place(built: Sw
         if record.checkpoints:
             assert record.best is not None
             own = record.best.experiment()
-            assert own == trial_experiment(base, built, record.name, record.overrides)
+            assert own == trial_experiment(base, built.location, record.name, record.overrides)
             assert (own.run.name, Path(own.run.storage)) == (record.name, built.path / "trials")
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,11 @@ import filelock
 from vae_ray.artifacts.durable_files import replace_durably
 from vae_ray.config import Experiment
 from vae_ray.errors import UserError
+from vae_ray.storage.locations import child, is_uri
+from vae_ray.storage.mirror import Mirror, copy_path, is_light, own_copy
+
+WRITER_LOCK_SECONDS = 60.0
+"""How long a writer waits for a dying predecessor to let go of the run directory."""
 
 
 @dataclass(frozen=True)
@@ -19,6 +26,62 @@ class RunDirectory:
     """Paths of one run, and the few ways in which its files are read and written."""
 
     path: Path
+    mirror: Mirror | None = field(default=None, compare=False)
+    """Where the storage is a URI: `path` is this machine's copy."""
+
+    @classmethod
+    def at(cls, location: str | Path, *, role: str) -> RunDirectory:
+        """The run at a directory or URI; of a URI, with a copy for this process and its `role` ("driver", "writer").
+
+        Raises `UserError` for a URI that no file system serves.
+        """
+        if not is_uri(location):
+            return cls(Path(location))
+        path = copy_path(str(location), role)
+        return cls(path, Mirror(path, str(location)))
+
+    @property
+    def location(self) -> str:
+        """The directory or URI by which everyone else finds this run."""
+        return str(self.path) if self.mirror is None else self.mirror.uri
+
+    def located(self, path: Path) -> Path | str:
+        """Where everyone else finds the file or directory `path` of this run."""
+        return path if self.mirror is None else child(self.mirror.uri, *path.relative_to(self.path).parts)
+
+    def fetch(self, checkpoint: Path | None = None) -> None:
+        """Bring the copy of a URI up to date, with the weights of `checkpoint` only; nothing to do for a directory."""
+        if self.mirror is None:
+            return
+        whole = f"{checkpoint.relative_to(self.path).as_posix()}/" if checkpoint is not None else "\0"
+        try:
+            self.mirror.fetch(lambda name: is_light(name) or name.startswith(whole))
+        except OSError as error:
+            raise UserError(f"{self.location}: cannot be read ({' '.join(str(error).split())[:200]})") from None
+
+    @contextlib.contextmanager
+    def open_for_writing(self) -> Iterator[None]:
+        """Let this process alone write the run, for the body; of a URI in a copy, whose last part is sent at the end.
+
+        Raises `filelock.Timeout` if a dying predecessor does not let go, and `TrainingFailed` if a copy cannot be sent.
+        """
+        with contextlib.ExitStack() as stack:
+            if self.mirror is not None:
+                stack.enter_context(own_copy(self.mirror))
+                stack.callback(self.mirror.close)
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(self.lock("writer").acquire(timeout=WRITER_LOCK_SECONDS))
+            yield
+
+    def publish_soon(self) -> None:
+        """Have all that is new copied to where everyone sees it, without waiting; nothing to do for a directory."""
+        if self.mirror is not None:
+            self.mirror.push_soon()
+
+    def publish(self, *files: Path) -> None:
+        """Copy just these files to where everyone sees them; nothing to do for a directory."""
+        if self.mirror is not None:
+            self.mirror.push([file.relative_to(self.path).as_posix() for file in files])
 
     @property
     def experiment_file(self) -> Path:

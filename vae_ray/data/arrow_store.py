@@ -23,6 +23,7 @@ from torch import Tensor
 from vae_ray.config import DataConfig
 from vae_ray.data.sources import SOURCES, Images, Source
 from vae_ray.errors import UserError
+from vae_ray.storage.locations import cache_root, directory_of, is_uri
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +50,7 @@ class Split(NamedTuple):
 
 def cache_directory(config: DataConfig) -> Path:
     """Where decoded images lie: `data.cache_dir`, else `$VAE_RAY_CACHE`, else `~/.cache/vae_ray`."""
-    chosen = config.cache_dir or os.environ.get("VAE_RAY_CACHE") or Path.home() / ".cache" / "vae_ray"
-    return Path(chosen).expanduser().absolute()
+    return config.cache_dir.expanduser().absolute() if config.cache_dir else cache_root()
 
 
 def open_split(config: DataConfig, split: str) -> Split:
@@ -60,11 +60,10 @@ def open_split(config: DataConfig, split: str) -> Split:
     cannot be written. A damaged cache file is named in a warning and made anew.
     """
     cache = cache_directory(config)
-    root = Path(config.root).expanduser().absolute() if config.root else cache / "datasets"
-    source = SOURCES[config.source](config, root)
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(cache / f"{config.source}.lock", timeout=LOCK_TIMEOUT_SECONDS):
+            source = SOURCES[config.source](config, raw_directory(config, cache))
             fingerprint = f"v{FORMAT_VERSION};{source.fingerprint()}"
             digest = hashlib.sha256(fingerprint.encode()).hexdigest()[:16]
             file = cache / f"{config.source}-{split}-{digest}.arrow"
@@ -75,6 +74,15 @@ def open_split(config: DataConfig, split: str) -> Split:
     except OSError as error:
         raise UserError(f"data.cache_dir {cache}: cannot be used ({error}); try --data.cache-dir DIR") from None
     return _map(file)
+
+
+def raw_directory(config: DataConfig, cache: Path) -> Path:
+    """Where this node has the raw files: `data.root`, its copy where that is a URI, or `datasets/` in the cache."""
+    if config.root is None:
+        return cache / "datasets"
+    if is_uri(config.root):
+        return cache / "datasets" / hashlib.sha256(config.root.encode()).hexdigest()[:16]
+    return directory_of(config.root)
 
 
 def _decode(source: Source, split: str) -> Images:

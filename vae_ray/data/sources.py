@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import os
 import struct
 from collections.abc import Callable
@@ -19,6 +20,10 @@ from numpy.typing import NDArray
 
 from vae_ray.config import DataConfig
 from vae_ray.errors import UserError
+from vae_ray.storage.locations import answered, child, is_uri
+from vae_ray.storage.mirror import Mirror
+
+logger = logging.getLogger(__name__)
 
 
 class Images(NamedTuple):
@@ -69,6 +74,7 @@ class TorchvisionMNIST:
     def __init__(self, config: DataConfig, class_name: str, *, root: Path) -> None:
         self.source, self.class_name = config.source, class_name
         self.root, self.download = root, config.download
+        self.uri = config.root if config.root is not None and is_uri(config.root) else None
 
     def _raw_files(self, split: str) -> tuple[Path, Path]:
         prefix = {"train": "train", "test": "t10k"}[split]
@@ -77,7 +83,11 @@ class TorchvisionMNIST:
 
     def fingerprint(self) -> str:
         files = [*self._raw_files("train"), *self._raw_files("test")]
+        if self.uri is not None:
+            self._fetch(self.uri, {file.name for file in files})
         missing = [file for file in files if not file.is_file()]
+        if missing and self.uri is not None:
+            raise UserError(f"data.root: got {self.uri!r}, which lacks {self.class_name}/raw/{missing[0].name}")
         if missing and self.download:
             self._download(missing)
         elif missing:
@@ -91,6 +101,19 @@ class TorchvisionMNIST:
         # torchvision prints its progress to stdout, which belongs to --json
         with contextlib.redirect_stdout(io.StringIO()):
             return getattr(torchvision.datasets, self.class_name)(str(self.root), train=train, download=download)
+
+    def _fetch(self, uri: str, names: set[str]) -> None:
+        """Copy the raw files from `uri` to this node; the copy it has serves while the URI does not answer."""
+        raw = self.root / self.class_name / "raw"
+        mirror = Mirror(raw, child(uri, self.class_name, "raw"), key="data.root")
+        try:
+            answered(mirror.listing)
+            mirror.fetch(lambda name: name in names)
+        except OSError as error:
+            reason = " ".join(str(error).split())[:200]
+            if not all((raw / name).is_file() for name in names):
+                raise UserError(f"data.root: got {uri!r}, which cannot be read ({reason})") from None
+            logger.warning("data.root: %s cannot be read (%s); using this node's copy", uri, reason)
 
     def _download(self, missing: list[Path]) -> None:
         try:

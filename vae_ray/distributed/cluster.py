@@ -5,31 +5,23 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-# Ray reads these when it is imported or started; a user's own settings stay.
-for _name, _value in {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    # A report waits for the controller's next poll: at the default of 2 s short epochs would wait for Ray.
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-    "RAY_TRAIN_METRICS_ENABLED": "0",
-    "RAY_AIR_NEW_OUTPUT": "0",  # only Tune's older output can be silenced; our own view tells what happens
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # a trial's run directory has its own metrics and TensorBoard events
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the future default; without it Ray warns at every start
-}.items():
-    os.environ.setdefault(_name, _value)
+import ray
+import torch
 
-import ray  # noqa: E402
-import torch  # noqa: E402
+from vae_ray.config import Experiment
+from vae_ray.distributed.nodes import check_storage, room
+from vae_ray.errors import UserError
+from vae_ray.storage.locations import directory_of, is_uri
 
-from vae_ray.config import Experiment  # noqa: E402
-from vae_ray.errors import UserError  # noqa: E402
+Resources = dict[str, float]
 
 
 def check_local_resources(experiment: Experiment) -> None:
     """Raise `UserError` if a local Ray, where one would be started, could never satisfy the request."""
     if _starts_local_ray():
-        _check_resources(experiment, _local_resources(), where="this machine")
+        _check_resources(experiment, [_local_resources()], where="this machine")
 
 
 @contextlib.contextmanager
@@ -44,12 +36,19 @@ def connection(experiment: Experiment, *, dashboard: bool = False) -> Iterator[t
     if connects_here:
         _init(is_local=_starts_local_ray(), dashboard=dashboard)
     try:
-        resources = ray.cluster_resources()
-        _check_resources(experiment, resources, where="the Ray cluster")
-        yield torch.device("cuda" if _use_gpu(experiment, resources) else "cpu")
+        nodes = node_resources()
+        _check_resources(experiment, nodes, where="the Ray cluster")
+        if not is_uri(experiment.run.storage):
+            check_storage(directory_of(experiment.run.storage))
+        yield torch.device("cuda" if _use_gpu(experiment, nodes) else "cpu")
     finally:
         if connects_here:
             ray.shutdown()
+
+
+def node_resources() -> list[Resources]:
+    """What each living node of the connected cluster has in all."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def _starts_local_ray() -> bool:
@@ -81,29 +80,30 @@ def _num_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _local_resources() -> dict[str, float]:
+def _local_resources() -> Resources:
     return {"CPU": float(_num_cpus()), "GPU": float(torch.cuda.device_count())}
 
 
-def _use_gpu(experiment: Experiment, resources: dict[str, float]) -> bool:
+def _use_gpu(experiment: Experiment, nodes: Sequence[Resources]) -> bool:
     workers = experiment.workers
     if workers.device == "auto":
-        return resources.get("GPU", 0) >= workers.num * workers.gpus
+        return room(nodes, {"GPU": workers.gpus}) >= workers.most
     return workers.device == "cuda"
 
 
-def _check_resources(experiment: Experiment, resources: dict[str, float], *, where: str) -> None:
-    workers, num_cpus = experiment.workers, resources.get("CPU", 0)
-    if workers.num * workers.cpus > num_cpus:
-        fitting = int(num_cpus // workers.cpus)
+def _check_resources(experiment: Experiment, nodes: Sequence[Resources], *, where: str) -> None:
+    """Refuse more workers than all nodes together have room for; a worker's CPUs and GPUs are of one node."""
+    workers = experiment.workers
+    num_cpus, num_gpus = (sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU"))
+    fitting = room(nodes, {"CPU": workers.cpus})
+    if workers.least > fitting:
         advice = f"--workers.num {fitting}" if fitting else f"--workers.cpus {max(1, int(num_cpus))}"
         raise UserError(
-            f"workers.num: got {workers.num} with {workers.cpus} CPU each, should be at most what {where} has "
+            f"workers.num: got {workers.least} with {workers.cpus} CPU each, should be at most what {where} has "
             f"({num_cpus:g} CPUs); for example {advice}"
         )
-    num_gpus = resources.get("GPU", 0)
-    if workers.device == "cuda" and workers.num * workers.gpus > num_gpus:
+    if workers.device == "cuda" and workers.least > room(nodes, {"GPU": workers.gpus}):
         raise UserError(
-            f"workers.num: got {workers.num} with {workers.gpus} GPU each, should be at most what {where} has "
+            f"workers.num: got {workers.least} with {workers.gpus} GPU each, should be at most what {where} has "
             f"({num_gpus:g} GPUs); for example --workers.device cpu"
         )

@@ -1,5 +1,7 @@
 """The worker group of Ray Train: rank, device, sums over workers and DDP with gradients that add up."""
 
+from typing import cast
+
 import ray.train
 import ray.train.torch
 import torch
@@ -7,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from vae_ray.distributed.shared_memory import SharedMemorySum
+from vae_ray.training.group import Value
 
 
 class RayWorkers:
@@ -39,6 +42,13 @@ class RayWorkers:
             values = values.clone()
             dist.all_reduce(values)
         return values
+
+    def share(self, value: Value) -> Value:
+        if self.size == 1:
+            return value
+        values = [value if self.rank == 0 else None]
+        dist.broadcast_object_list(values, src=0, device=self.device)
+        return cast(Value, values[0])
 
     def sum_bucket(self, gradients: Tensor) -> torch.futures.Future[Tensor]:
         """Sum one bucket of gradients over the group, in place."""

@@ -5,66 +5,102 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import ray.train
 import ray.train.torch
 import torch
-from ray.train import Checkpoint, CheckpointConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from vae_ray.config import Experiment
 from vae_ray.distributed.group import RayWorkers
 from vae_ray.errors import Diverged, TrainingFailed, UserError
+from vae_ray.storage.locations import child, is_uri, open_filesystem
 from vae_ray.training.fit import EpochResult, fit_epochs
 
 RAY_STATE = ".ray"
+ELASTIC_LOOK_SECONDS = 15.0
+"""How often a run with a range of workers looks whether the cluster has grown."""
+ELASTIC_START_SECONDS = 15
+"""How long it waits for workers that do not come before it counts again what the cluster has room for."""
 POINTER = "checkpoint.json"
 
 
-def fit(
-    experiment: Experiment, run_path: Path, device: torch.device, *, callbacks: Sequence[UserCallback] = ()
-) -> None:
-    """Train `experiment` in `run_path` on `workers.num` Ray workers; Ray must be connected.
+def fit(experiment: Experiment, location: str, device: torch.device, *, callbacks: Sequence[UserCallback] = ()) -> None:
+    """Train `experiment` in the run's directory or URI on `workers.num` Ray workers; Ray must be connected.
 
-    `callbacks` are Ray Train's and see every epoch's report.
-    Raises `TrainingFailed` with the worker's own error if the group could not finish.
+    Lost workers are replaced, going on from the last checkpoint, `workers.max_failures` times. `callbacks` are Ray
+    Train's and see every epoch's report. Raises `TrainingFailed` with the worker's own error if the group could not
+    finish.
     """
-    # Ray's state of a killed run may be torn, and its controller may outlive the driver by seconds and go on
-    # writing. So each start is a run of its own to Ray; what is complete, our manifests say.
-    ray_storage = run_path / RAY_STATE
-    shutil.rmtree(ray_storage, ignore_errors=True)
     workers = experiment.workers
-    trainer = TorchTrainer(
-        _train_worker,
-        train_loop_config={"experiment": experiment.to_dict(), "run_path": str(run_path)},
-        scaling_config=ScalingConfig(
-            num_workers=workers.num,
-            use_gpu=device.type == "cuda",
-            resources_per_worker={
-                "CPU": workers.cpus,
-                **({"GPU": workers.gpus} if device.type == "cuda" else {}),
-            },
-        ),
-        torch_config=TorchConfig(backend="nccl" if device.type == "cuda" else "gloo"),
-        run_config=RunConfig(
-            name=f"{run_path.name}-{secrets.token_hex(4)}",
-            storage_path=str(ray_storage),
-            checkpoint_config=CheckpointConfig(num_to_keep=1),
-            callbacks=list(callbacks),
-        ),
-    )
+    if workers.least < workers.most:
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(ELASTIC_START_SECONDS))
     logging.getLogger("ray.train").setLevel(logging.CRITICAL)  # what fails is raised below, once
-    try:
-        trainer.fit()
-    except ray.train.TrainingFailedError as error:
-        raise _cause(error) from error
-    shutil.rmtree(ray_storage, ignore_errors=True)
+    with ray_state(location) as storage:
+        trainer = TorchTrainer(
+            _train_worker,
+            train_loop_config={"experiment": experiment.to_dict(), "location": location},
+            scaling_config=_scaling(experiment, device),
+            torch_config=TorchConfig(backend="nccl" if device.type == "cuda" else "gloo"),
+            run_config=RunConfig(
+                name=f"{experiment.run.name}-{secrets.token_hex(4)}",
+                checkpoint_config=CheckpointConfig(num_to_keep=1),
+                failure_config=FailureConfig(max_failures=workers.max_failures),
+                callbacks=list(callbacks),
+                **storage,
+            ),
+        )
+        try:
+            trainer.fit()
+        except ray.train.TrainingFailedError as error:
+            raise _cause(error) from error
+
+
+def _scaling(experiment: Experiment, device: torch.device) -> ScalingConfig:
+    workers = experiment.workers
+    each: dict[str, float] = {"CPU": workers.cpus}
+    if device.type == "cuda":
+        each["GPU"] = workers.gpus
+    return ScalingConfig(
+        num_workers=workers.num,
+        use_gpu=device.type == "cuda",
+        resources_per_worker=each,
+        elastic_resize_monitor_interval_s=ELASTIC_LOOK_SECONDS,
+    )
+
+
+@contextlib.contextmanager
+def ray_state(location: str, name: str = RAY_STATE) -> Iterator[dict[str, Any]]:
+    """Where Ray keeps its own state of one start, as arguments of its `RunConfig`; deleted before and afterwards.
+
+    Ray's state of a killed run may be torn, and its controller may outlive the driver by seconds and go on
+    writing. So each start is a run of its own to Ray; what is complete, our manifests say.
+    """
+    clear_state(location, name)
+    if is_uri(location):
+        filesystem, path = open_filesystem(child(location, name), key="run.storage")
+        yield {"storage_path": path, "storage_filesystem": filesystem}
+    else:
+        yield {"storage_path": child(location, name)}
+    clear_state(location, name)
+
+
+def clear_state(location: str, name: str = RAY_STATE) -> None:
+    """Delete Ray's own state in the directory or URI of a run."""
+    if is_uri(location):
+        filesystem, path = open_filesystem(child(location, name), key="run.storage")
+        with contextlib.suppress(OSError):  # there is none; or deleted by whoever starts next
+            filesystem.delete_dir(path)
+    else:
+        shutil.rmtree(child(location, name), ignore_errors=True)
 
 
 def _cause(error: ray.train.TrainingFailedError) -> Exception:
@@ -81,7 +117,7 @@ def _cause(error: ray.train.TrainingFailedError) -> Exception:
 
 def _train_worker(config: dict[str, Any]) -> None:
     """What each Ray Train worker runs: our loop, with a report to Ray after every epoch."""
-    experiment, run_path = Experiment.from_dict(config["experiment"]), Path(config["run_path"])
+    experiment, location = Experiment.from_dict(config["experiment"]), str(config["location"])
 
     def report(result: EpochResult) -> None:
         # A barrier for all ranks. Ray is given a pointer under the checkpoint's own name: rank 0 has written and
@@ -96,5 +132,5 @@ def _train_worker(config: dict[str, Any]) -> None:
             )
 
     with contextlib.closing(RayWorkers()) as group:
-        for result in fit_epochs(experiment, run_path, group):
+        for result in fit_epochs(experiment, location, group):
             report(result)

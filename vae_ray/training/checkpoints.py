@@ -1,10 +1,11 @@
-"""Checkpoints: complete, safe packages of one epoch, written aside and renamed when whole.
+"""Checkpoints: complete, safe packages of a moment of training, written aside and renamed when whole.
 
-    checkpoints/epoch=0007/
+    checkpoints/epoch=0007/                 after epoch 7, with its metrics
+    checkpoints/epoch=0008-step=000412/     412 steps into epoch 8: for --resume alone, never the best
         manifest.json           format, epoch, image shape, metrics; size and SHA-256 of the other files and of itself
         experiment.json         the resolved experiment
         weights.safetensors     the model
-        training_state.pt       optimizer state: tensors and plain values, read with weights_only=True
+        training_state.pt       optimizer and progress: tensors and plain values, read with weights_only=True
 
 Nothing that is read here can run code. A directory without a matching manifest is not a checkpoint.
 """
@@ -17,9 +18,9 @@ import json
 import os
 import pickle
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
@@ -32,13 +33,25 @@ from vae_ray.errors import UserError
 from vae_ray.models.vae import VAE, build_vae
 
 FORMAT = "vae_ray checkpoint"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""1: whole epochs only, no progress in the training state; still read."""
 MANIFEST, EXPERIMENT, WEIGHTS, TRAINING_STATE = (
     "manifest.json",
     "experiment.json",
     "weights.safetensors",
     "training_state.pt",
 )
+
+
+class Progress(NamedTuple):
+    """What of training is neither weights, nor optimizer, nor a function of epoch and step."""
+
+    lr_factor: float = 1.0
+    """What every rollback has left of the learning rate (`training.rollback_lr_factor`)."""
+    num_nonfinite: int = 0
+    """Batches skipped, or rollbacks, so far."""
+    term_sums: Tensor | None = None
+    """`(workers, 4)`, float64: each worker's `TermSums` of an epoch that has not ended."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +64,20 @@ class Checkpoint:
     metrics: dict[str, float]
     selection_metric: str
     files: dict[str, dict[str, Any]]
+    step: int | None = None
+    """How many steps of `epoch` are done, where it has not ended; its metrics are then no more than its `seconds`."""
+    contents: dict[str, bytes] = field(default_factory=dict, repr=False, compare=False)
+    """Files that are already in memory; see `in_memory`."""
+
+    @property
+    def epochs_done(self) -> int:
+        """Whole epochs behind this checkpoint."""
+        return self.epoch if self.step is None else self.epoch - 1
+
+    @property
+    def position(self) -> tuple[int, int]:
+        """`(epochs done, steps done of the next)`: the order of checkpoints."""
+        return self.epochs_done, self.step or 0
 
     @property
     def score(self) -> float:
@@ -59,6 +86,8 @@ class Checkpoint:
 
     def read(self, name: str) -> bytes:
         """The bytes of one file; raises `UserError` if they are not those that were written."""
+        if name in self.contents:
+            return self.contents[name]
         expected, file = self.files[name], self.path / name
         try:
             content = file.read_bytes()
@@ -77,6 +106,13 @@ class Checkpoint:
             )
         return content
 
+    def in_memory(self) -> Checkpoint:
+        """The same, read and checked whole: it can be given to workers that do not see its directory.
+
+        Raises `UserError` if a file is not what was written.
+        """
+        return replace(self, contents={name: self.read(name) for name in (EXPERIMENT, WEIGHTS, TRAINING_STATE)})
+
     def experiment(self) -> Experiment:
         """The experiment that produced this checkpoint."""
         file, content = self.path / EXPERIMENT, self.read(EXPERIMENT)
@@ -94,21 +130,24 @@ class Checkpoint:
         except safetensors.SafetensorError as error:
             raise UserError(f"{self.path / WEIGHTS}: is not a safetensors file ({error})") from None
 
-    def load_into(self, model: VAE, optimizer: Optimizer | None = None) -> None:
-        """Restore the weights and, for training to go on, the optimizer's state."""
+    def load_into(self, model: VAE, optimizer: Optimizer | None = None) -> Progress:
+        """Restore the weights and, for training to go on, the optimizer's state; returns the progress saved with it."""
         try:
             model.load_state_dict(self.weights())
         except RuntimeError as error:
             detail = " ".join(str(error).split())[:300]
             raise UserError(f"{self.path / WEIGHTS}: does not fit its experiment.json: {detail}") from None
+        progress = Progress()
         if optimizer is not None:
             content = self.read(TRAINING_STATE)
             try:
                 state = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
                 optimizer.load_state_dict(state["optimizer"])
+                progress = _checked(Progress(**state.get("progress", {})))
             except (pickle.UnpicklingError, ValueError, KeyError, TypeError, RuntimeError, EOFError) as error:
                 detail = " ".join(str(error).split())[:200]
                 raise UserError(f"{self.path / TRAINING_STATE}: is not this model's training state: {detail}") from None
+        return progress
 
     def build_model(self) -> VAE:
         """The model with the checkpoint's weights, on the CPU."""
@@ -117,9 +156,9 @@ class Checkpoint:
         return model
 
 
-def checkpoint_name(epoch: int) -> str:
-    """The directory name of an epoch (1-based); names sort as epochs do."""
-    return f"epoch={epoch:04d}"
+def checkpoint_name(epoch: int, step: int | None = None) -> str:
+    """The directory name after an epoch (1-based), or after `step` steps of it."""
+    return f"epoch={epoch:04d}" if step is None else f"epoch={epoch:04d}-step={step:06d}"
 
 
 def save_checkpoint(
@@ -131,10 +170,16 @@ def save_checkpoint(
     experiment: Experiment,
     metrics: dict[str, float],
     selection_metric: str,
+    step: int | None = None,
+    progress: Progress | None = None,
 ) -> Checkpoint:
-    """Write `directory/epoch=NNNN` so that it either exists whole or not at all."""
+    """Write `directory/epoch=NNNN` so that it either exists whole or not at all.
+
+    With `step` it is one inside the epoch, `directory/epoch=NNNN-step=NNNNNN`.
+    """
     state = io.BytesIO()
-    torch.save({"optimizer": optimizer.state_dict()}, state)
+    known = {key: value for key, value in (progress or Progress())._asdict().items() if value is not None}
+    torch.save({"optimizer": optimizer.state_dict(), "progress": known}, state)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     contents = {
         EXPERIMENT: json.dumps(experiment.to_dict(), indent=2).encode(),
@@ -145,6 +190,7 @@ def save_checkpoint(
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "epoch": epoch,
+        "step": step,
         "image_shape": list(model.image_shape),
         "selection_metric": selection_metric,
         "metrics": metrics,
@@ -155,7 +201,7 @@ def save_checkpoint(
     }
     contents[MANIFEST] = json.dumps(sealed(manifest), indent=2).encode()
 
-    final = directory / checkpoint_name(epoch)
+    final = directory / checkpoint_name(epoch, step)
     partial = directory / f".partial-{final.name}"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -188,7 +234,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         for name in (EXPERIMENT, WEIGHTS, TRAINING_STATE):
             if not {"bytes", "sha256"} <= manifest["files"].get(name, {}).keys():
                 raise ValueError(f"{name} not listed")
-        if manifest["selection_metric"] not in manifest["metrics"]:
+        step = manifest.get("step")
+        if step is None and manifest["selection_metric"] not in manifest["metrics"]:
             raise ValueError(f"{manifest['selection_metric']} not listed")
         return Checkpoint(
             path=path,
@@ -197,6 +244,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
             metrics=dict(manifest["metrics"]),
             selection_metric=manifest["selection_metric"],
             files=manifest["files"],
+            step=None if step is None else int(step),
         )
     except FileNotFoundError:
         raise UserError(f"checkpoint {path}: has no {MANIFEST}, so it is incomplete or not a checkpoint") from None
@@ -205,14 +253,27 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def complete_checkpoints(directory: Path) -> list[Checkpoint]:
-    """All checkpoints under `directory` with a readable manifest, by epoch."""
+    """The checkpoints of whole epochs under `directory`, by epoch: those that have metrics and can be the best."""
+    return [checkpoint for checkpoint in resumable_checkpoints(directory) if checkpoint.step is None]
+
+
+def resumable_checkpoints(directory: Path) -> list[Checkpoint]:
+    """All checkpoints under `directory` with a readable manifest, inside epochs too, in the order of training."""
     found = []
     for path in sorted(directory.glob("epoch=*")):
         try:
             found.append(read_checkpoint(path))
         except UserError:  # incomplete: not a checkpoint, whatever its name
             continue
-    return sorted(found, key=lambda checkpoint: checkpoint.epoch)
+    return sorted(found, key=lambda checkpoint: checkpoint.position)
+
+
+def _checked(progress: Progress) -> Progress:
+    """The progress as it was read, if it has the right types; raises `ValueError` or `TypeError` otherwise."""
+    lr_factor, num_nonfinite, sums = float(progress.lr_factor), int(progress.num_nonfinite), progress.term_sums
+    if sums is not None and (not isinstance(sums, Tensor) or sums.dtype != torch.float64 or sums.shape[1:] != (4,)):
+        raise ValueError("term_sums should be a float64 tensor of shape (workers, 4)")
+    return Progress(lr_factor, num_nonfinite, sums)
 
 
 def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -228,10 +289,14 @@ def best_checkpoint(checkpoints: list[Checkpoint]) -> Checkpoint:
 
 
 def prune_checkpoints(directory: Path, *, num_best: int) -> None:
-    """Delete all but the last and the `num_best` best checkpoints, and what killed writers left."""
-    checkpoints = complete_checkpoints(directory)
-    by_score = sorted(checkpoints, key=lambda checkpoint: (checkpoint.score, checkpoint.epoch))
-    kept = {checkpoint.path for checkpoint in [*by_score[:num_best], *checkpoints[-1:]]}
+    """Delete all but the last and the `num_best` best checkpoints, and what killed writers left.
+
+    Of those inside epochs only one that is newer than all others is of use.
+    """
+    checkpoints = resumable_checkpoints(directory)
+    whole = [checkpoint for checkpoint in checkpoints if checkpoint.step is None]
+    by_score = sorted(whole, key=lambda checkpoint: (checkpoint.score, checkpoint.epoch))
+    kept = {checkpoint.path for checkpoint in [*by_score[:num_best], *whole[-1:], *checkpoints[-1:]]}
     for checkpoint in checkpoints:
         if checkpoint.path not in kept:
             shutil.rmtree(checkpoint.path)

@@ -6,12 +6,14 @@ The loop asks a `WorkerGroup` for its place and for sums over all workers. `Solo
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from vae_ray.data.batches import Shards
+
+Value = TypeVar("Value")
 
 
 class WorkerGroup(Protocol):
@@ -32,6 +34,10 @@ class WorkerGroup(Protocol):
         """Elementwise sum over workers, the same on every worker. All ranks must call it."""
         ...
 
+    def share(self, value: Value) -> Value:
+        """Rank 0's `value`, on every worker. All ranks must call it."""
+        ...
+
 
 class Solo:
     """One worker alone; its sums are its own."""
@@ -47,6 +53,9 @@ class Solo:
 
     def sum(self, values: Tensor) -> Tensor:
         return values
+
+    def share(self, value: Value) -> Value:
+        return value
 
 
 def shards_of(group: WorkerGroup) -> Shards:

@@ -19,7 +19,8 @@ from vae_ray.tuning.report import write_report
 class SweepResult:
     """What a sweep has come to; `to_dict` is the object that `vae-ray sweep --json` prints."""
 
-    sweep_dir: Path
+    sweep_dir: Path | str
+    """A path; of a storage that is a URI, the URI. So are the files."""
     num_trials: int
     num_failed: int
     states: dict[str, int]
@@ -30,8 +31,8 @@ class SweepResult:
     """`trial`, `overrides`, `checkpoint`, `metrics` of the winner, in nats."""
     pareto_front: list[str]
     """Trials that no other beats in both rate and distortion."""
-    leaderboard: Path
-    report: Path
+    leaderboard: Path | str
+    report: Path | str
     seconds: float
     """Of this call."""
     versions: dict[str, str]
@@ -44,6 +45,7 @@ class SweepResult:
 def conclude(directory: SweepDirectory, *, started_at: float) -> SweepResult:
     """Write the leaderboard, `best/`, the report and the summary of whatever trials have done so far."""
     metrics = directory.description()["metrics"]
+    directory.fetch()
     records = read_trials(directory)
     table = leaderboard.rows(records, metrics, directory)
     leaderboard.write_leaderboard(table, directory)
@@ -51,20 +53,21 @@ def conclude(directory: SweepDirectory, *, started_at: float) -> SweepResult:
     best = _installed(winner, directory) if winner is not None and not winner.failed else {}
     states = [record.state for record in records]
     result = SweepResult(
-        sweep_dir=directory.path,
+        sweep_dir=directory.located(directory.path),
         num_trials=len(records),
         num_failed=sum(record.failed for record in records),
         states={state: states.count(state) for state in sorted(set(states))},
         metrics=metrics,
         best=best,
         pareto_front=[row["trial"] for row in table if row["pareto_front"]],
-        leaderboard=directory.leaderboard_csv,
-        report=directory.report,
+        leaderboard=directory.located(directory.leaderboard_csv),
+        report=directory.located(directory.report),
         seconds=time.time() - started_at,
         versions=versions(),
     )
     directory.write_summary(result.to_dict())
     write_report(directory, records, table)  # last: what has been computed must not depend on how it looks
+    directory.publish()
     return result
 
 
@@ -72,6 +75,7 @@ def _installed(winner: TrialRecord, directory: SweepDirectory) -> dict[str, Any]
     """The winner for the summary, once its checkpoint lies in `best/`; empty if it has none yet."""
     if winner.best is None:
         return {}
+    directory.fetch(winner.best.path)
     leaderboard.write_best(winner.best, directory)
     metrics = {key: value for key, value in winner.best.metrics.items() if "/" in key}
     if "test/nelbo" not in metrics:  # no epoch evaluated it
@@ -79,6 +83,6 @@ def _installed(winner: TrialRecord, directory: SweepDirectory) -> dict[str, Any]
     return {
         "trial": winner.name,
         "overrides": winner.overrides,
-        "checkpoint": str(directory.best),
+        "checkpoint": str(directory.located(directory.best)),
         "metrics": metrics,
     }

@@ -9,17 +9,21 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import filelock
 import yaml
 
 from vae_ray.artifacts.durable_files import replace_durably
 from vae_ray.artifacts.run_directory import RunDirectory
 from vae_ray.errors import UserError
+from vae_ray.storage.locations import child, directory_of, is_uri
+from vae_ray.storage.mirror import Mirror, copy_path, is_light
 from vae_ray.trained import BEST
+
+TRIALS = "trials"
+"""Directory of the trials' run directories inside a sweep's."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,41 @@ class SweepDirectory:
     """Paths of one sweep, and the few ways in which its files are read and written."""
 
     path: Path
+    mirror: Mirror | None = field(default=None, compare=False)
+    """Where the storage is a URI: `path` is this process's copy."""
+
+    @classmethod
+    def at(cls, location: str) -> SweepDirectory:
+        """The sweep at a directory or URI; raises `UserError` for a URI that no file system serves."""
+        if not is_uri(location):
+            return cls(directory_of(location))
+        path = copy_path(location, "driver")
+        return cls(path, Mirror(path, location))
+
+    @property
+    def name(self) -> str:
+        """The sweep's name."""
+        return self.path.name if self.mirror is None else self.mirror.path_of().rpartition("/")[2]
+
+    @property
+    def location(self) -> str:
+        """The directory or URI by which everyone else finds this sweep."""
+        return str(self.path) if self.mirror is None else self.mirror.uri
+
+    def located(self, path: Path) -> Path | str:
+        """Where everyone else finds the file or directory `path` of this sweep."""
+        return path if self.mirror is None else child(self.mirror.uri, *path.relative_to(self.path).parts)
+
+    def fetch(self, whole: Path | None = None) -> None:
+        """Bring the copy of a URI up to date, with models only inside `whole`; nothing to do for a directory."""
+        if self.mirror is not None:
+            prefix = "\0" if whole is None else f"{whole.relative_to(self.path).as_posix()}/"
+            self.mirror.fetch(lambda name: is_light(name) or name.startswith(prefix))
+
+    def publish(self, *files: Path) -> None:
+        """Copy these files to where everyone sees them, all that changed without any named; not for a directory."""
+        if self.mirror is not None:
+            self.mirror.push([file.relative_to(self.path).as_posix() for file in files] or None)
 
     @property
     def description_file(self) -> Path:
@@ -58,18 +97,9 @@ class SweepDirectory:
         """A complete checkpoint of the winner."""
         return self.path / BEST
 
-    @property
-    def tune_state(self) -> Path:
-        """What Tune keeps for itself while it runs; a new one at every start."""
-        return self.path / ".tune"
-
     def trial(self, name: str) -> RunDirectory:
         """The run directory of a trial."""
-        return RunDirectory(self.path / "trials" / name)
-
-    def lock(self) -> filelock.BaseFileLock:
-        """Held by the driver of the sweep; released by the system even if it is killed."""
-        return filelock.FileLock(self.path / ".driver.lock")
+        return RunDirectory(self.path / TRIALS / name)
 
     def description(self) -> dict[str, Any]:
         """The sweep as it was started; raises `UserError` if there is none or it is damaged."""
@@ -87,6 +117,7 @@ class SweepDirectory:
     def write_description(self, content: dict[str, Any]) -> None:
         text = yaml.safe_dump(content, sort_keys=False, default_flow_style=None)
         replace_durably(self.description_file, text.encode())
+        self.publish(self.description_file)
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         replace_durably(self.summary_file, (json.dumps(summary, indent=2) + "\n").encode())
@@ -103,6 +134,7 @@ class SweepDirectory:
             stream.write("".join(json.dumps(entry) + "\n" for entry in entries).encode())
             stream.flush()
             os.fsync(stream.fileno())
+        self.publish(self.journal_file)
 
     def _ends_with_newline(self) -> bool:
         with self.journal_file.open("rb") as stream:

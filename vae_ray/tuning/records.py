@@ -12,8 +12,9 @@ from typing import Any
 
 from vae_ray.artifacts.run_directory import RunDirectory
 from vae_ray.config import Experiment
+from vae_ray.storage.locations import child
 from vae_ray.training.checkpoints import Checkpoint, best_checkpoint, complete_checkpoints
-from vae_ray.tuning.directory import SweepDirectory, json_lines
+from vae_ray.tuning.directory import TRIALS, SweepDirectory, json_lines
 
 FAILURES = ("diverged", "failed", "killed")
 FAILURE_FILE = "failure.json"
@@ -106,9 +107,9 @@ def _read_trial(
     )
 
 
-def trial_experiment(base: Experiment, directory: SweepDirectory, name: str, overrides: dict[str, Any]) -> Experiment:
-    """What the trial of that name trains."""
-    place = {"run.name": name, "run.storage": str(directory.path / "trials")}
+def trial_experiment(base: Experiment, sweep: str, name: str, overrides: dict[str, Any]) -> Experiment:
+    """What the trial of that name, of the sweep at that location, trains."""
+    place = {"run.name": name, "run.storage": child(sweep, TRIALS)}
     return base.with_overrides({**overrides, **place})
 
 

@@ -9,7 +9,6 @@ import logging
 import os
 import random
 import secrets
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -23,7 +22,8 @@ from ray.tune.search import BasicVariantGenerator
 from vae_ray import distributed
 from vae_ray.config import Experiment
 from vae_ray.seeds import stream
-from vae_ray.tuning.directory import SweepDirectory
+from vae_ray.storage.locations import child
+from vae_ray.tuning.directory import TRIALS, SweepDirectory
 from vae_ray.tuning.progress import SweepView
 from vae_ray.tuning.proposals import OptunaProposals, Population, propose_all
 from vae_ray.tuning.records import TrialRecord, read_trials
@@ -32,6 +32,8 @@ from vae_ray.tuning.settings import SweepSettings
 from vae_ray.tuning.trial import TRIAL, TrialLoop, train_group
 from vae_ray.tuning.watch import Watch
 
+TUNE_STATE = ".tune"
+"""What Tune keeps for itself in a sweep's directory while it runs; a new one at every start."""
 HEAD_NODE = "node:__internal_head__"
 PBT_CHECKPOINTS_KEPT = 4
 """Of each trial, by Tune, while it runs: one that others are about to copy must not be deleted."""
@@ -65,18 +67,20 @@ def run_trials(
     if chosen.scheduler == "pbt":  # it draws from the global generators
         random.seed(stream(seed, "pbt"))
         np.random.seed(stream(seed, "pbt") % 2**32)
-    shutil.rmtree(directory.tune_state, ignore_errors=True)
     # PBT pauses trials and compares the whole population: all of it must be alive at once.
     limit = 0 if chosen.scheduler == "pbt" else _concurrency(experiment, device, max_concurrent)
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(limit or num_to_run)
-    with SweepView(
-        directory.path.name,
-        metric=chosen.shown_metric,
-        num_trials=chosen.num_trials,
-        epochs=setting.epochs,
-        records=records,
-        quiet=quiet,
-    ) as view:
+    with (
+        distributed.ray_state(directory.location, TUNE_STATE) as storage,
+        SweepView(
+            directory.name,
+            metric=chosen.shown_metric,
+            num_trials=chosen.num_trials,
+            epochs=setting.epochs,
+            records=records,
+            quiet=quiet,
+        ) as view,
+    ):
         watch = Watch(directory, view, lambda overrides: experiment.with_overrides(overrides).training.epochs)
         tuner = tune.Tuner(
             _trainable(directory, experiment, device),
@@ -87,19 +91,20 @@ def run_trials(
                 scheduler=scheduling.scheduler,
                 num_samples=num_to_run,
                 trial_name_creator=lambda trial: trial.config[TRIAL],
-                reuse_actors=experiment.workers.num == 1,
+                reuse_actors=experiment.workers.most == 1,
             ),
             run_config=tune.RunConfig(
-                name=f"{directory.path.name}-{secrets.token_hex(4)}",
-                storage_path=str(directory.tune_state),
+                name=f"{directory.name}-{secrets.token_hex(4)}",
                 verbose=0,
                 callbacks=[watch],
                 checkpoint_config=tune.CheckpointConfig(num_to_keep=PBT_CHECKPOINTS_KEPT),
+                **storage,
             ),
         )
         for name in ("ray.tune", "ray.train"):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # failures are told once, by the view
         tuner.fit()
+    directory.fetch()
     _clear_away(directory)
     if any(record.state == "pending" for record in read_trials(directory)):
         raise KeyboardInterrupt
@@ -119,10 +124,9 @@ def _search(
 
 
 def _clear_away(directory: SweepDirectory) -> None:
-    """Delete Tune's state, and what a nested TorchTrainer leaves when its trial is stopped early."""
-    shutil.rmtree(directory.tune_state, ignore_errors=True)
+    """Delete what a nested TorchTrainer leaves when its trial is stopped early."""
     for record in read_trials(directory):
-        shutil.rmtree(record.run.path / distributed.RAY_STATE, ignore_errors=True)
+        distributed.clear_state(child(directory.location, TRIALS, record.name))
 
 
 def _reopened(record: TrialRecord) -> TrialRecord:
@@ -147,9 +151,9 @@ def _concurrency(experiment: Experiment, device: torch.device, max_concurrent: i
 
 def _trainable(directory: SweepDirectory, experiment: Experiment, device: torch.device) -> Callable[..., Any]:
     """What Tune runs for a trial, with what it may hold."""
-    parameters = {"sweep_path": str(directory.path), "experiment": experiment.to_dict(), "device": device.type}
+    parameters = {"sweep": directory.location, "experiment": experiment.to_dict(), "device": device.type}
     workers = experiment.workers
-    if workers.num > 1:
+    if workers.most > 1:
         # The trial's own process only waits for its workers. It must hold something, and not a part of a CPU that
         # they need: on two CPUs a trial of two workers would wait for ever.
         return tune.with_resources(tune.with_parameters(train_group, **parameters), {HEAD_NODE: 0.001})

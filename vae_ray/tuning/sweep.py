@@ -15,13 +15,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import filelock
-
 from vae_ray import distributed
 from vae_ray.config import Experiment, differing_fields
 from vae_ray.data.arrow_store import open_split
 from vae_ray.errors import UserError
-from vae_ray.runs import PLACE_FIELDS, is_taken, preflight, resolved, storage_directory
+from vae_ray.runs import PLACE_FIELDS, held, is_taken, preflight, resolved, run_location
+from vae_ray.storage.locations import absolute
+from vae_ray.storage.mirror import own_copy
 from vae_ray.tuning.conclusion import SweepResult, conclude
 from vae_ray.tuning.directory import SweepDirectory
 from vae_ray.tuning.run_trials import run_trials
@@ -67,7 +67,7 @@ def sweep(
         num_trials=num_trials,
         scheduler=scheduler,
         searcher=searcher,
-        workers_per_trial=experiment.workers.num,
+        workers_per_trial=experiment.workers.most,
     )
     if max_concurrent is not None:
         _check_max_concurrent(max_concurrent, chosen.scheduler)
@@ -75,7 +75,7 @@ def sweep(
     chosen, experiment = preflighted(chosen, experiment)
     with opened_sweep(experiment, chosen, resume=resume) as directory:
         _tell(set_aside=experiment.data.num_validation if not num_validation else 0, chosen=chosen)
-        with distributed.connection(experiment, dashboard=experiment.workers.num > 1) as device:
+        with distributed.connection(experiment, dashboard=experiment.workers.most > 1) as device:
             run_trials(directory, experiment, chosen, device=device, max_concurrent=max_concurrent, quiet=quiet)
         return conclude(directory, started_at=started_at)
 
@@ -90,7 +90,7 @@ def _tell(*, set_aside: int, chosen: SweepSettings) -> None:
 
 def _base_experiment(experiment: Experiment, workers_per_trial: int | None) -> Experiment:
     """The experiment that trials vary: named, with absolute paths and at least one worker."""
-    workers = experiment.workers.num if workers_per_trial is None else workers_per_trial
+    workers = experiment.workers.most if workers_per_trial is None else workers_per_trial
     if workers < 0:
         raise UserError(f"workers_per_trial: got {workers}, should be at least 1; for example --workers-per-trial 1")
     name = experiment.run.name or f"sweep-{experiment.data.source}-{datetime.now():%Y%m%d-%H%M%S-%f}"[:-3]
@@ -129,33 +129,30 @@ def preflighted(chosen: SweepSettings, experiment: Experiment) -> tuple[SweepSet
 @contextlib.contextmanager
 def opened_sweep(experiment: Experiment, chosen: SweepSettings, *, resume: bool) -> Iterator[SweepDirectory]:
     """The sweep's directory, locked for this process and described; refused if it is something else's."""
-    name = str(experiment.run.name)
-    directory = SweepDirectory(storage_directory(experiment) / name)
-    exists = directory.description_file.exists()
-    if not exists and is_taken(directory.path):
-        raise UserError(
-            f"run.name: {name!r} is already used in {directory.path.parent} by something else; choose another --name"
-        )
+    name, storage = str(experiment.run.name), absolute(experiment.run.storage)
+    directory = SweepDirectory.at(run_location(experiment))
     description = {"experiment": experiment.to_dict(), **chosen.to_dict()}
-    if exists:
+
+    def refuse_other_uses() -> None:
+        if not directory.description_file.exists():
+            if is_taken(directory.path):
+                raise UserError(
+                    f"run.name: {name!r} is already used in {storage} by something else; choose another --name"
+                )
+            return
         difference = _difference(directory.description(), description)
         what = f"a different sweep ({'; '.join(difference)})" if difference else "this sweep"
         if not resume:
             raise UserError(
-                f"run.name: {name!r} is already used in {directory.path.parent} by {what}; add --resume to go on "
+                f"run.name: {name!r} is already used in {storage} by {what}; add --resume to go on "
                 "with it, or choose another --name"
             )
         if difference:
             raise UserError(f"sweep {name!r}: cannot be resumed as {what}")
-    directory.path.mkdir(parents=True, exist_ok=True)
-    try:
-        with directory.lock().acquire(blocking=False):
-            directory.write_description(description)
-            yield directory
-    except filelock.Timeout as error:
-        if Path(error.lock_file) != directory.path / ".driver.lock":
-            raise
-        raise UserError(f"run.name: sweep {name!r} is running right now; choose another --name") from None
+
+    with held(directory.path, directory.mirror, name=name, before=refuse_other_uses):
+        directory.write_description(description)
+        yield directory
 
 
 def _difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -174,6 +171,7 @@ def _difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 def rebuild_report(path: str | Path) -> SweepResult:
     """Write the leaderboard, the report and `best/` of a sweep's directory again, from its trials' files."""
-    directory = SweepDirectory(Path(path).absolute())
-    directory.description()  # raises UserError if this is no sweep
-    return conclude(directory, started_at=time.time())
+    directory = SweepDirectory.at(str(path))
+    with own_copy(directory.mirror) if directory.mirror is not None else contextlib.nullcontext():
+        directory.description()  # raises UserError if this is no sweep
+        return conclude(directory, started_at=time.time())

@@ -24,10 +24,11 @@ from vae_ray.artifacts.durable_files import replace_durably
 from vae_ray.artifacts.run_directory import RunDirectory
 from vae_ray.config import Experiment
 from vae_ray.errors import Diverged
-from vae_ray.training.checkpoints import complete_checkpoints, read_checkpoint
+from vae_ray.storage.locations import child
+from vae_ray.training.checkpoints import complete_checkpoints, read_checkpoint, resumable_checkpoints
 from vae_ray.training.fit import EpochResult, fit_epochs
 from vae_ray.training.group import Solo
-from vae_ray.tuning.directory import SweepDirectory
+from vae_ray.tuning.directory import TRIALS
 from vae_ray.tuning.records import FAILURE_FILE, LINEAGE_FILE, trial_experiment
 
 TRIAL = "trial"
@@ -44,12 +45,12 @@ class TrialLoop(tune.Trainable):  # type: ignore[misc]
     def setup(
         self,
         config: dict[str, Any],
-        sweep_path: str = "",
+        sweep: str = "",
         experiment: dict[str, Any] | None = None,
         device: str = "cpu",
     ) -> None:
         """Tune's entry; the arguments after `config` come from `tune.with_parameters`."""
-        self._directory = SweepDirectory(Path(sweep_path))
+        self._sweep = sweep
         self._base = Experiment.from_dict(experiment)
         self._device = torch.device(device)
         self._epochs: Generator[EpochResult, None, None] | None = None
@@ -77,7 +78,9 @@ class TrialLoop(tune.Trainable):  # type: ignore[misc]
         The run directory is let go of, because another process may be the one to go on with a paused trial.
         """
         self._close()
+        self._run.fetch()
         newest = complete_checkpoints(self._run.checkpoints)[-1]
+        self._run.fetch(newest.path)
         shutil.copytree(newest.path, Path(checkpoint_dir, newest.path.name))
         Path(checkpoint_dir, DONOR).write_text(json.dumps({"trial": self._name, "checkpoint": newest.path.name}))
 
@@ -94,13 +97,14 @@ class TrialLoop(tune.Trainable):  # type: ignore[misc]
     def _begin(self, config: dict[str, Any]) -> None:
         self._name = self.trial_name
         self._overrides = overrides_of(config)
-        self._experiment = trial_experiment(self._base, self._directory, self._name, self._overrides)
-        self._run = self._directory.trial(self._name)
+        self._experiment = trial_experiment(self._base, self._sweep, self._name, self._overrides)
+        self._run = run_of(self._sweep, self._name)
 
     def _open(self) -> Generator[EpochResult, None, None]:
         self._run.path.mkdir(parents=True, exist_ok=True)
         self._run.write_experiment(self._experiment)
-        return fit_epochs(self._experiment, self._run.path, Solo(self._device))
+        self._run.publish(self._run.experiment_file)
+        return fit_epochs(self._experiment, self._run.location, Solo(self._device))
 
     def _close(self) -> None:
         if self._epochs is not None:
@@ -110,26 +114,35 @@ class TrialLoop(tune.Trainable):  # type: ignore[misc]
     def _adopt(self, source: Path, donor: str) -> None:
         """Replace this trial's state by the donor's; what it did itself stays in its history."""
         self._close()
-        epoch = read_checkpoint(source).epoch
-        for own in complete_checkpoints(self._run.checkpoints):
-            if own.epoch >= epoch:
+        self._run.fetch()
+        adopted_checkpoint = read_checkpoint(source)
+        epoch = adopted_checkpoint.epoch
+        for own in resumable_checkpoints(self._run.checkpoints):
+            if own.position >= adopted_checkpoint.position:
                 shutil.rmtree(own.path)
         adopted = self._run.checkpoints / f".partial-{source.name}"
         shutil.copytree(source, adopted, dirs_exist_ok=True)
         os.replace(adopted, self._run.checkpoints / source.name)
         with (self._run.path / LINEAGE_FILE).open("a", encoding="utf-8") as stream:
             stream.write(json.dumps({"epoch": epoch, "weights_of": donor, "overrides": self._overrides}) + "\n")
+        self._run.publish()
 
 
-def train_group(config: dict[str, Any], *, sweep_path: str, experiment: dict[str, Any], device: str) -> None:
+def run_of(sweep: str, name: str) -> RunDirectory:
+    """The run directory of the trial `name` of the sweep at that location."""
+    return RunDirectory.at(child(sweep, TRIALS, name), role="trial")
+
+
+def train_group(config: dict[str, Any], *, sweep: str, experiment: dict[str, Any], device: str) -> None:
     """A trial of several workers: a TorchTrainer, started from the trial's own process."""
-    directory, name = SweepDirectory(Path(sweep_path)), tune.get_context().get_trial_name()
-    own = trial_experiment(Experiment.from_dict(experiment), directory, name, overrides_of(config))
-    run = directory.trial(name)
+    name = tune.get_context().get_trial_name()
+    own = trial_experiment(Experiment.from_dict(experiment), sweep, name, overrides_of(config))
+    run = run_of(sweep, name)
     run.path.mkdir(parents=True, exist_ok=True)
     with recorded_failure(run):
         run.write_experiment(own)
-        distributed.fit(own, run.path, torch.device(device), callbacks=[TuneReportCallback()])
+        run.publish(run.experiment_file)
+        distributed.fit(own, run.location, torch.device(device), callbacks=[TuneReportCallback()])
 
 
 def overrides_of(config: dict[str, Any]) -> dict[str, Any]:
@@ -147,6 +160,7 @@ def recorded_failure(run: RunDirectory) -> Iterator[None]:
     except Exception as error:
         state = "diverged" if isinstance(error, Diverged) else "failed"
         replace_durably(file, json.dumps({"state": state, "reason": _reason(error)}).encode())
+        run.publish(file)
         raise
 
 

@@ -39,6 +39,7 @@ class Watch(tune.Callback):  # type: ignore[misc]
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """It raised an error, or its process died."""
         name = str(trial)
+        self._directory.fetch()
         self._end(trial, read_failure(self._directory.trial(name)) or {"state": "killed", "reason": _why_killed(trial)})
 
     def _end(self, trial: Trial, end: dict[str, str]) -> None:

@@ -1,0 +1,133 @@
+"""Locations: a directory, or a URI that one of pyarrow's file systems serves (`s3://`, `gs://`, ...).
+
+A location is a plain string, so that it fits into an Experiment, a JSON file and a command line.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+from urllib.parse import urlsplit, urlunsplit
+
+import pyarrow.fs
+
+from vae_ray.errors import UserError
+
+ANSWER_SECONDS = 10.0
+"""How long a storage may take to answer before it counts as unreachable."""
+
+Answer = TypeVar("Answer")
+
+
+def is_uri(location: str | Path) -> bool:
+    """Whether `location` names an object store; a path, also with `file://`, is none."""
+    scheme = str(location).partition("://")[0] if "://" in str(location) else ""
+    return len(scheme) > 1 and scheme.lower() != "file"
+
+
+def directory_of(location: str | Path) -> Path:
+    """The absolute path of a location that is no URI of an object store; `~` and `file://` are understood."""
+    text = str(location)
+    plain = urlsplit(text).path if text.lower().startswith("file://") else text
+    return Path(plain).expanduser().absolute()
+
+
+def child(location: str | Path, *names: str) -> str:
+    """The location below `location`; what follows a `?` in a URI stays at its end."""
+    if not is_uri(location):
+        return str(Path(location, *names))
+    parts = urlsplit(str(location))
+    return urlunsplit(parts._replace(path="/".join([parts.path.rstrip("/"), *names])))
+
+
+def absolute(location: str | Path) -> str:
+    """The same location, independent of the working directory."""
+    return str(location) if is_uri(location) else str(directory_of(location))
+
+
+def cache_root() -> Path:
+    """Where this machine keeps what it can make again: `$VAE_RAY_CACHE`, else `~/.cache/vae_ray`."""
+    return Path(os.environ.get("VAE_RAY_CACHE") or Path.home() / ".cache" / "vae_ray").expanduser().absolute()
+
+
+def open_filesystem(uri: str, *, key: str) -> tuple[pyarrow.fs.FileSystem, str]:
+    """The file system of `uri` and the path in it.
+
+    Raises `UserError`, naming `key`, for a scheme that pyarrow does not know, a malformed URI and for credentials
+    inside one: what is written into an Experiment is saved beside the results.
+    """
+    parts = urlsplit(uri)
+    if parts.username or parts.password or "secret_key" in parts.query:
+        raise UserError(
+            f"{key}: the URI contains credentials, which would be saved beside the results; leave them out and set "
+            "them in the environment of every node (for s3: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)"
+        )
+    try:
+        filesystem, path = answered(lambda: pyarrow.fs.FileSystem.from_uri(uri))  # asks for a bucket's region
+    except (OSError, ValueError, NotImplementedError) as error:  # pyarrow's ArrowInvalid is a ValueError
+        raise UserError(
+            f"{key}: got {uri!r}, which cannot be used ({' '.join(str(error).split())[:200]}); should be a directory "
+            "that all nodes see, or for example s3://BUCKET/runs or gs://BUCKET/runs"
+        ) from None
+    return filesystem, path.rstrip("/")
+
+
+def check_writable(location: str, *, key: str = "run.storage") -> None:
+    """Raise `UserError`, within seconds, unless this process can write to `location`."""
+    if is_uri(location):
+        filesystem, path = open_filesystem(location, key=key)
+        _write_probe(filesystem, path, shown=location, key=key)
+    else:
+        directory = directory_of(location)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            probe = directory / f".vae_ray-probe-{os.getpid()}"
+            probe.write_bytes(b"")
+            probe.unlink()
+        except OSError as error:
+            raise UserError(
+                f"{key}: got {location!r}, cannot be written ({error.strerror}); try --storage DIR"
+            ) from None
+
+
+def _write_probe(filesystem: pyarrow.fs.FileSystem, path: str, *, shown: str, key: str) -> None:
+    probe = f"{path}/.vae_ray-probe-{os.getpid()}"
+
+    def write_and_delete() -> None:
+        filesystem.create_dir(path)
+        with filesystem.open_output_stream(probe) as stream:
+            stream.write(b"vae_ray")
+        filesystem.delete_file(probe)
+
+    try:
+        answered(write_and_delete)
+    except OSError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{key}: got {shown!r}, cannot be written ({reason}); check the address, that the bucket exists, and the "
+            "credentials in the environment"
+        ) from None
+
+
+def answered(action: Callable[[], Answer], *, seconds: float = ANSWER_SECONDS) -> Answer:
+    """What `action` returns or raises; raises `TimeoutError` if it takes longer: file systems wait much longer."""
+    outcome: list[Answer] = []
+    failure: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            outcome.append(action())
+        except BaseException as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=run, name="storage probe", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        raise TimeoutError(f"no answer within {seconds:.0f} s")
+    if failure:
+        raise failure[0]
+    return outcome[0]
