@@ -100,7 +100,7 @@ def test_a_server_that_is_no_ray_is_told_apart(other_server: str, capsys: pytest
     assert f"no Ray dashboard answers at {other_server} (HTTP 404)" in answer["findings"][0]["text"]
 
 
-@pytest.mark.parametrize("address", ["nonsense", "host:port", "//"])
+@pytest.mark.parametrize("address", ["nonsense", "host:port", "//", "ray://host:10001"])
 def test_the_doctor_refuses_what_is_no_address(address: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--address", address]) == 1
     assert "is no address; should be HOST:6379, http://HOST:8265 or auto" in capsys.readouterr().out

@@ -157,9 +157,9 @@ def _is_dashboard(address: str) -> bool:
     """Whether jobs are submitted at that address; raises `UserError` if nothing answers there."""
     if address.startswith(("http://", "https://")):
         return True
-    parts = urlsplit(address if "://" in address else f"//{address}")
+    parts = urlsplit(f"//{address}")
     try:
-        host, port = parts.hostname, parts.port
+        host, port = (None, None) if "://" in address else (parts.hostname, parts.port)
     except ValueError:
         host, port = None, None
     if not host or not port:

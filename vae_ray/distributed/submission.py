@@ -39,7 +39,6 @@ class Job:
     url: str
     status: str
     exit_code: int | None = None
-    message: str = ""
 
     @property
     def command_exit_code(self) -> int:
@@ -143,7 +142,7 @@ def send(client: JobSubmissionClient, **job: Any) -> str:
     while True:
         try:
             return client.submit_job(**job)
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:
             if "No available agent" not in str(error) or time.monotonic() > deadline:
                 lines = [line for line in str(error).splitlines() if line.strip()]
                 raise TrainingFailed(f"the cluster did not take the job: {lines[-1].strip()}") from None
@@ -160,7 +159,9 @@ def _followed(client: JobSubmissionClient, job: Job) -> Job:
         except (RuntimeError, OSError) as error:
             raise TrainingFailed(f"{job.url} does not answer any more ({one_line(error)}); job {job.job_id}") from None
         if info.status in ENDED:
-            return Job(job.job_id, job.url, info.status.value, info.driver_exit_code, info.message or "")
+            if info.status == JobStatus.FAILED and info.driver_exit_code is None:
+                _say(f"job {job.job_id} failed: {' '.join((info.message or '').split())[:500]}")
+            return Job(job.job_id, job.url, info.status.value, info.driver_exit_code)
         time.sleep(0.5)
 
 
