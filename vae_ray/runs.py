@@ -20,6 +20,7 @@ from typing import Any
 import filelock
 import torch
 
+from vae_ray import signals
 from vae_ray.artifacts.progress import ProgressView
 from vae_ray.artifacts.run_directory import WRITER_LOCK_SECONDS, RunDirectory
 from vae_ray.config import Experiment, differing_fields
@@ -80,8 +81,8 @@ def train(experiment: Experiment, *, resume: bool = False, quiet: bool = True) -
     """Train `experiment` and return its result; `quiet=False` shows progress on stderr.
 
     With `resume` a run of that name goes on from its newest complete checkpoint (a finished one is returned
-    as it is). Raises `UserError`, before anything starts, for what the user can put right, and
-    `TrainingFailed` for a run that could not finish.
+    as it is). Raises `UserError`, before anything starts, for what the user can put right, `TrainingFailed` for
+    a run that could not finish, and `Stopped` after a signal or a file `.stop` in the run's directory.
     """
     started_at = time.time()
     if resume and experiment.run.name is None:
@@ -95,7 +96,8 @@ def train(experiment: Experiment, *, resume: bool = False, quiet: bool = True) -
         with _execution(experiment) as (device, execute):
             run.write_experiment(experiment)
             run.publish(run.experiment_file)
-            with contextlib.nullcontext() if quiet else ProgressView(run, experiment):
+            view = contextlib.nullcontext() if quiet else ProgressView(run, experiment)
+            with signals.stopping(run), view:
                 execute(experiment, run.location, device)
             run.fetch()
             result = summarise(
@@ -244,6 +246,7 @@ def _settle(run: RunDirectory) -> tuple[int, float]:
     """
     try:
         with run.lock("writer").acquire(timeout=WRITER_LOCK_SECONDS):
+            run.forget_stop()
             found = resumable_checkpoints(run.checkpoints)
             newest = found[-1] if found else None
             done = newest.epochs_done if newest else 0

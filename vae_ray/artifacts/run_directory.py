@@ -103,6 +103,25 @@ class RunDirectory:
         """One JSON object for each time that workers began or went on with the run."""
         return self.path / "attempts.jsonl"
 
+    def request_stop(self) -> None:
+        """Ask whoever trains here to write a checkpoint and stop; raises `OSError`."""
+        if self.mirror is not None:
+            self.mirror.write(self.stop_file.name, b"stop")
+        else:
+            self.stop_file.touch()
+
+    def stop_is_requested(self) -> bool:
+        """Whether someone asked for it; of a run at a URI as it was at most a second ago."""
+        if self.mirror is None:
+            return self.stop_file.exists()
+        return self.mirror.has_soon(self.stop_file.name)
+
+    def forget_stop(self) -> None:
+        """Let the next start begin without a request."""
+        self.stop_file.unlink(missing_ok=True)
+        if self.mirror is not None:
+            self.mirror.delete(self.stop_file.name)
+
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
@@ -119,6 +138,11 @@ class RunDirectory:
     def progress_file(self) -> Path:
         """How far the current epoch is; only for the live view."""
         return self.path / ".progress.json"
+
+    @property
+    def stop_file(self) -> Path:
+        """Tells whoever trains here to write a checkpoint and stop; removed at the next start."""
+        return self.path / ".stop"
 
     def lock(self, role: str) -> filelock.BaseFileLock:
         """The lock of "driver" or "writer"; released by the system even if its holder is killed."""

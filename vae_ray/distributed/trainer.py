@@ -9,7 +9,9 @@ import os
 import secrets
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +24,11 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from vae_ray.config import Experiment
 from vae_ray.distributed.group import RayWorkers
 from vae_ray.distributed.node_watch import NodeWatch
-from vae_ray.errors import Diverged, TrainingFailed, UserError
+from vae_ray.errors import Diverged, Stopped, TrainingFailed, UserError
 from vae_ray.storage.locations import child, is_uri, open_filesystem
 from vae_ray.training.fit import EpochResult, fit_epochs
 
-AGREED: dict[str, type[Exception]] = {kind.__name__: kind for kind in (Diverged, UserError)}
+AGREED: dict[str, type[Exception]] = {kind.__name__: kind for kind in (Diverged, Stopped, UserError)}
 """What ends a run on all its workers together; to go on from the last checkpoint would end the same way."""
 RAY_STATE = ".ray"
 ELASTIC_LOOK_SECONDS = 15.0
@@ -41,7 +43,7 @@ def fit(experiment: Experiment, location: str, device: torch.device, *, callback
 
     Lost workers are replaced, going on from the last checkpoint, `workers.max_failures` times. `callbacks` are Ray
     Train's and see every epoch's report. Raises `TrainingFailed` with the worker's own error if the group could not
-    finish.
+    finish, and `Stopped` if it was told to.
     """
     workers = experiment.workers
     if workers.least < workers.most:
@@ -63,12 +65,29 @@ def fit(experiment: Experiment, location: str, device: torch.device, *, callback
         )
         try:
             with NodeWatch(experiment, uses_gpu=device.type == "cuda"):
-                outcome = trainer.fit().return_value
+                outcome = _result_of(trainer).return_value
         except ray.train.TrainingFailedError as error:
             raise _cause(error) from error
     if outcome is not None:
         kind, message = outcome
         raise AGREED[kind](message)
+
+
+def _result_of(trainer: TorchTrainer) -> Any:
+    """Ray's result of the fit. In the main thread Ray would take SIGINT for itself, so it runs in another."""
+    if threading.current_thread() is not threading.main_thread():
+        return trainer.fit()
+    outcome: Future[Any] = Future()
+
+    def fit_now() -> None:
+        try:
+            outcome.set_result(trainer.fit())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    # a daemon: if this thread is interrupted, the process must not wait for the other
+    threading.Thread(target=fit_now, name="ray-train-fit", daemon=True).start()
+    return outcome.result()
 
 
 def _scaling(experiment: Experiment, device: torch.device) -> ScalingConfig:

@@ -47,6 +47,10 @@ class WorkerGroup(Protocol):
         """Every worker's `value`, in order of rank, on every worker. All ranks must call it."""
         ...
 
+    def preempted(self) -> bool:
+        """Whether a worker's machine is about to be taken away, the same on every worker. All ranks must call it."""
+        ...
+
 
 class Solo:
     """One worker alone; its sums are its own."""
@@ -68,6 +72,9 @@ class Solo:
 
     def gather(self, value: Value) -> list[Value]:
         return [value]
+
+    def preempted(self) -> bool:
+        return False
 
 
 def agreed(group: WorkerGroup, action: Callable[[], Value]) -> Value:
