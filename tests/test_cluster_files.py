@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 import shlex
-import tomllib
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
 import yaml
+
+from vae_ray.version import VERSION
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 AWS = REPOSITORY / "cluster.yaml"
@@ -144,12 +145,10 @@ def test_versions_are_those_that_were_tested_together() -> None:
     assert load(RAYJOB)["spec"]["rayClusterSpec"]["rayVersion"] == ray
     assert set(re.findall(r"torch (\d\S+)\.", texts[AWS])) == {torch}
     assert all("--constraint" in text and "constraints.txt" in text for text in texts.values())
-    requires = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
-    assert requires["requires-python"] == ">=3.11"
-    assert (
-        requires["version"]
-        in load(RAYJOB)["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0]["image"]
-    )
+    cluster = load(RAYJOB)["spec"]["rayClusterSpec"]
+    pods = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    images = {container["image"] for pod in pods for container in pod["template"]["spec"]["containers"]}
+    assert images == {f"vae-ray:{VERSION}", f"vae-ray:{VERSION}-gpu"}
 
 
 def test_commands_that_the_files_name_exist() -> None:
