@@ -1,8 +1,8 @@
 """The rooms of the package and who may import whom, read from the sources themselves.
 
-cli -> tuning -> runs -> {distributed, trained} -> training -> artifacts -> objective -> {likelihoods, schedules}
--> models -> posterior -> data -> {seeds, storage} -> config -> {errors, version}. Downwards only; `models` may use
-the posterior.
+cli -> tuning -> runs -> {distributed, trained, signals} -> training -> artifacts -> objective -> {likelihoods,
+schedules} -> models -> posterior -> data -> {seeds, storage} -> config -> {errors, version}. Downwards only; `models`
+may use the posterior.
 """
 
 import ast
@@ -26,7 +26,7 @@ LAYERS = [
     {"objective", "traversal"},
     {"artifacts"},
     {"training"},
-    {"distributed", "trained"},
+    {"distributed", "trained", "signals"},
     {"runs"},
     {"tuning"},
     {"commands"},

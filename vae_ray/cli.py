@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from vae_ray import commands
-from vae_ray.errors import TrainingFailed, UserError
+from vae_ray.errors import Stopped, TrainingFailed, UserError
 
 FLAGS = {
     "train": ("--name", "--storage", "--resume", "--dry-run", "--json", "--help"),
@@ -47,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, code=2)
     except TrainingFailed as error:
         return _fail(error, code=1)
+    except Stopped as error:
+        return _fail(error, code=130)
     except KeyboardInterrupt:
         return _fail("interrupted; go on with --resume and the same --name", code=130)
     print(json.dumps(answer, indent=2) if options.json else _readable(answer))

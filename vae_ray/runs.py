@@ -20,6 +20,7 @@ from typing import Any
 import filelock
 import torch
 
+from vae_ray import signals
 from vae_ray.artifacts.progress import ProgressView
 from vae_ray.artifacts.run_directory import WRITER_LOCK_SECONDS, RunDirectory
 from vae_ray.config import Experiment, differing_fields
@@ -54,6 +55,8 @@ class TrainResult:
     last_checkpoint: Path | str
     best_epoch: int
     num_workers: int
+    nodes: list[str]
+    """Addresses of the machines of the workers that ended it, by rank."""
     device: str
     epochs: int
     metrics: dict[str, float]
@@ -78,8 +81,8 @@ def train(experiment: Experiment, *, resume: bool = False, quiet: bool = True) -
     """Train `experiment` and return its result; `quiet=False` shows progress on stderr.
 
     With `resume` a run of that name goes on from its newest complete checkpoint (a finished one is returned
-    as it is). Raises `UserError`, before anything starts, for what the user can put right, and
-    `TrainingFailed` for a run that could not finish.
+    as it is). Raises `UserError`, before anything starts, for what the user can put right, `TrainingFailed` for
+    a run that could not finish, and `Stopped` after a signal or a file `.stop` in the run's directory.
     """
     started_at = time.time()
     if resume and experiment.run.name is None:
@@ -93,7 +96,8 @@ def train(experiment: Experiment, *, resume: bool = False, quiet: bool = True) -
         with _execution(experiment) as (device, execute):
             run.write_experiment(experiment)
             run.publish(run.experiment_file)
-            with contextlib.nullcontext() if quiet else ProgressView(run, experiment):
+            view = contextlib.nullcontext() if quiet else ProgressView(run, experiment)
+            with signals.stopping(run), view:
                 execute(experiment, run.location, device)
             run.fetch()
             result = summarise(
@@ -242,6 +246,7 @@ def _settle(run: RunDirectory) -> tuple[int, float]:
     """
     try:
         with run.lock("writer").acquire(timeout=WRITER_LOCK_SECONDS):
+            run.forget_stop()
             found = resumable_checkpoints(run.checkpoints)
             newest = found[-1] if found else None
             done = newest.epochs_done if newest else 0
@@ -278,7 +283,7 @@ def summarise(
     metrics = {key: value for key, value in best.metrics.items() if "/" in key}
     if "test/nelbo" not in metrics:
         metrics |= TrainedVAE.load(run.located(best.path), device=device).evaluate("test")
-    history = run.history()
+    history, last_attempt = run.history(), run.attempts()[-1]
     mine = [line for line in history if line["epoch"] > done_before]
     train_seconds = sum(line["seconds"] for line in history)  # of the lines that survived
     num_images = sum(line["images_per_second"] * line["seconds"] for line in history)
@@ -287,7 +292,8 @@ def summarise(
         best_checkpoint=run.located(best.path),
         last_checkpoint=run.located(checkpoints[-1].path),
         best_epoch=best.epoch,
-        num_workers=experiment.workers.most,
+        num_workers=last_attempt["num_workers"],
+        nodes=last_attempt["nodes"],
         device=device.type,
         epochs=checkpoints[-1].epoch,
         metrics=metrics,

@@ -19,7 +19,7 @@ NUM_STEPS = EPOCHS * STEPS_PER_EPOCH
 
 
 def experiment(storage: Path, name: str) -> Experiment:
-    """Three epochs of 180 images in eight batches, the last smaller; saves after 3, 6, [8], 9, 12, 15, [16], ... steps."""
+    """Three epochs of 180 images in eight batches, the last smaller; saved after 3, 6, 8, 9, 12, 15, 16, ... steps."""
     return Experiment.from_dict(
         {
             "data": {"source": "digits", "num_validation": 1438 - 180},

@@ -99,6 +99,30 @@ class RunDirectory:
         return self.path / "summary.json"
 
     @property
+    def attempts_file(self) -> Path:
+        """One JSON object for each time that workers began or went on with the run."""
+        return self.path / "attempts.jsonl"
+
+    def request_stop(self) -> None:
+        """Ask whoever trains here to write a checkpoint and stop; raises `OSError`."""
+        if self.mirror is not None:
+            self.mirror.write(self.stop_file.name, b"stop")
+        else:
+            self.stop_file.touch()
+
+    def stop_is_requested(self) -> bool:
+        """Whether someone asked for it; of a run at a URI as it was at most a second ago."""
+        if self.mirror is None:
+            return self.stop_file.exists()
+        return self.mirror.has_soon(self.stop_file.name)
+
+    def forget_stop(self) -> None:
+        """Let the next start begin without a request."""
+        self.stop_file.unlink(missing_ok=True)
+        if self.mirror is not None:
+            self.mirror.delete(self.stop_file.name)
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
@@ -115,6 +139,11 @@ class RunDirectory:
         """How far the current epoch is; only for the live view."""
         return self.path / ".progress.json"
 
+    @property
+    def stop_file(self) -> Path:
+        """Tells whoever trains here to write a checkpoint and stop; removed at the next start."""
+        return self.path / ".stop"
+
     def lock(self, role: str) -> filelock.BaseFileLock:
         """The lock of "driver" or "writer"; released by the system even if its holder is killed."""
         return filelock.FileLock(self.path / f".{role}.lock")
@@ -130,18 +159,29 @@ class RunDirectory:
 
     def history(self) -> list[dict[str, Any]]:
         """The lines of `metrics.jsonl`, oldest first; a line cut short by a kill ends the list."""
-        lines: list[dict[str, Any]] = []
-        if self.metrics_file.exists():
-            for line in self.metrics_file.read_text(encoding="utf-8").splitlines():
-                try:
-                    lines.append(json.loads(line))
-                except ValueError:
-                    break
-        return lines
+        return _json_lines(self.metrics_file)
 
     def append_metrics(self, line: dict[str, Any]) -> None:
         with self.metrics_file.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(line) + "\n")
+
+    def attempts(self) -> list[dict[str, Any]]:
+        """The lines of `attempts.jsonl`, oldest first."""
+        return _json_lines(self.attempts_file)
+
+    def append_attempt(self, **attempt: Any) -> None:
+        """Write down that workers begin: `started_at`, `num_workers`, `nodes` by rank, `epochs_done`, `steps_done`.
+
+        To that comes what is known of the attempt before: the epoch and step that it had reached.
+        """
+        try:
+            reached = json.loads(self.progress_file.read_text(encoding="utf-8"))
+            attempt |= {"last_epoch": int(reached["epoch"]), "last_step": int(reached["step"])}
+        except (OSError, ValueError, KeyError, TypeError):  # it ended between epochs, or there was none
+            pass
+        self.progress_file.unlink(missing_ok=True)
+        with self.attempts_file.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(attempt) + "\n")
 
     def forget_after(self, epoch: int) -> None:
         """Drop metrics and pictures of epochs that will be computed again."""
@@ -163,3 +203,14 @@ class RunDirectory:
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         replace_durably(self.summary_file, (json.dumps(summary, indent=2) + "\n").encode())
+
+
+def _json_lines(file: Path) -> list[dict[str, Any]]:
+    lines: list[dict[str, Any]] = []
+    if file.exists():
+        for line in file.read_text(encoding="utf-8").splitlines():
+            try:
+                lines.append(json.loads(line))
+            except ValueError:
+                break
+    return lines

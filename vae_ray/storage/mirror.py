@@ -38,6 +38,7 @@ TRANSFERS = 8
 LAST_TRY_SECONDS = 120.0
 """How long the last copy of a run goes on trying to reach its storage."""
 LONGEST_WAIT_SECONDS = 15.0
+WATCH_SECONDS = 0.5
 
 
 class Stamp(NamedTuple):
@@ -97,6 +98,8 @@ class Mirror:
         self._lock = threading.Lock()
         self._wake, self._closing = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
+        self._seen = threading.Event()
+        self._watching: threading.Thread | None = None
 
     @property
     def filesystem(self) -> pyarrow.fs.FileSystem:
@@ -187,6 +190,19 @@ class Mirror:
                 return bytes(stream.read())
         except FileNotFoundError:
             return None
+
+    def has_soon(self, name: str) -> bool:
+        """Whether there is a file of that name there, as a thread of the mirror's own saw it last; never waits."""
+        if self._watching is None:
+            self._watching = threading.Thread(target=self._watch, args=(name,), name="mirror watch", daemon=True)
+            self._watching.start()
+        return self._seen.is_set()
+
+    def _watch(self, name: str) -> None:
+        while not self._closing.wait(WATCH_SECONDS) and not self._seen.is_set():
+            with contextlib.suppress(OSError):  # it is asked again
+                if self.read(name) is not None:
+                    self._seen.set()
 
     def _files_here(self) -> dict[str, Stamp]:
         found: dict[str, Stamp] = {}

@@ -39,7 +39,8 @@ def fit_epochs(experiment: Experiment, location: str | Path, group: WorkerGroup)
 
     `location` is the run's directory or URI. All ranks iterate with equal arguments; rank 0 alone reads and writes the
     run. Whoever stops early closes the generator: that ends the run's files properly and lets go of its directory, and
-    a later call goes on from there.
+    a later call goes on from there. Raises `Stopped` on all ranks, after a checkpoint, once there is a file `.stop` in
+    the run's directory.
     """
     run = RunDirectory.at(location, role="writer")
     with contextlib.ExitStack() as stack:
@@ -47,8 +48,10 @@ def fit_epochs(experiment: Experiment, location: str | Path, group: WorkerGroup)
         if group.rank == 0:
             stack.enter_context(run.open_for_writing())
         worker = Worker(experiment, run, group)
+        worker.record_attempt()
         recorder = stack.enter_context(worker.recorder()) if group.rank == 0 else None
         while worker.epochs_done < experiment.training.epochs:
+            worker.stop_if_told()
             line = worker.run_epoch(recorder)
             if recorder is not None:
                 recorder.epoch(line, worker.model)

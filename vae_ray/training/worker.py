@@ -17,7 +17,7 @@ from vae_ray.artifacts.run_directory import RunDirectory
 from vae_ray.config import Experiment
 from vae_ray.data.batches import training_batches
 from vae_ray.data.splits import Splits
-from vae_ray.errors import Diverged
+from vae_ray.errors import Diverged, Stopped
 from vae_ray.likelihoods import LIKELIHOODS
 from vae_ray.models.initialization import INITIALIZATIONS
 from vae_ray.models.vae import VAE, build_vae
@@ -31,7 +31,8 @@ from vae_ray.training.checkpoints import (
     save_checkpoint,
 )
 from vae_ray.training.evaluation import evaluate_split
-from vae_ray.training.group import WorkerGroup, shards_of
+from vae_ray.training.group import WorkerGroup, agreed, shards_of
+from vae_ray.training.interruptions import Interruptions
 from vae_ray.training.loop import StepSettings, train_epoch
 from vae_ray.training.metrics import TermSums, labelled
 from vae_ray.training.optimization import build_optimizer, learning_rate
@@ -47,7 +48,7 @@ class Worker:
 
     def __init__(self, experiment: Experiment, run: RunDirectory, group: WorkerGroup) -> None:
         self.experiment, self.run, self.group = experiment, run, group
-        self.splits = Splits.open(experiment)
+        self.splits = agreed(group, lambda: Splits.open(experiment))
         self.likelihood = LIKELIHOODS[experiment.model.likelihood](experiment.model)
         self.model = self._new_model().to(group.device)
         self.optimizer = build_optimizer(experiment.optim, self.model.parameters())
@@ -62,6 +63,7 @@ class Worker:
             if self.steps_done:
                 self._seconds_before = newest.metrics["seconds"]
         self.parallel = group.wrap(self.model)
+        self._interruptions = Interruptions(run, group)
 
     def _new_model(self) -> VAE:
         seed = self.experiment.run.seed
@@ -72,11 +74,26 @@ class Worker:
 
     def _newest_checkpoint(self) -> Checkpoint | None:
         """The newest checkpoint as rank 0 read it; the others must not decide for themselves, nor see the storage."""
-        newest = None
-        if self.group.rank == 0 and (found := resumable_checkpoints(self.run.checkpoints)):
+
+        def read() -> Checkpoint | None:
+            if self.group.rank != 0 or not (found := resumable_checkpoints(self.run.checkpoints)):
+                return None
             self.run.fetch(found[-1].path)
-            newest = found[-1].in_memory()
-        return self.group.share(newest)
+            return found[-1].in_memory()
+
+        return self.group.share(agreed(self.group, read))
+
+    def record_attempt(self) -> None:
+        """Write down who computes from where on, for people; on rank 0, others return."""
+        nodes = self.group.gather(self.group.node)
+        if self.group.rank == 0:
+            self.run.append_attempt(
+                started_at=time.time(),
+                num_workers=self.group.size,
+                nodes=nodes,
+                epochs_done=self.epochs_done,
+                steps_done=self.steps_done,
+            )
 
     def recorder(self) -> Recorder:
         """The recorder of what this worker is about to compute; rank 0 only."""
@@ -101,9 +118,14 @@ class Worker:
             if recorder is not None and recorder.progress_is_due():
                 rate = num_done * training.global_batch_size / (time.perf_counter() - started)
                 done = (num_done + first_step) / (training.epochs * self.steps_per_epoch)
-                recorder.progress(epoch=epoch, done=done, images_per_second=rate, **labelled("train", sums.means()))
-            if self._checkpoint_is_due(first_step + num_done) and num_done < self.steps_per_epoch:
+                terms = labelled("train", sums.means())
+                recorder.progress(epoch=epoch, step=num_done, done=done, images_per_second=rate, **terms)
+            interruption = self._interruptions.after_step()
+            is_due = self._checkpoint_is_due(first_step + num_done) and num_done < self.steps_per_epoch
+            if is_due or any(interruption):
                 self.save_inside_epoch(sums.gathered(self.group), seconds=time.perf_counter() - started)
+            if interruption.stop:
+                raise self._stopped()
 
         train_epoch(
             self.parallel,
@@ -147,6 +169,17 @@ class Worker:
             "seconds": seconds,
             "started_at": started_at,
         }
+
+    def stop_if_told(self) -> None:
+        """Raise `Stopped` between two epochs, if somebody wants that."""
+        if self._interruptions.agreed().stop:
+            raise self._stopped()
+
+    def _stopped(self) -> Stopped:
+        done = f"epoch {self.epochs_done} of {self.experiment.training.epochs}"
+        if self.steps_done:
+            done = f"step {self.steps_done} of {self.steps_per_epoch} of epoch {self.epochs_done + 1}"
+        return Stopped(f"stopped after {done}; go on with --resume --name {self.experiment.run.name}")
 
     def _checkpoint_is_due(self, num_steps: int) -> bool:
         every = self.experiment.run.checkpoint_every_steps

@@ -23,7 +23,7 @@ from vae_ray import distributed
 from vae_ray.artifacts.durable_files import replace_durably
 from vae_ray.artifacts.run_directory import RunDirectory
 from vae_ray.config import Experiment
-from vae_ray.errors import Diverged
+from vae_ray.errors import Diverged, Stopped
 from vae_ray.storage.locations import child
 from vae_ray.training.checkpoints import complete_checkpoints, read_checkpoint, resumable_checkpoints
 from vae_ray.training.fit import EpochResult, fit_epochs
@@ -157,6 +157,8 @@ def recorded_failure(run: RunDirectory) -> Iterator[None]:
     file.unlink(missing_ok=True)
     try:
         yield
+    except Stopped:  # nothing failed: it goes on from its checkpoint
+        raise
     except Exception as error:
         state = "diverged" if isinstance(error, Diverged) else "failed"
         replace_durably(file, json.dumps({"state": state, "reason": _reason(error)}).encode())
