@@ -57,7 +57,7 @@ def test_the_files_promise_what_they_let_come() -> None:
     for group in cluster["workerGroupSpecs"]:
         limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
         of_pods.append((group["maxReplicas"], int(limits["cpu"]), limits.get("nvidia.com/gpu")))
-    assert cluster["headGroupSpec"]["rayStartParams"]["labels"] == f"{MAY_GROW_BY}={promise(of_pods)}"
+    assert cluster["headGroupSpec"]["labels"] == {MAY_GROW_BY: promise(of_pods)}
 
 
 def promise(groups: list[tuple[int, int, int | None]]) -> str:
