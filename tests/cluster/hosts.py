@@ -120,9 +120,11 @@ class Host:
         prepared = self.command(*command, env=env, cwd=cwd)
         return subprocess.run(prepared, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL)
 
-    def start(self, *command: str, log: Path, env: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
+    def start(
+        self, *command: str, log: Path, env: Mapping[str, str] | None = None, cwd: str | Path = HOME
+    ) -> subprocess.Popen[bytes]:
         """Start `command` here, with its output in `log`; the host's end is its end."""
-        prepared = self.command(*command, env=env)
+        prepared = self.command(*command, env=env, cwd=cwd)
         with log.open("ab") as output:
             process = subprocess.Popen(prepared, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
         self.started.append(process)

@@ -59,8 +59,11 @@ class RayNodes:
         """What `ray start` said on `host`."""
         return self.network.shared / f"ray-{host.name}.log"
 
-    def start(self, host: Host) -> None:
-        """Start Ray on `host`: the head on the first one, then nodes that join it; also again after a kill."""
+    def start(self, host: Host, *more: str) -> None:
+        """Start Ray on `host`: the head on the first one, then nodes that join it; also again after a kill.
+
+        `more` are further options of `ray start`.
+        """
         self.head = self.head or host
         is_head = host is self.head
         role = (
@@ -73,7 +76,7 @@ class RayNodes:
             f"--num-cpus={self.num_cpus}",
             "--object-store-memory=100000000",
         ]
-        command = ["ray", "start", "--block", *role, *options]
+        command = ["ray", "start", "--block", *role, *options, *more]
         host.start(*command, env=self.credentials, log=self.log(host))
         if host not in self.nodes:
             self.nodes.append(host)
@@ -85,9 +88,16 @@ class RayNodes:
 
     def alive(self) -> set[str]:
         """The addresses of the nodes that are alive, as the head sees it."""
+        return {node["raylet"]["nodeManagerAddress"] for node in self._alive_nodes()}
+
+    def num_alive(self) -> int:
+        """How many nodes are alive; of several on one host each counts."""
+        return len(self._alive_nodes())
+
+    def _alive_nodes(self) -> list[Any]:
         answer = self.get("/nodes?view=summary")
         nodes = answer["data"]["summary"] if answer else []
-        return {node["raylet"]["nodeManagerAddress"] for node in nodes if node["raylet"].get("state") == "ALIVE"}
+        return [node for node in nodes if node["raylet"].get("state") == "ALIVE"]
 
     def wait_until_alive(self, *hosts: Host, seconds: float = 90) -> None:
         """Return when exactly these hosts are nodes of the cluster, and the head's agent takes jobs."""
@@ -106,7 +116,7 @@ class RayNodes:
 
         `env` replaces the credentials.
         """
-        command = ["ray", "job", "submit", f"--address={self.job_address}", "--working-dir", ".", "--", *entrypoint]
+        command = self.submission(*entrypoint)
         deadline = time.monotonic() + 60
         while True:
             variables = self.credentials if env is None else env
@@ -115,6 +125,10 @@ class RayNodes:
             if "No available agent" not in done.stdout + done.stderr or time.monotonic() > deadline:
                 return done
             time.sleep(1)
+
+    def submission(self, *entrypoint: str) -> list[str]:
+        """The command that submits a job from the working directory."""
+        return ["ray", "job", "submit", f"--address={self.job_address}", "--working-dir", ".", "--", *entrypoint]
 
     def end(self) -> None:
         """Kill all that runs on the nodes; Ray is on none of them afterwards."""

@@ -23,8 +23,10 @@ def test_a_job_from_a_third_place_trains_mnist_on_both_nodes(two_nodes: RayNodes
     options = ["--storage", str(storage), "--name=mnist", "--data.root", str(mnist_root), "--workers.num", "2"]
     job = succeeded(two_nodes.submit("python", "jobs/train.py", "notebook", *options, *MNIST_EPOCH))
     assert "best checkpoint" in job.stdout
-    assert json.loads((storage / "mnist" / "summary.json").read_text())["num_workers"] == 2
-    # each node has one CPU and a home of its own, and decodes for its own worker
+    summary = json.loads((storage / "mnist" / "summary.json").read_text())
+    assert summary["num_workers"] == 2
+    assert sorted(summary["nodes"]) == sorted(host.address for host in two_nodes.nodes)
+    # not only said: each node has a home of its own, and has decoded the images there for its own worker
     for host in two_nodes.nodes:
         decoded = host.run("find", f"{HOME}/.cache/vae_ray", "-name", "*.arrow").stdout.split()
         assert decoded, f"no worker has read MNIST on {host.name}"
