@@ -102,7 +102,7 @@ def test_more_workers_than_the_cluster_has_are_refused_and_no_job_is_made(head: 
     before = jobs(head)
     done = submit(head, "train", "digits", "--storage", str(tmp_path), "--workers.num", "64", cwd=tmp_path)
     assert done.returncode == 2
-    assert "workers.num: got 64 with 1 CPU each; the cluster has" in done.stderr
+    assert "workers.num: got 64 with 1 CPU each, should be at most what the cluster has room for (" in done.stderr
     assert "for example --workers.num" in done.stderr
     assert jobs(head) == before
 
