@@ -80,7 +80,7 @@ def test_a_mistake_that_only_the_job_can_find_has_its_exit_code_and_its_line(hea
     assert done.returncode == 2, done.stderr
     assert answer_of(done)["status"] == "FAILED"
     assert answer_of(done)["exit_code"] == 2
-    assert re.search(r"^vae-ray: data\.root: ", done.stderr, re.MULTILINE)
+    assert re.search(r"^vae-ray: data\.source mnist: file .* is missing", done.stderr, re.MULTILINE)
     assert "Traceback" not in done.stderr
 
 
