@@ -120,7 +120,7 @@ def test_ctrl_c_leaves_the_job_and_a_stop_is_told_to_who_follows(head: Head, tmp
     )
     assert following.stderr is not None
     log = ""
-    while "epoch 1/" not in log:
+    while not re.search(r"^epoch +1/100000 ", log, re.MULTILINE):
         line = following.stderr.readline()
         assert line, log
         log += line
