@@ -107,7 +107,7 @@ def test_more_workers_than_the_cluster_has_are_refused_and_no_job_is_made(head: 
     assert jobs(head) == before
 
 
-def test_ctrl_c_leaves_the_job_and_a_stop_is_told_to_who_follows(head: Head, tmp_path: Path) -> None:
+def test_ctrl_c_leaves_the_job_running_and_says_how_to_stop_it(head: Head, tmp_path: Path) -> None:
     place = ["--address", head.dashboard, "--python", sys.executable, "--storage", str(tmp_path)]
     command = [sys.executable, "-m", "vae_ray", "submit", "train", "digits", "--training.epochs=100000", *place]
     following = subprocess.Popen(
@@ -134,9 +134,11 @@ def test_ctrl_c_leaves_the_job_and_a_stop_is_told_to_who_follows(head: Head, tmp
     before = len(epochs.read_text().splitlines())
     time.sleep(3)
     assert len(epochs.read_text().splitlines()) > before
-    # what the message says stops it; it ends as `ray job stop` means it, with its last checkpoint
+    # what the message says stops it, and leaves it the time for its last checkpoint
     done = head.run(RAY, "job", "stop", "--address", head.dashboard, job_id)
     assert done.returncode == 0, done.stderr
+    log = head.run(RAY, "job", "logs", "--address", head.dashboard, job_id).stdout
+    assert "vae-ray: stopped after epoch" in log
     assert TrainedVAE.load(tmp_path / "long").checkpoint.epoch >= 1
 
 
