@@ -115,13 +115,17 @@ def test_resuming_what_never_started_starts_it(quick: Experiment) -> None:
     assert [line["epoch"] for line in numbers(result.run_dir)] == [1]
 
 
-def test_a_damaged_newest_checkpoint_is_named_and_kept(stopped: Path) -> None:
+def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_goes_on(
+    whole: TrainResult, stopped: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     remove_checkpoints(stopped, 4)
     weights = stopped / "checkpoints" / "epoch=0003" / "weights.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1])
-    with pytest.raises(UserError, match=r"epoch=0003/weights\.safetensors: truncated"):
-        resume(stopped)
-    assert weights.exists()
+    cut = weights.read_bytes()[:-1]
+    weights.write_bytes(cut)
+    assert last_weights(resume(stopped)) == last_weights(whole)
+    assert f"{weights}: truncated" in caplog.text
+    assert (stopped / "checkpoints" / ".damaged-epoch=0003" / weights.name).read_bytes() == cut
+    assert numbers(stopped) == numbers(whole.run_dir)
 
 
 def test_a_damaged_summary_is_named(stopped: Path) -> None:

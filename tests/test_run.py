@@ -41,7 +41,7 @@ def test_a_run_directory_is_complete_and_holds_nothing_else(trained_run: TrainRe
         *(f"images/{kind}/epoch={n:04d}.png" for kind in PICTURES for n in (1, 2, 3)),
         *(f"checkpoints/epoch={n:04d}/{name}" for n in kept for name in package),
     }
-    assert {name for name in found - events if not name.endswith(".lock")} == expected
+    assert {name for name in found - events if not name.startswith(".")} == expected
     assert len(events) >= 1
 
 

@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -29,6 +30,7 @@ from pydantic import (
 )
 
 from vae_ray.errors import UserError
+from vae_ray.reading import parse_yaml, read_bytes, shown
 
 MOST_WORKERS = 4096
 PRESET_DIR = Path(__file__).parent / "presets"
@@ -44,6 +46,13 @@ def _refuse_bool(value: object) -> object:
     """Python counts `True` as 1; a number that was meant as a switch is a mistake."""
     if isinstance(value, bool):
         raise ValueError("a number is needed, not true or false")
+    return value
+
+
+def _refuse_unprintable(value: Any) -> Any:
+    """A path that no file system allows, or that no terminal shows, is a mistake."""
+    if any(ord(character) < 32 or 0xD800 <= ord(character) < 0xE000 for character in str(value)):
+        raise ValueError("should be a path of printable characters")
     return value
 
 
@@ -70,11 +79,17 @@ Float = Annotated[float, BeforeValidator(_refuse_bool), Field(allow_inf_nan=Fals
 WorkerCount = Annotated[
     int | tuple[int, int], PlainValidator(_worker_count), PlainSerializer(_count_text, when_used="json")
 ]
+FilePath = Annotated[Path, AfterValidator(_refuse_unprintable)]
 Location = Annotated[
-    str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value), Field(min_length=1)
+    str,
+    BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value),
+    Field(min_length=1),
+    AfterValidator(_refuse_unprintable),
 ]
 """A directory or a URI; see `vae_ray.storage.locations`."""
-Widths = Annotated[tuple[Annotated[Int, Field(ge=1, le=65536)], ...], BeforeValidator(_split_list)]
+Widths = Annotated[
+    tuple[Annotated[Int, Field(ge=1, le=65536)], ...], Field(max_length=256), BeforeValidator(_split_list)
+]
 
 
 class _Section(BaseModel):
@@ -93,7 +108,7 @@ class DataConfig(_Section):
         "null means datasets/ inside data.cache_dir. No effect for digits.",
     )
     download: bool = Field(True, description="Download raw files that are absent. No effect for digits.")
-    cache_dir: Path | None = Field(
+    cache_dir: FilePath | None = Field(
         None,
         description="Directory of the decoded, memory-mapped images; null means $VAE_RAY_CACHE, else ~/.cache/vae_ray.",
     )
@@ -250,8 +265,8 @@ class Experiment(_Section):
     def from_file(cls, path: str | Path) -> Experiment:
         """An experiment from YAML sections; raises `UserError` if it cannot be read or is not valid."""
         try:
-            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            content = parse_yaml(read_bytes(Path(path)))
+        except (OSError, ValueError) as error:
             raise UserError(f"{path}: cannot be read as YAML: {_one_line(error)}") from None
         return cls.from_dict({} if content is None else content, origin=str(path))
 
@@ -350,7 +365,7 @@ def _explain(error: ValidationError) -> str:
     reason = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
     if key == "run.name":
         reason = "should be 1 to 64 letters, digits, '.', '_' or '-', the first a letter or digit"
-    return f"{key}: got {first['input']!r}, {reason}{hint}"
+    return f"{key}: got {shown(first['input'])}, {reason}{hint}"
 
 
 def _example(doc: FieldDoc) -> str:

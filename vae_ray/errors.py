@@ -9,6 +9,13 @@ class UserError(Exception):
     """
 
 
+class Damaged(UserError):
+    """A file whose content is not what was written, or cannot be what it should be; the message begins with its name.
+
+    Other copies may be good: whoever finds one of several damaged warns, sets it aside and takes the next.
+    """
+
+
 class TrainingFailed(Exception):
     """A run that started but could not finish; its last complete checkpoint is kept. Exit code 1."""
 

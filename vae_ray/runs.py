@@ -31,6 +31,7 @@ from vae_ray.storage.locations import absolute, check_writable, child, is_uri
 from vae_ray.storage.mirror import Mirror, own_copy
 from vae_ray.trained import TrainedVAE
 from vae_ray.training.checkpoints import best_checkpoint, complete_checkpoints, resumable_checkpoints
+from vae_ray.training.damage import set_aside_damaged
 from vae_ray.training.fit import fit
 from vae_ray.training.group import Solo
 from vae_ray.version import VERSION
@@ -218,6 +219,7 @@ def held(path: Path, mirror: Mirror | None, *, name: str, before: Callable[[], N
 
 def _refuse_other_uses(run: RunDirectory, experiment: Experiment, *, resume: bool) -> None:
     name, storage = experiment.run.name, absolute(experiment.run.storage)
+    run.refuse_links()
     if not run.experiment_file.exists():
         if is_taken(run.path):
             raise UserError(f"run.name: {name!r} is already used in {storage} by something else; choose another --name")
@@ -247,6 +249,8 @@ def _settle(run: RunDirectory) -> tuple[int, float]:
     try:
         with run.lock("writer").acquire(timeout=WRITER_LOCK_SECONDS):
             run.forget_stop()
+            if run.mirror is None:  # a copy has no weights; the writer's will
+                set_aside_damaged(run)
             found = resumable_checkpoints(run.checkpoints)
             newest = found[-1] if found else None
             done = newest.epochs_done if newest else 0
@@ -310,9 +314,12 @@ def summarise(
 
 
 def _result_from(summary: dict[str, Any], history: list[dict[str, Any]]) -> TrainResult:
-    keys = ("run_dir", "best_checkpoint", "last_checkpoint")
-    paths = {key: summary[key] if is_uri(summary[key]) else Path(summary[key]) for key in keys}
-    return TrainResult(**{**summary, **paths, "history": history})
+    try:
+        keys = ("run_dir", "best_checkpoint", "last_checkpoint")
+        paths = {key: summary[key] if is_uri(summary[key]) else Path(summary[key]) for key in keys}
+        return TrainResult(**{**summary, **paths, "history": history})
+    except (KeyError, TypeError) as error:
+        raise UserError(f"summary.json: damaged ({error}); delete it and use --resume") from None
 
 
 def versions() -> dict[str, str]:

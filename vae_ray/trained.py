@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +23,8 @@ from vae_ray.posterior import DiagonalGaussian
 from vae_ray.seeds import generator
 from vae_ray.storage.locations import answered, cache_root, is_uri
 from vae_ray.storage.mirror import Mirror
-from vae_ray.training.checkpoints import MANIFEST, Checkpoint, best_checkpoint, complete_checkpoints, read_checkpoint
+from vae_ray.training.checkpoints import MANIFEST, Checkpoint, complete_checkpoints, read_checkpoint
+from vae_ray.training.damage import best_whole_checkpoint
 from vae_ray.training.evaluation import evaluate_split
 from vae_ray.training.group import Solo
 from vae_ray.traversal import Traversal
@@ -51,7 +53,8 @@ class TrainedVAE:
     def load(cls, path: str | Path, *, device: str | torch.device = "cpu") -> TrainedVAE:
         """The model of a checkpoint directory, or the best one of a run's or a sweep's directory.
 
-        Raises `UserError` if it is missing, incomplete, truncated or not what was written.
+        Raises `UserError` if it is missing, incomplete, truncated or not what was written. Of a run, the best
+        checkpoint that is whole is taken, with a warning that names the damaged ones.
         """
         checkpoint = find_checkpoint(path)
         return cls(checkpoint.build_model().to(device), checkpoint.experiment(), checkpoint)
@@ -162,14 +165,17 @@ def find_checkpoint(path: str | Path) -> Checkpoint:
     """The checkpoint at `path`, or the best one of the run or sweep whose directory `path` is; it may be a URI."""
     if is_uri(path):
         return _fetched_checkpoint(str(path))
-    path = Path(path)
+    return _local_checkpoint(Path(path), fetch=lambda checkpoint: None)
+
+
+def _local_checkpoint(path: Path, *, fetch: Callable[[Path], None]) -> Checkpoint:
     run = RunDirectory(path)
     if not os.path.isdir(run.checkpoints):
         return read_checkpoint(path / BEST if os.path.isdir(path / BEST) else path)
-    checkpoints = complete_checkpoints(run.checkpoints)
-    if not checkpoints:
+    best = best_whole_checkpoint(complete_checkpoints(run.checkpoints), fetch=fetch)
+    if best is None:
         raise UserError(f"run {path}: has no complete checkpoint yet; train it with --resume")
-    return best_checkpoint(checkpoints)
+    return best
 
 
 def _fetched_checkpoint(uri: str) -> Checkpoint:
@@ -184,11 +190,16 @@ def _fetched_checkpoint(uri: str) -> Checkpoint:
             raise UserError(
                 f"checkpoint {uri}: there is none; give the URI of a run, a sweep or RUN/checkpoints/epoch=NNNN"
             )
-        chosen = find_checkpoint(copy).path.relative_to(copy).as_posix()
-        mirror.fetch(lambda name: chosen == "." or name.startswith(f"{chosen}/"))
+
+        def fetch(checkpoint: Path) -> None:
+            folder = checkpoint.relative_to(copy).as_posix()
+            mirror.fetch(lambda name: folder == "." or name.startswith(f"{folder}/"))
+
+        chosen = _local_checkpoint(copy, fetch=fetch).path
+        fetch(chosen)
     except OSError as error:
         raise UserError(f"checkpoint {uri}: cannot be read ({' '.join(str(error).split())[:200]})") from None
-    return read_checkpoint(copy / chosen)
+    return read_checkpoint(chosen)
 
 
 def _linear(a: Tensor, b: Tensor, t: Tensor) -> Tensor:

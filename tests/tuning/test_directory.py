@@ -90,7 +90,7 @@ def test_a_description_is_read_as_it_was_written(directory: SweepDirectory) -> N
     directory.write_description({"other": 1})
     directory.write_description(DESCRIPTION)
     assert directory.description() == DESCRIPTION
-    assert [file.name for file in directory.path.iterdir()] == ["sweep.yaml"]
+    assert [file.name for file in directory.path.glob("[!.]*")] == ["sweep.yaml"]
 
 
 def what_is_said(directory: SweepDirectory) -> str:

@@ -259,10 +259,10 @@ def test_more_trials_only_extend_what_was_proposed(
     tmp_path_factory: pytest.TempPathFactory, first: int, more: int, seed: int
 ) -> None:
     whole, grown = (SweepDirectory(tmp_path_factory.mktemp("proposals")) for _ in range(2))
-    propose_all(whole, replace(chosen(searcher="random"), num_trials=first + more), seed=seed, num_known=0)
-    propose_all(grown, replace(chosen(searcher="random"), num_trials=first), seed=seed, num_known=0)
+    propose_all(whole, replace(chosen(searcher="random"), num_trials=first + more), seed=seed)
+    propose_all(grown, replace(chosen(searcher="random"), num_trials=first), seed=seed)
     before = grown.journal()
-    propose_all(grown, replace(chosen(searcher="random"), num_trials=first + more), seed=seed, num_known=first)
+    propose_all(grown, replace(chosen(searcher="random"), num_trials=first + more), seed=seed)
     assert grown.journal()[:first] == before
     assert grown.journal() == whole.journal()
     assert list(proposed_in(whole)) == [f"{number:04d}" for number in range(first + more)]
@@ -271,7 +271,7 @@ def test_more_trials_only_extend_what_was_proposed(
 def test_a_grid_is_proposed_whole_and_in_order(directory: SweepDirectory) -> None:
     search = {"model.latent_dim": {"grid": [2, 5]}, "model.hidden": {"choice": [[16], [8, 4], [32]]}}
     grid = chosen(None, searcher="grid", search=search)  # type: ignore[arg-type]
-    propose_all(directory, grid, seed=0, num_known=0)
+    propose_all(directory, grid, seed=0)
     assert list(proposed_in(directory).values()) == grid.space.grid()
-    propose_all(directory, grid, seed=0, num_known=6)
+    propose_all(directory, grid, seed=0)
     assert len(directory.journal()) == 6

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 
@@ -28,3 +29,22 @@ def sync_directory(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def remove_directory(directory: Path) -> None:
+    """Delete a directory, if it is there, so that a kill never leaves a part of it under its name."""
+    doomed = unused_name(directory.with_name(f".partial-removed-{directory.name}"))
+    try:
+        os.replace(directory, doomed)
+    except FileNotFoundError:
+        return
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def unused_name(path: Path) -> Path:
+    """`path`, or `path` with the first number behind it that is free."""
+    number, free = 1, path
+    while os.path.lexists(free):
+        number += 1
+        free = path.with_name(f"{path.name}-{number}")
+    return free

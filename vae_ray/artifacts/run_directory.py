@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,10 +13,14 @@ from typing import Any
 import filelock
 
 from vae_ray.artifacts.durable_files import replace_durably
+from vae_ray.artifacts.seals import append_sealed, read_sealed, replace_lines, replace_sealed, sealed_lines
 from vae_ray.config import Experiment
-from vae_ray.errors import UserError
+from vae_ray.errors import Damaged, UserError
+from vae_ray.reading import parse_json
 from vae_ray.storage.locations import child, is_uri
 from vae_ray.storage.mirror import Mirror, copy_path, is_light, own_copy
+
+logger = logging.getLogger(__name__)
 
 WRITER_LOCK_SECONDS = 60.0
 """How long a writer waits for a dying predecessor to let go of the run directory."""
@@ -158,16 +163,18 @@ class RunDirectory:
         replace_durably(self.experiment_file, (header + nameless.to_yaml()).encode())
 
     def history(self) -> list[dict[str, Any]]:
-        """The lines of `metrics.jsonl`, oldest first; a line cut short by a kill ends the list."""
-        return _json_lines(self.metrics_file)
+        """The lines of `metrics.jsonl`, oldest first, without one that a kill cut short.
+
+        Lines that are not what was written are left out with a warning.
+        """
+        return [line for line in sealed_lines(self.metrics_file) if type(line.get("epoch")) is int]
 
     def append_metrics(self, line: dict[str, Any]) -> None:
-        with self.metrics_file.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(line) + "\n")
+        append_sealed(self.metrics_file, [line])
 
     def attempts(self) -> list[dict[str, Any]]:
         """The lines of `attempts.jsonl`, oldest first."""
-        return _json_lines(self.attempts_file)
+        return sealed_lines(self.attempts_file)
 
     def append_attempt(self, **attempt: Any) -> None:
         """Write down that workers begin: `started_at`, `num_workers`, `nodes` by rank, `epochs_done`, `steps_done`.
@@ -180,37 +187,36 @@ class RunDirectory:
         except (OSError, ValueError, KeyError, TypeError):  # it ended between epochs, or there was none
             pass
         self.progress_file.unlink(missing_ok=True)
-        with self.attempts_file.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(attempt) + "\n")
+        append_sealed(self.attempts_file, [attempt])
 
     def forget_after(self, epoch: int) -> None:
-        """Drop metrics and pictures of epochs that will be computed again."""
-        kept = [json.dumps(line) + "\n" for line in self.history() if line["epoch"] <= epoch]
-        replace_durably(self.metrics_file, "".join(kept).encode())
+        """Drop metrics and pictures of epochs that will be computed again; warns of lines that are missing before."""
+        kept = [line for line in self.history() if line["epoch"] <= epoch]
+        if missing := sorted(set(range(1, epoch + 1)) - {line["epoch"] for line in kept}):
+            logger.warning("%s: has no line of epoch %s", self.metrics_file, ", ".join(map(str, missing)))
+        replace_lines(self.metrics_file, kept)
         for picture in self.images.glob("*/epoch=*.png"):
             if int(picture.stem.partition("=")[2]) > epoch:
                 picture.unlink()
 
     def summary(self) -> dict[str, Any]:
         """The finished run's summary; empty if it has not finished."""
-        if not self.summary_file.exists():
-            return {}
         try:
-            content: dict[str, Any] = json.loads(self.summary_file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{self.summary_file}: damaged ({error}); delete it and use --resume") from None
+            content: dict[str, Any] = parse_json(read_sealed(self.summary_file))
+            if not isinstance(content, dict):
+                raise ValueError("is no object")
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, Damaged) as error:
+            reason = str(error).removeprefix(f"{self.summary_file}: damaged, ")
+            raise Damaged(f"{self.summary_file}: damaged ({reason}); delete it and use --resume") from None
         return content
 
     def write_summary(self, summary: dict[str, Any]) -> None:
-        replace_durably(self.summary_file, (json.dumps(summary, indent=2) + "\n").encode())
+        replace_sealed(self.summary_file, (json.dumps(summary, indent=2) + "\n").encode())
 
-
-def _json_lines(file: Path) -> list[dict[str, Any]]:
-    lines: list[dict[str, Any]] = []
-    if file.exists():
-        for line in file.read_text(encoding="utf-8").splitlines():
-            try:
-                lines.append(json.loads(line))
-            except ValueError:
-                break
-    return lines
+    def refuse_links(self) -> None:
+        """Raise `UserError` if the run, or a directory in it, is a link: what is written there could land anywhere."""
+        for path in (self.path, self.checkpoints, self.images, self.tensorboard):
+            if path.is_symlink():
+                raise UserError(f"{path}: is a link, which could point out of the storage; should be a directory")

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from vae_ray.config import DataConfig
 from vae_ray.data.sources import SOURCES, Images, Source
-from vae_ray.errors import UserError
+from vae_ray.errors import Damaged, UserError
+from vae_ray.reading import parse_json, read_bytes
 from vae_ray.storage.locations import cache_root, directory_of, is_uri
 
 logger = logging.getLogger(__name__)
@@ -67,13 +68,17 @@ def open_split(config: DataConfig, split: str) -> Split:
             fingerprint = f"v{FORMAT_VERSION};{source.fingerprint()}"
             digest = hashlib.sha256(fingerprint.encode()).hexdigest()[:16]
             file = cache / f"{config.source}-{split}-{digest}.arrow"
-            if not _is_intact(file):
+            opened = _map(file) if _is_intact(file) else None
+            if opened is None:
                 _write(file, _decode(source, split))
+                opened = _map(file)
     except filelock.Timeout as error:
         raise UserError(f"{error.lock_file}: another process held it for {LOCK_TIMEOUT_SECONDS:.0f} s") from None
     except OSError as error:
         raise UserError(f"data.cache_dir {cache}: cannot be used ({error}); try --data.cache-dir DIR") from None
-    return _map(file)
+    if opened is None:
+        raise UserError(f"{file}: cannot be read back as it was just written; try --data.cache-dir DIR")
+    return opened
 
 
 def raw_directory(config: DataConfig, cache: Path) -> Path:
@@ -99,9 +104,11 @@ def _sidecar(file: Path) -> Path:
 def _is_intact(file: Path) -> bool:
     if not file.exists():
         return False
+    if not file.is_file():
+        raise UserError(f"{file}: is a directory, a pipe or a device where the decoded images belong; remove it")
     try:
-        expected = json.loads(_sidecar(file).read_text())["sha256"]
-    except (OSError, ValueError, KeyError, TypeError):
+        expected = parse_json(read_bytes(_sidecar(file)))["sha256"]
+    except (OSError, ValueError, KeyError, TypeError, Damaged):
         expected = "a readable " + _sidecar(file).name
     with file.open("rb") as stream:
         found = hashlib.file_digest(stream, "sha256").hexdigest()
@@ -111,6 +118,8 @@ def _is_intact(file: Path) -> bool:
 
 
 def _write(file: Path, images: Images) -> None:
+    for leftover in file.parent.glob(f"{file.stem}.partial-*"):  # of decoders that were killed; we hold the lock
+        leftover.unlink()
     shape = images.pixels.shape[1:]
     rows = pa.FixedSizeListArray.from_arrays(pa.array(images.pixels.reshape(-1)), int(np.prod(shape)))
     pixels = pa.ExtensionArray.from_storage(pa.fixed_shape_tensor(pa.uint8(), shape), rows)
@@ -131,12 +140,20 @@ def _write(file: Path, images: Images) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _map(file: Path) -> Split:
-    # The mapping lives as long as the arrays that point into it.
-    table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
-    # Written as one batch, so the only chunk is the whole column, still in the mapped file; no copy is made.
-    column, labels = table["pixels"].chunk(0), table["label"].chunk(0).to_numpy()
-    pixels = column.storage.flatten().to_numpy().reshape(-1, *column.type.shape)
+def _map(file: Path) -> Split | None:
+    """The images in a file whose checksum is right; None, with a warning, if they are not such as we write."""
+    try:
+        # The mapping lives as long as the arrays that point into it.
+        table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
+        table.validate(full=True)
+        # Written as one batch, so the only chunk is the whole column, still in the mapped file; no copy is made.
+        column, labels = table["pixels"].chunk(0), table["label"].chunk(0).to_numpy()
+        pixels = column.storage.flatten().to_numpy().reshape(-1, *column.type.shape)
+        if pixels.dtype != np.uint8 or pixels.ndim != 4 or labels.dtype != np.int64 or len(labels) != len(pixels):
+            raise ValueError(f"pixels {pixels.dtype} {pixels.shape}, labels {labels.dtype} {labels.shape}")
+    except (pa.ArrowException, KeyError, IndexError, ValueError, AttributeError) as error:
+        logger.warning("%s: damaged (%s); decoding it anew", file, " ".join(str(error).split())[:200])
+        return None
     with warnings.catch_warnings():
         # torch warns that mapped memory is read-only; batches are copies, nothing writes into it
         warnings.simplefilter("ignore", UserWarning)

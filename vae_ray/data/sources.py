@@ -7,8 +7,10 @@ node and data set. Labels are kept beside the images for those who look at laten
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import logging
+import math
 import os
 import struct
 from collections.abc import Callable
@@ -24,6 +26,17 @@ from vae_ray.storage.locations import answered, child, is_uri
 from vae_ray.storage.mirror import Mirror
 
 logger = logging.getLogger(__name__)
+
+PUBLISHED = {
+    "MNIST/train-images-idx3-ubyte": (
+        47_040_016,
+        "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+    ),
+    "MNIST/train-labels-idx1-ubyte": (60_008, "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5"),
+    "MNIST/t10k-images-idx3-ubyte": (7_840_016, "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7"),
+    "MNIST/t10k-labels-idx1-ubyte": (10_008, "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2"),
+}
+"""Bytes and SHA-256 of raw files as their authors published them. Other files under these names are read too."""
 
 
 class Images(NamedTuple):
@@ -69,7 +82,7 @@ class Digits:
 
 
 class TorchvisionMNIST:
-    """MNIST and its drop-in replacements, read by torchvision from `root/NAME/raw/*-ubyte`."""
+    """MNIST and its drop-in replacements in `root/NAME/raw/*-ubyte`, torchvision's layout; it downloads them too."""
 
     def __init__(self, config: DataConfig, class_name: str, *, root: Path) -> None:
         self.source, self.class_name = config.source, class_name
@@ -95,13 +108,6 @@ class TorchvisionMNIST:
         stats = [file.stat() for file in files]
         return ";".join(f"{file.resolve()}:{s.st_size}:{s.st_mtime_ns}" for file, s in zip(files, stats, strict=True))
 
-    def _dataset(self, *, train: bool, download: bool) -> object:
-        import torchvision.datasets
-
-        # torchvision prints its progress to stdout, which belongs to --json
-        with contextlib.redirect_stdout(io.StringIO()):
-            return getattr(torchvision.datasets, self.class_name)(str(self.root), train=train, download=download)
-
     def _fetch(self, uri: str, names: set[str]) -> None:
         """Copy the raw files from `uri` to this node; the copy it has serves while the URI does not answer."""
         raw = self.root / self.class_name / "raw"
@@ -116,9 +122,13 @@ class TorchvisionMNIST:
             logger.warning("data.root: %s cannot be read (%s); using this node's copy", uri, reason)
 
     def _download(self, missing: list[Path]) -> None:
+        import torchvision.datasets
+
         try:
             os.makedirs(self.root, exist_ok=True)
-            self._dataset(train=True, download=True)
+            # torchvision prints its progress to stdout, which belongs to --json
+            with contextlib.redirect_stdout(io.StringIO()):
+                getattr(torchvision.datasets, self.class_name)(str(self.root), download=True)
         except (OSError, RuntimeError) as error:  # torchvision: URLError is an OSError, all mirrors failed
             reason = " ".join(str(error).split())[:200]
             raise UserError(self._how_to_get(missing[0], f"and could not be downloaded ({reason})")) from None
@@ -130,26 +140,36 @@ class TorchvisionMNIST:
         )
 
     def decode(self, split: str) -> Images:
-        for file in self._raw_files(split):
-            check_idx_file(file)
-        dataset = self._dataset(train=split == "train", download=False)
-        pixels = np.ascontiguousarray(dataset.data.numpy()[:, None])  # type: ignore[attr-defined]
-        labels = dataset.targets.numpy().astype(np.int64)  # type: ignore[attr-defined]
+        # Not by torchvision, which prefers a pickle in ROOT/NAME/processed, should there be one, to the raw files.
+        pixels, labels = (read_idx_file(file) for file in self._raw_files(split))
         if len(pixels) != len(labels):
             raise UserError(
                 f"{self._raw_files(split)[1]}: expected {len(pixels)} labels, one per image, found {len(labels)}"
             )
-        return Images(pixels, labels)
+        if not pixels.size:
+            raise UserError(f"{self._raw_files(split)[0]}: holds no pixels, its shape is {pixels.shape}")
+        self._compare_with_published(split)
+        return Images(pixels[:, None], labels.astype(np.int64))
+
+    def _compare_with_published(self, split: str) -> None:
+        """Warn of a file that has the published one's name and size, but not its content."""
+        for file in self._raw_files(split):
+            size, published = PUBLISHED.get(f"{self.class_name}/{file.name}", (-1, ""))
+            if file.stat().st_size == size:
+                with file.open("rb") as stream:
+                    found = hashlib.file_digest(stream, "sha256").hexdigest()
+                if found != published:
+                    logger.warning("%s: is not the published file (sha256 %s, not %s)", file, found, published)
 
 
-def check_idx_file(file: Path) -> None:
-    """Raise `UserError`, with expected and found, unless `file` is a whole IDX file of unsigned bytes.
+def read_idx_file(file: Path) -> NDArray[np.uint8]:
+    """The array in an IDX file of unsigned bytes; raises `UserError`, with expected and found, unless it is whole.
 
     The format: two zero bytes, the type (8 = uint8), the number of dimensions, each dimension as a
     big-endian int32, then the values (http://yann.lecun.com/exdb/mnist, "the IDX file format").
     """
-    found = file.stat().st_size
     with file.open("rb") as stream:
+        found = os.fstat(stream.fileno()).st_size
         magic = stream.read(4)
         num_dimensions = 3 if "idx3" in file.name else 1
         expected_magic = bytes([0, 0, 8, num_dimensions])
@@ -159,14 +179,14 @@ def check_idx_file(file: Path) -> None:
                 "replace the file"
             )
         header = stream.read(4 * num_dimensions)
-    if len(header) == 4 * num_dimensions:
-        shape = struct.unpack(f">{num_dimensions}I", header)
-        expected = 4 + len(header) + int(np.prod(shape, dtype=object))
-        if found == expected:
-            return
-        detail = f"expected {expected} bytes for shape {shape}, found {found}"
-    else:
-        detail = f"expected a header of {4 + 4 * num_dimensions} bytes, found {found}"
+        if len(header) == 4 * num_dimensions:
+            shape = struct.unpack(f">{num_dimensions}I", header)
+            expected = 4 + len(header) + math.prod(shape)
+            if found == expected:  # only now is anything allocated for what the header says
+                return np.frombuffer(stream.read(math.prod(shape)), dtype=np.uint8).reshape(shape)
+            detail = f"expected {expected} bytes for shape {shape}, found {found}"
+        else:
+            detail = f"expected a header of {4 + 4 * num_dimensions} bytes, found {found}"
     raise UserError(f"{file}: truncated or damaged, {detail}; replace the file")
 
 

@@ -167,9 +167,17 @@ class Mirror:
             source = (self.directory / name).open("rb")
         except FileNotFoundError:  # deleted meanwhile: a checkpoint that is no longer kept
             return
-        with source, self._filesystem.open_output_stream(self.path_of(name)) as sink:
+        with source, self._output(name) as sink:
             shutil.copyfileobj(source, sink, 1 << 20)
         self._here[name] = stamp
+
+    def _output(self, name: str) -> pyarrow.NativeFile:
+        path = self.path_of(name)
+        try:
+            return self._filesystem.open_output_stream(path)
+        except FileNotFoundError:  # unlike an object store, this one has directories
+            self._filesystem.create_dir(path.rpartition("/")[0])
+            return self._filesystem.open_output_stream(path)
 
     def delete(self, name: str) -> None:
         """Delete one file there; no error if there is none."""
@@ -180,7 +188,7 @@ class Mirror:
 
     def write(self, name: str, content: bytes) -> None:
         """Write one file there, without a copy here."""
-        with self._filesystem.open_output_stream(self.path_of(name)) as stream:
+        with self._output(name) as stream:
             stream.write(content)
 
     def read(self, name: str) -> bytes | None:

@@ -12,12 +12,13 @@ Nothing that is read here can run code. A directory without a matching manifest 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
 import os
-import pickle
 import shutil
+import stat
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,10 +28,19 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from vae_ray.artifacts.durable_files import sync_directory, write_durably
+from vae_ray.artifacts.durable_files import remove_directory, sync_directory, write_durably
 from vae_ray.config import Experiment
-from vae_ray.errors import UserError
+from vae_ray.errors import Damaged, UserError
 from vae_ray.models.vae import VAE, build_vae
+from vae_ray.reading import MOST_BYTES, parse_json, read_bytes, shown
+from vae_ray.training.packages import (
+    HEADER_BYTES,
+    check_weights_header,
+    load_optimizer,
+    training_state_from,
+    weights_from,
+)
+from vae_ray.version import VERSION
 
 FORMAT = "vae_ray checkpoint"
 FORMAT_VERSION = 2
@@ -41,6 +51,10 @@ MANIFEST, EXPERIMENT, WEIGHTS, TRAINING_STATE = (
     "weights.safetensors",
     "training_state.pt",
 )
+
+ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO)
+"""Errors of a file that is not there or is none; any other may pass, as a storage that is away for a while."""
+MOST_PIXELS = 1 << 26
 
 
 class Progress(NamedTuple):
@@ -84,76 +98,102 @@ class Checkpoint:
         """The value of the selection metric in nats; lower is better."""
         return self.metrics[self.selection_metric]
 
-    def read(self, name: str) -> bytes:
-        """The bytes of one file; raises `UserError` if they are not those that were written."""
+    def read(self, name: str, *, most_bytes: int | None = None) -> bytes:
+        """The bytes of one file; raises `Damaged` if they are not those that were written, or more than `most_bytes`.
+
+        Its size is compared with the manifest's before anything is read.
+        """
         if name in self.contents:
             return self.contents[name]
         expected, file = self.files[name], self.path / name
         try:
-            content = file.read_bytes()
+            found = os.lstat(file).st_size
+            if stat.S_ISREG(os.lstat(file).st_mode) and found != expected["bytes"]:
+                raise Damaged(
+                    f"{file}: truncated or changed, expected {expected['bytes']} bytes, found {found}; "
+                    "use another checkpoint of the run"
+                )
+            most_bytes = expected["bytes"] if most_bytes is None else min(most_bytes, expected["bytes"])
+            content = read_bytes(file, most_bytes=most_bytes, follow_links=False)
         except OSError as error:
-            raise UserError(f"{file}: cannot be read ({error.strerror}); the checkpoint is incomplete") from None
-        if len(content) != expected["bytes"]:
-            raise UserError(
-                f"{file}: truncated or changed, expected {expected['bytes']} bytes, found {len(content)}; "
-                "use another checkpoint of the run"
-            )
+            message = f"{file}: cannot be read ({error.strerror}); the checkpoint is incomplete"
+            raise (Damaged if error.errno in ABSENT else UserError)(message) from None
         digest = hashlib.sha256(content).hexdigest()
         if digest != expected["sha256"]:
-            raise UserError(
+            raise Damaged(
                 f"{file}: damaged or tampered with, expected sha256 {expected['sha256'][:16]}…, "
                 f"found {digest[:16]}…; use another checkpoint of the run"
             )
         return content
 
-    def in_memory(self) -> Checkpoint:
-        """The same, read and checked whole: it can be given to workers that do not see its directory.
+    def verify(self) -> Checkpoint:
+        """The same with all files in memory, compared with what was written; raises `Damaged` naming one that is not.
 
-        Raises `UserError` if a file is not what was written.
+        What is in memory can be given to workers that do not see the directory.
         """
-        return replace(self, contents={name: self.read(name) for name in (EXPERIMENT, WEIGHTS, TRAINING_STATE)})
+        num_bytes = _num_bytes(self._empty_model())
+        most = {EXPERIMENT: MOST_BYTES, WEIGHTS: num_bytes + HEADER_BYTES, TRAINING_STATE: _most_state_bytes(num_bytes)}
+        return replace(self, contents={name: self.read(name, most_bytes=limit) for name, limit in most.items()})
 
     def experiment(self) -> Experiment:
         """The experiment that produced this checkpoint."""
-        file, content = self.path / EXPERIMENT, self.read(EXPERIMENT)
+        file, content = self.path / EXPERIMENT, self.read(EXPERIMENT, most_bytes=MOST_BYTES)
         try:
-            sections = json.loads(content)
+            return Experiment.from_dict(parse_json(content), origin=str(file))
         except ValueError as error:  # of which UnicodeDecodeError is one
-            raise UserError(f"{file}: is not JSON ({error})") from None
-        return Experiment.from_dict(sections, origin=str(file))
-
-    def weights(self) -> dict[str, Tensor]:
-        """The model's state dict, on the CPU."""
-        content = self.read(WEIGHTS)
-        try:
-            return safetensors.torch.load(content)
-        except safetensors.SafetensorError as error:
-            raise UserError(f"{self.path / WEIGHTS}: is not a safetensors file ({error})") from None
+            raise Damaged(f"{file}: is not JSON ({error})") from None
+        except UserError as error:
+            message = str(error) if str(error).startswith(str(file)) else f"{file}: {error}"
+            raise Damaged(message) from None
 
     def load_into(self, model: VAE, optimizer: Optimizer | None = None) -> Progress:
         """Restore the weights and, for training to go on, the optimizer's state; returns the progress saved with it."""
+        weights, num_bytes = model.state_dict(), _num_bytes(model)
         try:
-            model.load_state_dict(self.weights())
-        except RuntimeError as error:
-            detail = " ".join(str(error).split())[:300]
-            raise UserError(f"{self.path / WEIGHTS}: does not fit its experiment.json: {detail}") from None
+            content = self.read(WEIGHTS, most_bytes=num_bytes + HEADER_BYTES)
+            model.load_state_dict(weights_from(content, weights))
+        except ValueError as error:
+            raise Damaged(f"{self.path / WEIGHTS}: {error}") from None
         progress = Progress()
         if optimizer is not None:
-            content = self.read(TRAINING_STATE)
+            content = self.read(TRAINING_STATE, most_bytes=_most_state_bytes(num_bytes))
             try:
-                state = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
-                optimizer.load_state_dict(state["optimizer"])
-                progress = _checked(Progress(**state.get("progress", {})))
-            except (pickle.UnpicklingError, ValueError, KeyError, TypeError, RuntimeError, EOFError) as error:
-                detail = " ".join(str(error).split())[:200]
-                raise UserError(f"{self.path / TRAINING_STATE}: is not this model's training state: {detail}") from None
+                state = training_state_from(content)
+                load_optimizer(optimizer, state.get("optimizer"))
+                progress = _progress_from(state.get("progress", {}))
+            except (ValueError, TypeError) as error:
+                raise Damaged(f"{self.path / TRAINING_STATE}: is not this model's training state: {error}") from None
         return progress
 
     def build_model(self) -> VAE:
-        """The model with the checkpoint's weights, on the CPU."""
+        """The model with the checkpoint's weights, on the CPU; built once its weights are known to fit it."""
+        empty = self._empty_model()
+        content = self.read(WEIGHTS, most_bytes=_num_bytes(empty) + HEADER_BYTES)
+        try:
+            check_weights_header(content, empty.state_dict())
+        except ValueError as error:
+            raise Damaged(f"{self.path / WEIGHTS}: {error}") from None
         model = build_vae(self.experiment().model, self.image_shape, seed=0)
         self.load_into(model)
         return model
+
+    def _empty_model(self) -> VAE:
+        """The model that experiment.json describes, without memory for its weights."""
+        try:
+            with torch.device("meta"):
+                return VAE(self.experiment().model, self.image_shape)
+        except (RuntimeError, OverflowError, MemoryError) as error:  # more numbers than there can be
+            reason = " ".join(str(error).split())[:200]
+            raise Damaged(f"{self.path / EXPERIMENT}: describes no possible network ({reason})") from None
+
+
+def _num_bytes(model: VAE) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+
+
+def _most_state_bytes(num_bytes: int) -> int:
+    """What an optimizer of a model of `num_bytes` can need: two moments a weight, and the zip's entries."""
+    return 4 * num_bytes + 16 * HEADER_BYTES
 
 
 def checkpoint_name(epoch: int, step: int | None = None) -> str:
@@ -189,6 +229,7 @@ def save_checkpoint(
     manifest = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
+        "written_by": f"vae_ray {VERSION}",
         "epoch": epoch,
         "step": step,
         "image_shape": list(model.image_shape),
@@ -207,49 +248,88 @@ def save_checkpoint(
     partial.mkdir(parents=True)
     for name, content in contents.items():
         write_durably(partial / name, content)
-    shutil.rmtree(final, ignore_errors=True)  # an orphan of an attempt that this run repeats
+    remove_directory(final)  # an orphan of an attempt that this run repeats
     os.replace(partial, final)
     sync_directory(directory)
     return read_checkpoint(final)
 
 
+def copy_checkpoint(checkpoint: Checkpoint, directory: Path) -> None:
+    """Write a checkpoint's own files, each compared with its checksum, into a new `directory`."""
+    directory.mkdir(parents=True)
+    for name in checkpoint.files:
+        write_durably(directory / name, checkpoint.read(name))
+    write_durably(directory / MANIFEST, read_bytes(checkpoint.path / MANIFEST, follow_links=False))
+
+
 def read_checkpoint(path: str | Path) -> Checkpoint:
-    """The checkpoint in directory `path`; raises `UserError` if its manifest is missing or unusable."""
+    """The checkpoint in directory `path`; raises `Damaged` if its manifest is missing or unusable.
+
+    One of a newer format is a `UserError`, and so is a file that cannot be read now but perhaps later.
+    """
     path = Path(path)
     if not os.path.isdir(path):  # unlike Path.is_dir, False for a name that no file system allows
         raise UserError(f"checkpoint {path}: no such directory; give a run directory or RUN/checkpoints/epoch=NNNN")
+    file = path / MANIFEST
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        found_format, version = manifest["format"], int(manifest["format_version"])
-        if found_format != FORMAT:
-            raise ValueError(f"format {found_format!r}")
-        if version > FORMAT_VERSION:
+        manifest = parse_json(read_bytes(file, follow_links=False))
+        if manifest["format"] != FORMAT:
+            raise ValueError(f"format {shown(manifest['format'])}")
+        if _whole(manifest["format_version"], most=10**6) > FORMAT_VERSION:
             raise UserError(
-                f"{path}: checkpoint format {version} is newer than this vae_ray reads ({FORMAT_VERSION}); "
-                "install a newer vae_ray"
+                f"{path}: checkpoint format {manifest['format_version']} is newer than this vae_ray reads "
+                f"({FORMAT_VERSION}); install the one that wrote it, {shown(manifest.get('written_by', 'unknown'))}, "
+                "or a newer one"
             )
         if sealed(manifest) != manifest:
             raise ValueError("its content is not what was written")
-        channels, height, width = (int(n) for n in manifest["image_shape"])
-        for name in (EXPERIMENT, WEIGHTS, TRAINING_STATE):
-            if not {"bytes", "sha256"} <= manifest["files"].get(name, {}).keys():
-                raise ValueError(f"{name} not listed")
-        step = manifest.get("step")
-        if step is None and manifest["selection_metric"] not in manifest["metrics"]:
-            raise ValueError(f"{manifest['selection_metric']} not listed")
-        return Checkpoint(
-            path=path,
-            epoch=int(manifest["epoch"]),
-            image_shape=(channels, height, width),
-            metrics=dict(manifest["metrics"]),
-            selection_metric=manifest["selection_metric"],
-            files=manifest["files"],
-            step=None if step is None else int(step),
-        )
+        return _checked(path, manifest)
     except FileNotFoundError:
-        raise UserError(f"checkpoint {path}: has no {MANIFEST}, so it is incomplete or not a checkpoint") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path / MANIFEST}: damaged ({type(error).__name__}: {error})") from None
+        raise Damaged(f"checkpoint {path}: has no {MANIFEST}, so it is incomplete or not a checkpoint") from None
+    except OSError as error:
+        kind = Damaged if error.errno in ABSENT else UserError
+        raise kind(f"{file}: cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Damaged(f"{file}: damaged ({type(error).__name__}: {shown(str(error))})") from None
+
+
+def _checked(path: Path, manifest: dict[str, Any]) -> Checkpoint:
+    """The checkpoint of a manifest whose every value is of its type and in its range; raises as `read_checkpoint`."""
+    channels, height, width = (_whole(n, least=1, most=MOST_PIXELS) for n in manifest["image_shape"])
+    if channels * height * width > MOST_PIXELS:
+        raise ValueError(f"image_shape {manifest['image_shape']}")
+    files = manifest["files"]
+    for name in (EXPERIMENT, WEIGHTS, TRAINING_STATE):
+        if not {"bytes", "sha256"} <= files.get(name, {}).keys():
+            raise ValueError(f"{name} not listed")
+        _whole(files[name]["bytes"])
+    if len(files) > 3:
+        raise ValueError(f"lists other files: {sorted(files)}")
+    metrics = {str(key): _number(value) for key, value in manifest["metrics"].items()}
+    step = manifest.get("step")
+    if step is None and manifest["selection_metric"] not in metrics:
+        raise ValueError(f"{manifest['selection_metric']} not listed")
+    return Checkpoint(
+        path=path,
+        epoch=_whole(manifest["epoch"], least=1),
+        image_shape=(channels, height, width),
+        metrics=metrics,
+        selection_metric=manifest["selection_metric"],
+        files=files,
+        step=None if step is None else _whole(step, least=1),
+    )
+
+
+def _whole(value: Any, *, least: int = 0, most: int = 2**60) -> int:
+    if type(value) is not int or not least <= value <= most:
+        raise ValueError(f"{shown(value)} is no whole number from {least} to {most}")
+    return value
+
+
+def _number(value: Any) -> float:
+    if type(value) not in (int, float):
+        raise ValueError(f"{shown(value)} is no number")
+    return float(value)
 
 
 def complete_checkpoints(directory: Path) -> list[Checkpoint]:
@@ -262,18 +342,26 @@ def resumable_checkpoints(directory: Path) -> list[Checkpoint]:
     found = []
     for path in sorted(directory.glob("epoch=*")):
         try:
-            found.append(read_checkpoint(path))
+            found.append(own_checkpoint(path))
         except UserError:  # incomplete: not a checkpoint, whatever its name
             continue
     return sorted(found, key=lambda checkpoint: checkpoint.position)
 
 
-def _checked(progress: Progress) -> Progress:
+def _progress_from(values: Any) -> Progress:
     """The progress as it was read, if it has the right types; raises `ValueError` or `TypeError` otherwise."""
+    progress = Progress(**values)
     lr_factor, num_nonfinite, sums = float(progress.lr_factor), int(progress.num_nonfinite), progress.term_sums
     if sums is not None and (not isinstance(sums, Tensor) or sums.dtype != torch.float64 or sums.shape[1:] != (4,)):
         raise ValueError("term_sums should be a float64 tensor of shape (workers, 4)")
     return Progress(lr_factor, num_nonfinite, sums)
+
+
+def own_checkpoint(path: Path) -> Checkpoint:
+    """A run's own checkpoint: a directory of its own, and not a link to somebody else's."""
+    if path.is_symlink():
+        raise Damaged(f"{path}: is a link, which could point out of the run")
+    return read_checkpoint(path)
 
 
 def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -299,6 +387,6 @@ def prune_checkpoints(directory: Path, *, num_best: int) -> None:
     kept = {checkpoint.path for checkpoint in [*by_score[:num_best], *whole[-1:], *checkpoints[-1:]]}
     for checkpoint in checkpoints:
         if checkpoint.path not in kept:
-            shutil.rmtree(checkpoint.path)
+            remove_directory(checkpoint.path)
     for partial in directory.glob(".partial-*"):
         shutil.rmtree(partial, ignore_errors=True)

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 from vae_ray.artifacts.run_directory import RunDirectory
 from vae_ray.config import Experiment
 from vae_ray.training.checkpoints import checkpoint_name
-from vae_ray.training.group import WorkerGroup
+from vae_ray.training.damage import set_aside_damaged
+from vae_ray.training.group import WorkerGroup, agreed
 from vae_ray.training.host import tuned_host
 from vae_ray.training.worker import Worker
 
@@ -42,11 +43,16 @@ def fit_epochs(experiment: Experiment, location: str | Path, group: WorkerGroup)
     a later call goes on from there. Raises `Stopped` on all ranks, after a checkpoint, once there is a file `.stop` in
     the run's directory.
     """
-    run = RunDirectory.at(location, role="writer")
+    run = RunDirectory.at(location, role="writer") if group.rank == 0 else RunDirectory(Path(location))
     with contextlib.ExitStack() as stack:
         stack.enter_context(tuned_host(num_threads=experiment.workers.cpus))
-        if group.rank == 0:
-            stack.enter_context(run.open_for_writing())
+
+        def open_for_writing() -> None:
+            if group.rank == 0:
+                stack.enter_context(run.open_for_writing())
+                set_aside_damaged(run)
+
+        agreed(group, open_for_writing)
         worker = Worker(experiment, run, group)
         worker.record_attempt()
         recorder = stack.enter_context(worker.recorder()) if group.rank == 0 else None

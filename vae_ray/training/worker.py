@@ -79,7 +79,7 @@ class Worker:
             if self.group.rank != 0 or not (found := resumable_checkpoints(self.run.checkpoints)):
                 return None
             self.run.fetch(found[-1].path)
-            return found[-1].in_memory()
+            return found[-1].verify()
 
         return self.group.share(agreed(self.group, read))
 

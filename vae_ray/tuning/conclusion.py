@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from vae_ray.errors import Damaged
 from vae_ray.runs import versions
 from vae_ray.trained import TrainedVAE
 from vae_ray.tuning import leaderboard
 from vae_ray.tuning.directory import SweepDirectory
 from vae_ray.tuning.records import TrialRecord, read_trials
 from vae_ray.tuning.report import write_report
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -49,8 +54,7 @@ def conclude(directory: SweepDirectory, *, started_at: float) -> SweepResult:
     records = read_trials(directory)
     table = leaderboard.rows(records, metrics, directory)
     leaderboard.write_leaderboard(table, directory)
-    winner = next(iter(leaderboard.ranked(records, metrics)), None)
-    best = _installed(winner, directory) if winner is not None and not winner.failed else {}
+    best = _installed(leaderboard.ranked(records, metrics), directory)
     states = [record.state for record in records]
     result = SweepResult(
         sweep_dir=directory.located(directory.path),
@@ -71,18 +75,24 @@ def conclude(directory: SweepDirectory, *, started_at: float) -> SweepResult:
     return result
 
 
-def _installed(winner: TrialRecord, directory: SweepDirectory) -> dict[str, Any]:
-    """The winner for the summary, once its checkpoint lies in `best/`; empty if it has none yet."""
-    if winner.best is None:
-        return {}
-    directory.fetch(winner.best.path)
-    leaderboard.write_best(winner.best, directory)
-    metrics = {key: value for key, value in winner.best.metrics.items() if "/" in key}
-    if "test/nelbo" not in metrics:  # no epoch evaluated it
-        metrics |= TrainedVAE.load(directory.best).evaluate("test")
-    return {
-        "trial": winner.name,
-        "overrides": winner.overrides,
-        "checkpoint": str(directory.located(directory.best)),
-        "metrics": metrics,
-    }
+def _installed(ranked: Sequence[TrialRecord], directory: SweepDirectory) -> dict[str, Any]:
+    """The first whose best checkpoint is whole, for the summary, once it lies in `best/`; empty if there is none."""
+    for winner in ranked:
+        if winner.failed or winner.best is None:
+            continue
+        try:
+            directory.fetch(winner.best.path)
+            leaderboard.write_best(winner.best, directory)
+        except Damaged as error:
+            logger.warning("%s; trial %s is passed over", error, winner.name)
+            continue
+        metrics = {key: value for key, value in winner.best.metrics.items() if "/" in key}
+        if "test/nelbo" not in metrics:  # no epoch evaluated it
+            metrics |= TrainedVAE.load(directory.best).evaluate("test")
+        return {
+            "trial": winner.name,
+            "overrides": winner.overrides,
+            "checkpoint": str(directory.located(directory.best)),
+            "metrics": metrics,
+        }
+    return {}

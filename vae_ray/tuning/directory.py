@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,10 @@ import yaml
 
 from vae_ray.artifacts.durable_files import replace_durably
 from vae_ray.artifacts.run_directory import RunDirectory
-from vae_ray.errors import UserError
+from vae_ray.artifacts.seals import append_sealed, read_sealed, replace_sealed, sealed_lines
+from vae_ray.config import NAME_PATTERN
+from vae_ray.errors import Damaged, UserError
+from vae_ray.reading import parse_json, parse_yaml, read_bytes, shown
 from vae_ray.storage.locations import child, directory_of, is_uri
 from vae_ray.storage.mirror import Mirror, copy_path, is_light
 from vae_ray.trained import BEST
@@ -98,25 +101,28 @@ class SweepDirectory:
         return self.path / BEST
 
     def trial(self, name: str) -> RunDirectory:
-        """The run directory of a trial."""
-        return RunDirectory(self.path / TRIALS / name)
+        """The run directory of a trial; raises `Damaged` for a name, or a link, that leads out of the sweep."""
+        run = RunDirectory(self.path / TRIALS / name)
+        if not isinstance(name, str) or not re.fullmatch(NAME_PATTERN, name) or run.path.is_symlink():
+            raise Damaged(f"{self.path}: trial {shown(name)} would lie outside of the sweep")
+        return run
 
     def description(self) -> dict[str, Any]:
         """The sweep as it was started; raises `UserError` if there is none or it is damaged."""
         try:
-            content = yaml.safe_load(self.description_file.read_text(encoding="utf-8"))
+            content = parse_yaml(read_sealed(self.description_file))
         except FileNotFoundError:
             raise UserError(f"sweep {self.path}: no such sweep, it has no {self.description_file.name}") from None
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        except (OSError, ValueError) as error:
             raise UserError(f"{self.description_file}: cannot be read: {' '.join(str(error).split())}") from None
         needed = {"experiment", "search", "metrics", "num_trials", "scheduler", "searcher"}
         if not isinstance(content, dict) or not needed <= content.keys():
-            raise UserError(f"{self.description_file}: damaged, it does not describe a sweep")
+            raise Damaged(f"{self.description_file}: damaged, it does not describe a sweep")
         return content
 
     def write_description(self, content: dict[str, Any]) -> None:
         text = yaml.safe_dump(content, sort_keys=False, default_flow_style=None)
-        replace_durably(self.description_file, text.encode())
+        replace_sealed(self.description_file, text.encode())
         self.publish(self.description_file)
 
     def write_summary(self, summary: dict[str, Any]) -> None:
@@ -124,29 +130,19 @@ class SweepDirectory:
 
     def journal(self) -> list[dict[str, Any]]:
         """The journal's entries, oldest first."""
-        return json_lines(self.journal_file)
+        return sealed_lines(self.journal_file)
 
     def append_to_journal(self, *entries: dict[str, Any]) -> None:
         """Add entries so that they survive a kill and a power cut."""
-        with self.journal_file.open("a+b") as stream:
-            if stream.tell() and not self._ends_with_newline():
-                stream.write(b"\n")  # after a line that a kill cut short
-            stream.write("".join(json.dumps(entry) + "\n" for entry in entries).encode())
-            stream.flush()
-            os.fsync(stream.fileno())
+        append_sealed(self.journal_file, entries)
         self.publish(self.journal_file)
-
-    def _ends_with_newline(self) -> bool:
-        with self.journal_file.open("rb") as stream:
-            stream.seek(-1, os.SEEK_END)
-            return stream.read(1) == b"\n"
 
 
 def json_lines(file: Path) -> list[dict[str, Any]]:
     """The objects of a file that grows line by line; a line cut short by a kill is not one."""
     lines = []
-    if file.exists():
-        for line in file.read_text(encoding="utf-8").splitlines():
+    with contextlib.suppress(FileNotFoundError):
+        for line in read_bytes(file).splitlines():
             with contextlib.suppress(ValueError):
-                lines.append(json.loads(line))
+                lines.append(parse_json(line))
     return lines

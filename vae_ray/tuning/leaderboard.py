@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
-from vae_ray.training.checkpoints import Checkpoint
+from vae_ray.training.checkpoints import Checkpoint, copy_checkpoint
 from vae_ray.tuning.directory import SweepDirectory
 from vae_ray.tuning.records import TrialRecord
 
@@ -111,11 +111,14 @@ def write_leaderboard(table: Sequence[dict[str, Any]], directory: SweepDirectory
 
 
 def write_best(winner: Checkpoint, directory: SweepDirectory) -> None:
-    """Copy the winner's checkpoint to `best/`; a reader finds the old one or the new one, for a moment neither."""
+    """Copy the winner's checkpoint to `best/`; a reader finds the old one or the new one, for a moment neither.
+
+    Raises `Damaged` if it is not what was written.
+    """
     partial, old = directory.path / ".partial-best", directory.path / ".old-best"
     for leftover in (partial, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    shutil.copytree(winner.path, partial)
+    copy_checkpoint(winner, partial)
     if directory.best.exists():
         os.replace(directory.best, old)
     os.replace(partial, directory.best)

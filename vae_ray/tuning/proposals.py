@@ -21,13 +21,18 @@ def trial_name(number: int) -> str:
     return f"{number:04d}"
 
 
-def propose_all(directory: SweepDirectory, settings: SweepSettings, *, seed: int, num_known: int) -> None:
-    """Write down what a random or a grid search tries, as far as it is not yet known."""
+def propose_all(directory: SweepDirectory, settings: SweepSettings, *, seed: int) -> None:
+    """Write down what a random or a grid search tries, as far as it is not yet known.
+
+    By number, so that a proposal whose line was lost is made again as it was.
+    """
+    known = {entry.get("trial") for entry in directory.journal() if entry.get("event") == "proposed"}
     grid = settings.space.grid() if settings.searcher == "grid" else None
     directory.append_to_journal(
         *(
             _proposed(trial_name(number), grid[number] if grid else settings.space.draw(seed, number))
-            for number in range(num_known, settings.num_trials)
+            for number in range(settings.num_trials)
+            if trial_name(number) not in known
         )
     )
 

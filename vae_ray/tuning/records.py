@@ -6,15 +6,18 @@ States: `pending` (proposed, perhaps begun), `finished`, `stopped` (early, by th
 
 from __future__ import annotations
 
-import json
+import re
 from dataclasses import dataclass
 from typing import Any
 
 from vae_ray.artifacts.run_directory import RunDirectory
-from vae_ray.config import Experiment
+from vae_ray.config import NAME_PATTERN, Experiment
+from vae_ray.errors import Damaged
+from vae_ray.reading import parse_json, read_bytes, shown
 from vae_ray.storage.locations import child
 from vae_ray.training.checkpoints import Checkpoint, best_checkpoint, complete_checkpoints
 from vae_ray.tuning.directory import TRIALS, SweepDirectory, json_lines
+from vae_ray.tuning.space import SWEEP_KEYS
 
 FAILURES = ("diverged", "failed", "killed")
 FAILURE_FILE = "failure.json"
@@ -73,10 +76,12 @@ class TrialRecord:
 
 def read_trials(directory: SweepDirectory) -> list[TrialRecord]:
     """Every trial that was ever proposed, once, in order of its name."""
-    experiment = Experiment.from_dict(directory.description()["experiment"])
+    experiment = Experiment.from_dict(directory.description()["experiment"], origin=str(directory.description_file))
     proposed: dict[str, dict[str, Any]] = {}
     ended: dict[str, dict[str, Any]] = {}
     for entry in directory.journal():
+        if not _is_entry(entry):
+            raise Damaged(f"{directory.journal_file}: damaged, {shown(entry)} is nothing that a sweep writes")
         if entry["event"] == "proposed":
             proposed.setdefault(entry["trial"], entry["overrides"])
         else:
@@ -85,6 +90,18 @@ def read_trials(directory: SweepDirectory) -> list[TrialRecord]:
         _read_trial(directory, experiment, name, overrides, ended.get(name, {}))
         for name, overrides in sorted(proposed.items())
     ]
+
+
+def _is_entry(entry: dict[str, Any]) -> bool:
+    """Whether an entry of the journal is one of ours: of a trial inside the sweep, and of keys that can be searched."""
+    name, overrides = entry.get("trial"), entry.get("overrides", {})
+    return (
+        isinstance(name, str)
+        and re.fullmatch(NAME_PATTERN, name) is not None
+        and entry.get("event") in ("proposed", "ended")
+        and isinstance(overrides, dict)
+        and not any(key.startswith(SWEEP_KEYS) for key in overrides)
+    )
 
 
 def _read_trial(
@@ -116,7 +133,7 @@ def trial_experiment(base: Experiment, sweep: str, name: str, overrides: dict[st
 def read_failure(run: RunDirectory) -> dict[str, str]:
     """The state and the reason that a failed trial left; empty if it left none."""
     try:
-        content = json.loads((run.path / FAILURE_FILE).read_text(encoding="utf-8"))
+        content = parse_json(read_bytes(run.path / FAILURE_FILE))
         return {"state": str(content["state"]), "reason": str(content["reason"])}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, Damaged):
         return {}

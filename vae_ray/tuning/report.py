@@ -8,10 +8,8 @@ is ever code.
 from __future__ import annotations
 
 import base64
-import contextlib
 import functools
 import hashlib
-import json
 import shlex
 import struct
 from collections import Counter
@@ -28,7 +26,7 @@ from vae_ray.config import Experiment, preset_names
 from vae_ray.runs import versions
 from vae_ray.training.checkpoints import checkpoint_name
 from vae_ray.tuning import charts
-from vae_ray.tuning.directory import SweepDirectory
+from vae_ray.tuning.directory import SweepDirectory, json_lines
 from vae_ray.tuning.records import LINEAGE_FILE, TrialRecord
 from vae_ray.tuning.scales import Spec, is_finite, shown
 from vae_ray.tuning.schedulers import rungs
@@ -149,12 +147,7 @@ def _pictures(directory: SweepDirectory, record: TrialRecord, lineage: Sequence[
 
 
 def _lineage(record: TrialRecord) -> list[dict[str, Any]]:
-    file, lines = record.run.path / LINEAGE_FILE, []
-    if file.exists():
-        for line in file.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError):  # cut short by a kill
-                lines.append(json.loads(line))
-    return lines
+    return json_lines(record.run.path / LINEAGE_FILE)
 
 
 def _metric_columns(table: Sequence[dict[str, Any]], metrics: Sequence[str]) -> list[str]:

@@ -52,7 +52,7 @@ def run_trials(
     """Run all trials that have not ended; Ray must be connected. Raises `KeyboardInterrupt` if told to stop before."""
     seed = experiment.run.seed
     if chosen.searcher != "optuna":
-        propose_all(directory, chosen, seed=seed, num_known=len(read_trials(directory)))
+        propose_all(directory, chosen, seed=seed)
     setting = Setting(chosen.metrics[0], _most_epochs(experiment, chosen), chosen.space)
     known = read_trials(directory)
     scheduling = SCHEDULERS[chosen.scheduler](setting, known)

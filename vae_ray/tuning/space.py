@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from scipy.stats import qmc
 
 from vae_ray.config import Experiment
 from vae_ray.errors import UserError
+from vae_ray.reading import parse_yaml, read_bytes, shown
 from vae_ray.seeds import stream
 
 SEARCH_DIR = Path(__file__).parents[1] / "searches"
@@ -138,8 +138,8 @@ class SearchSpace:
             hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(search_names())} or a YAML file"
             raise UserError(f"search: {name!r} does not exist; {hint}")
         try:
-            content = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            content = parse_yaml(read_bytes(Path(name)))
+        except (OSError, ValueError) as error:
             raise UserError(f"search: {name}: cannot be read as YAML: {' '.join(str(error).split())}") from None
         return cls.from_dict(content)
 
@@ -155,14 +155,14 @@ class SearchSpace:
                 raise UserError(f"search: {name}: stands there twice; name it once")
             if not isinstance(value, Mapping) or len(value) != 1 or next(iter(value)) not in KINDS:
                 raise UserError(
-                    f"search: {name}: got {value!r}, should be one of {', '.join(KINDS)} with its values; "
+                    f"search: {name}: got {shown(value)}, should be one of {', '.join(KINDS)} with its values; "
                     f"for example {{{name}: {{choice: [1, 2]}}}}"
                 )
             ((kind, arguments),) = value.items()
             try:
                 domains[name] = KINDS[kind](arguments)
             except ValueError as error:
-                raise UserError(f"search: {name}: {kind}: got {arguments!r}, {error}") from None
+                raise UserError(f"search: {name}: {kind}: got {shown(arguments)}, {error}") from None
         return cls(domains, {_canonical(str(key)): dict(value) for key, value in content.items()})
 
     def checked(self, experiment: Experiment) -> SearchSpace:

@@ -23,7 +23,8 @@ from vae_ray import distributed
 from vae_ray.artifacts.durable_files import replace_durably
 from vae_ray.artifacts.run_directory import RunDirectory
 from vae_ray.config import Experiment
-from vae_ray.errors import Diverged, Stopped
+from vae_ray.errors import Damaged, Diverged, Stopped
+from vae_ray.reading import parse_json, read_bytes, shown
 from vae_ray.storage.locations import child
 from vae_ray.training.checkpoints import complete_checkpoints, read_checkpoint, resumable_checkpoints
 from vae_ray.training.fit import EpochResult, fit_epochs
@@ -86,7 +87,9 @@ class TrialLoop(tune.Trainable):  # type: ignore[misc]
 
     def load_checkpoint(self, checkpoint: str) -> None:
         """Go on from what `save_checkpoint` of this trial, or under PBT of a better one, handed over."""
-        donor = json.loads(Path(checkpoint, DONOR).read_text())
+        donor = parse_json(read_bytes(Path(checkpoint, DONOR)))
+        if Path(donor["checkpoint"]).name != donor["checkpoint"]:
+            raise Damaged(f"{Path(checkpoint, DONOR)}: {shown(donor['checkpoint'])} would lie outside of the sweep")
         if donor["trial"] != self._name:
             self._adopt(Path(checkpoint, donor["checkpoint"]), donor["trial"])
 

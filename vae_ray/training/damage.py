@@ -1,0 +1,57 @@
+"""Damaged checkpoints of a run: found, named in a warning, and never in the way of the good ones.
+
+Nothing is deleted here: a damaged checkpoint is renamed, so that someone can look at it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from vae_ray.artifacts.durable_files import sync_directory, unused_name
+from vae_ray.artifacts.run_directory import RunDirectory
+from vae_ray.errors import Damaged
+from vae_ray.training.checkpoints import Checkpoint, own_checkpoint
+
+logger = logging.getLogger(__name__)
+
+
+def set_aside_damaged(run: RunDirectory) -> None:
+    """Read the run's checkpoints whole, and rename those that are not what was written.
+
+    `epoch=0007` becomes `.damaged-epoch=0007`, with a warning; the run then goes on from the newest good one. Only
+    rank 0, and while nobody else writes. Of a run at a URI only as far as the newest good one: each is fetched for it.
+    Raises `UserError` for what another time, or a newer vae_ray, may read.
+    """
+    for path in sorted(run.checkpoints.glob("epoch=*"), reverse=True):
+        try:
+            run.fetch(path)
+            own_checkpoint(path).verify()
+        except Damaged as error:
+            aside = unused_name(path.with_name(f".damaged-{path.name}"))
+            os.replace(path, aside)
+            sync_directory(run.checkpoints)
+            logger.warning("%s; set aside as %s", error, aside.name)
+        else:
+            if run.mirror is not None:
+                return
+
+
+def best_whole_checkpoint(
+    checkpoints: list[Checkpoint], *, fetch: Callable[[Path], None] = lambda path: None
+) -> Checkpoint | None:
+    """The best one whose files are all what was written; warns of better ones that are not. None if none is.
+
+    `fetch` is called with the directory of each that is looked at, before it is read.
+    """
+    for checkpoint in sorted(checkpoints, key=lambda checkpoint: (checkpoint.score, checkpoint.epoch)):
+        fetch(checkpoint.path)
+        try:
+            checkpoint.verify()
+        except Damaged as error:
+            logger.warning("%s; passed over", error)
+        else:
+            return checkpoint
+    return None
