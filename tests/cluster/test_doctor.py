@@ -56,10 +56,10 @@ def test_a_storage_that_a_node_does_not_see_is_named_with_that_node(two_nodes: R
 
 
 @pytest.mark.parametrize("address", [f"http://{NOWHERE}:{DASHBOARD_PORT}", f"{NOWHERE}:{GCS_PORT}"])
-def test_a_dead_address_is_one_line_within_ten_seconds(two_nodes: RayNodes, address: str) -> None:
+def test_a_dead_address_is_one_line_within_seconds(two_nodes: RayNodes, address: str) -> None:
     started = time.monotonic()
     code, answer = doctor(two_nodes.client, "--address", address, env=two_nodes.credentials)
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 15  # five to give up, the rest to import Ray
     assert code == 1
     (text,) = findings(answer, "error").values()
     assert "answers at" in text

@@ -24,7 +24,7 @@ from ray.util.state import list_nodes
 from vae_ray.errors import UserError
 
 DEFAULT_URL = "http://127.0.0.1:8265"
-PROBE_SECONDS = 5.0
+PROBE_SECONDS = 4.0
 TOKEN_ADVICE = "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to what `ray get-auth-token` prints on the head node"
 
 
