@@ -5,11 +5,15 @@ A test says what it tried with the fixture `fault_counts`, or with `@pytest.mark
 
 import os
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import pytest
+
+from tests.test_data import idx
 
 FORM = os.environ.get("VAE_RAY_FAULTS", "")
 """`full` or `short` where every row of the table is wanted (`make faults`); empty where some tests are run."""
@@ -51,6 +55,20 @@ class Count(Protocol):
     """Adds cases to a row of the table."""
 
     def __call__(self, event: str, *, tried: int, survived: int, lost: int = 0, note: str = "") -> None: ...
+
+
+@pytest.fixture
+def mnist_raw() -> Callable[[Path], None]:
+    """Writes small raw files of MNIST's layout into a directory: 7 training and 5 test images of 6x5 pixels."""
+
+    def write(raw: Path) -> None:
+        raw.mkdir(parents=True)
+        chance = np.random.default_rng(2)
+        for split, n in (("train", 7), ("t10k", 5)):
+            (raw / f"{split}-images-idx3-ubyte").write_bytes(idx(chance.integers(0, 256, (n, 6, 5), dtype=np.uint8)))
+            (raw / f"{split}-labels-idx1-ubyte").write_bytes(idx(chance.integers(0, 10, n, dtype=np.uint8)))
+
+    return write
 
 
 TABLE = pytest.StashKey[dict[str, Row]]()
