@@ -101,7 +101,7 @@ def sealed_lines(file: Path) -> list[dict[str, Any]]:
     lines, found = content.split(b"\n"), []
     for number, line in enumerate(lines, start=1):
         is_known = known is None or checksum(line) in known
-        is_torn = number == len(lines) and (known is None or checksum(line[:-1]) not in known)
+        is_torn = number == len(lines) and line.startswith(b"{") and (known is None or checksum(line[:-1]) not in known)
         try:
             entry, reason = parse_json(line), "not what was written"
         except ValueError as error:
