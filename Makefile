@@ -22,7 +22,7 @@ types: $(INSTALLED)
 	$(BIN)/mypy
 
 unit: $(INSTALLED)  ## no Ray, about a minute
-	$(BIN)/pytest -m "not ray and not system"
+	$(BIN)/pytest -m "not ray and not system and not faults"
 
 ray: $(INSTALLED)  ## real Ray workers
 	$(BIN)/pytest -m ray

@@ -1,8 +1,8 @@
 """The rooms of the package and who may import whom, read from the sources themselves.
 
-cli -> tuning -> runs -> {distributed, trained} -> training -> artifacts -> objective -> {likelihoods, schedules}
--> models -> posterior -> data -> {seeds, storage} -> config -> reading -> errors. Downwards only; `models` may use
-the posterior.
+cli -> tuning -> runs -> {distributed, trained, signals} -> training -> artifacts -> objective -> {likelihoods,
+schedules} -> models -> posterior -> data -> {seeds, storage} -> config -> reading -> {errors, version}. Downwards only;
+`models` may use the posterior.
 """
 
 import ast
@@ -16,7 +16,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = REPOSITORY / "vae_ray"
 LAYERS = [
-    {"errors"},
+    {"errors", "version"},
     {"reading"},
     {"config"},
     {"seeds", "storage"},
@@ -27,7 +27,7 @@ LAYERS = [
     {"objective", "traversal"},
     {"artifacts"},
     {"training"},
-    {"distributed", "trained"},
+    {"distributed", "trained", "signals"},
     {"runs"},
     {"tuning"},
     {"commands"},

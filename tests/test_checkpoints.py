@@ -23,10 +23,12 @@ from vae_ray.training.checkpoints import (
     TRAINING_STATE,
     WEIGHTS,
     Checkpoint,
+    Progress,
     best_checkpoint,
     complete_checkpoints,
     prune_checkpoints,
     read_checkpoint,
+    resumable_checkpoints,
     save_checkpoint,
     sealed,
 )
@@ -119,6 +121,68 @@ def test_saving_again_replaces_the_checkpoint_of_that_epoch(tmp_path: Path) -> N
     assert found.score == 4.0
     load_all(found.path)
     assert sorted(path.name for path in found.path.iterdir()) == sorted(FILES)
+
+
+def save_inside(directory: Path, *, epoch: int, step: int, progress: Progress | None = None) -> Checkpoint:
+    """A checkpoint inside an epoch, as training writes it every so many steps."""
+    model, optimizer = fresh()
+    return save_checkpoint(
+        directory,
+        epoch=epoch,
+        step=step,
+        model=model,
+        optimizer=optimizer,
+        experiment=EXPERIMENT_GIVEN,
+        metrics={"seconds": 1.5},
+        selection_metric="val/nelbo",
+        progress=progress,
+    )
+
+
+def test_progress_inside_an_epoch_comes_back_to_the_bit(tmp_path: Path) -> None:
+    sums = torch.rand(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    path = save_inside(tmp_path, epoch=8, step=412, progress=Progress(0.1, 2, sums)).path
+    assert path.name == "epoch=0008-step=000412"
+    found = read_checkpoint(path)
+    assert (found.epoch, found.step, found.epochs_done, found.position) == (8, 412, 7, (7, 412))
+    model, optimizer = fresh(seed=99)
+    lr_factor, num_nonfinite, term_sums = found.load_into(model, optimizer)
+    assert (lr_factor, num_nonfinite) == (0.1, 2)
+    assert term_sums is not None
+    assert torch.equal(term_sums, sums)
+
+
+@pytest.mark.parametrize(
+    "progress",
+    [{"term_sums": [1.0]}, {"term_sums": torch.zeros(2, 3, dtype=torch.float64)}, {"lr_factor": "x"}, {"other": 1}, 3],
+    ids=str,
+)
+def test_progress_of_another_form_is_refused(tmp_path: Path, progress: Any) -> None:
+    path = save(tmp_path).path
+    state = torch.load(path / TRAINING_STATE, weights_only=True)
+    buffer = io.BytesIO()
+    torch.save({**state, "progress": progress}, buffer)
+    rewritten(path, TRAINING_STATE, buffer.getvalue())
+    with pytest.raises(UserError, match=r"training_state\.pt: is not this model's training state"):
+        load_all(path)
+
+
+def test_a_checkpoint_of_format_1_loads(tmp_path: Path) -> None:
+    """As the first release wrote it: no step, no progress."""
+    path = save(tmp_path, epoch=7).path
+    state = torch.load(path / TRAINING_STATE, weights_only=True)
+    buffer = io.BytesIO()
+    torch.save({"optimizer": state["optimizer"]}, buffer)
+    rewritten(path, TRAINING_STATE, buffer.getvalue())
+    manifest = json.loads((path / MANIFEST).read_text())
+    del manifest["step"]
+    manifest["format_version"] = 1
+    (path / MANIFEST).write_text(json.dumps(sealed(manifest)))
+    found = read_checkpoint(path)
+    model, optimizer = fresh(seed=99)
+    assert found.load_into(model, optimizer) == Progress(1.0, 0, None)
+    assert found.position == (7, 0)
+    assert [checkpoint.path for checkpoint in complete_checkpoints(tmp_path)] == [path]
 
 
 # --- damage ---------------------------------------------------------------------------------------------
@@ -290,3 +354,25 @@ def test_pruning_keeps_the_best_and_the_last(tmp_path: Path, num_best: int, kept
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"epoch={epoch:04d}" for epoch in kept]
     for epoch in kept:
         load_all(tmp_path / f"epoch={epoch:04d}")
+
+
+def test_checkpoints_inside_epochs_are_ordered_among_the_others_and_never_the_best(tmp_path: Path) -> None:
+    for epoch in (9, 10):
+        save(tmp_path, epoch=epoch)
+    for epoch, step in [(10, 3), (11, 2_000_000), (11, 7)]:
+        save_inside(tmp_path, epoch=epoch, step=step)
+    order = [found.path.name.removeprefix("epoch=00") for found in resumable_checkpoints(tmp_path)]
+    assert order == ["09", "10-step=000003", "10", "11-step=000007", "11-step=2000000"]
+    assert [found.epoch for found in complete_checkpoints(tmp_path)] == [9, 10]
+
+
+def test_pruning_keeps_the_newest_inside_an_epoch_until_that_epoch_is_whole(tmp_path: Path) -> None:
+    for epoch, score in [(1, 1.0), (2, 9.0), (3, 8.0)]:
+        save(tmp_path, epoch=epoch, score=score)
+    for step in (5, 10):
+        save_inside(tmp_path, epoch=4, step=step)
+    prune_checkpoints(tmp_path, num_best=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["epoch=0001", "epoch=0003", "epoch=0004-step=000010"]
+    save(tmp_path, epoch=4, score=7.0)
+    prune_checkpoints(tmp_path, num_best=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["epoch=0001", "epoch=0004"]

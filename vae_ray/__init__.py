@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vae_ray.config import Experiment as Experiment
+    from vae_ray.errors import Stopped as Stopped
     from vae_ray.errors import TrainingFailed as TrainingFailed
     from vae_ray.errors import UserError as UserError
     from vae_ray.runs import TrainResult as TrainResult
@@ -26,13 +27,17 @@ _HOME_OF = {
     "SweepResult": "vae_ray.tuning.conclusion",
     "TrainResult": "vae_ray.runs",
     "TrainedVAE": "vae_ray.trained",
+    "Stopped": "vae_ray.errors",
     "TrainingFailed": "vae_ray.errors",
     "UserError": "vae_ray.errors",
     "sweep": "vae_ray.tuning.sweep",
     "train": "vae_ray.runs",
 }
 
-__all__ = ["Experiment", "SweepResult", "TrainResult", "TrainedVAE", "TrainingFailed", "UserError", "sweep", "train"]
+__all__ = [
+    *("Experiment", "SweepResult", "TrainResult", "TrainedVAE"),
+    *("Stopped", "TrainingFailed", "UserError", "sweep", "train"),
+]
 
 
 def __getattr__(name: str) -> Any:

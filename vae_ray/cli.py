@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from vae_ray import commands
-from vae_ray.errors import TrainingFailed, UserError
+from vae_ray.errors import Stopped, TrainingFailed, UserError
 
 FLAGS = {
     "train": ("--name", "--storage", "--resume", "--dry-run", "--json", "--help"),
@@ -36,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         overrides, rest = _take_overrides(arguments)
         options = _parse(rest)
-        if overrides and options.command not in FLAGS:
+        takes_overrides = options.job if options.command == "submit" else options.command
+        if overrides and takes_overrides not in FLAGS:
             raise UserError(f"--{next(iter(overrides))}: only {' and '.join(FLAGS)} take the Experiment's keys")
         options.overrides = overrides
         # libraries print to stdout as they please; ours is for the answer alone
@@ -46,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, code=2)
     except TrainingFailed as error:
         return _fail(error, code=1)
+    except Stopped as error:
+        return _fail(error, code=130)
     except KeyboardInterrupt:
         return _fail("interrupted; go on with --resume and the same --name", code=130)
     print(json.dumps(answer, indent=2) if options.json else _readable(answer))
@@ -104,8 +107,12 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     _add_train(command)
     _add_sweep(command)
     _add_model_commands(command)
+    _add_cluster_commands(command)
     command(commands.presets, "list the experiments that ship with the package")
     options, unknown = parser.parse_known_args(arguments)
+    if options.command == "submit":
+        options.arguments, options.inner = unknown, _parse([options.job, *unknown])
+        return options
     if unknown:
         _refuse_unknown(unknown[0], flags=FLAGS.get(options.command))
     return options
@@ -172,6 +179,33 @@ def _add_model_commands(command: Command) -> None:
 
     evaluate = _with_model(command(commands.evaluate, "exact metrics of a whole split, in nats"), out=False)
     evaluate.add_argument("--split", default="test", choices=("train", "val", "test"), help="default test")
+
+
+def _add_cluster_commands(command: Command) -> None:
+    submit = command(commands.submit, "run train, sweep or evaluate as a job of a Ray cluster, and follow it")
+    submit.usage = "vae-ray submit {train,sweep,evaluate} ARGUMENT ... [--address URL] [--no-follow] [...]"
+    submit.add_argument(
+        "job", choices=("train", "sweep", "evaluate"), help="the command, followed by its own arguments"
+    )
+    submit.add_argument(
+        "--follow",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="show the log on stderr until the job ends and exit with its code (default), or return at once",
+    )
+    submit.add_argument("--working-dir", type=Path, metavar="DIR", help="a directory that the job runs in a copy of")
+    submit.add_argument(
+        "--env", action="append", default=[], metavar="KEY=VALUE", help="an environment variable of the job; repeatable"
+    )
+    doctor = command(commands.doctor, "what this machine or a cluster can run, and what stands in the way")
+    doctor.add_argument(
+        "--storage", metavar="DIR|URI", help="where runs would be stored (default for this machine: runs)"
+    )
+    for sub in (submit, doctor):
+        sub.add_argument(
+            "--address", metavar="ADDRESS", help="the cluster's dashboard, http://HOST:8265 (default $RAY_ADDRESS)"
+        )
+        sub.add_argument("--python", default="python", metavar="COMMAND", help="the cluster's Python (default python)")
 
 
 def _refuse_unknown(argument: str, *, flags: Sequence[str] | None) -> NoReturn:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vae_ray.errors import UserError
@@ -197,3 +199,67 @@ def presets(options: argparse.Namespace) -> dict[str, Any]:
         lines = (PRESET_DIR / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
         texts[name] = " ".join(line.lstrip("# ") for line in lines if line.startswith("#"))
     return texts
+
+
+def submit(options: argparse.Namespace) -> dict[str, Any]:
+    """Run another command as a job of a cluster."""
+    inner = options.inner
+    inner.overrides = options.overrides
+    experiment = None if options.job == "evaluate" else _experiment(inner)  # a typing mistake is answered at once
+    environment = _environment(options.env)
+    from vae_ray.distributed import submission
+    from vae_ray.distributed.upload import collect
+
+    workers = None
+    if experiment is None:
+        submission.check_place("CHECKPOINT", inner.checkpoint, flag="evaluate")
+    else:
+        submission.check_places(experiment)
+        workers = experiment.workers
+        if options.job == "sweep":
+            workers = workers.model_copy(update={"num": inner.workers_per_trial or 1})
+    given = (getattr(inner, "experiment", None), getattr(inner, "search", None))
+    files = [path for path in given if path is not None and os.path.isfile(path)]
+    named = {f"submitted/{number}-{Path(path).name}": Path(path) for number, path in enumerate(files, start=1)}
+    names = {str(path): name for name, path in named.items()}
+    arguments = [_renamed(argument, names) for argument in options.arguments]
+    try:
+        job = submission.submit(
+            [options.job, *arguments, *(f"--{key}={value}" for key, value in options.overrides.items())],
+            address=options.address,
+            upload=collect(working_dir=options.working_dir, named=named),
+            workers=workers,
+            environment=environment,
+            python=options.python,
+            follow=options.follow,
+        )
+    except submission.Detached as detached:
+        sys.stderr.write(f"vae-ray: {detached}\n")
+        job = detached.job
+        options.exit_code = 130
+    else:
+        options.exit_code = job.command_exit_code if options.follow else 0
+    return job.to_dict()
+
+
+def _environment(settings: list[str]) -> dict[str, str]:
+    for setting in settings:
+        if not setting.partition("=")[0].isidentifier() or "=" not in setting:
+            raise UserError(f"--env: got {setting!r}, should be KEY=VALUE")
+    return dict(setting.split("=", 1) for setting in settings)
+
+
+def _renamed(argument: str, names: dict[str, str]) -> str:
+    flag, separator, value = argument.partition("=")
+    if argument in names:
+        return names[argument]
+    return f"{flag}={names[value]}" if separator and value in names else argument
+
+
+def doctor(options: argparse.Namespace) -> dict[str, Any]:
+    """What a machine or a cluster can run."""
+    from vae_ray.distributed.doctor import examine
+
+    diagnosis = examine(options.address, storage=options.storage, python=options.python)
+    options.exit_code = 0 if diagnosis.is_healthy else 1
+    return diagnosis.to_dict() if options.json else {"text": "\n".join(map(str, diagnosis.findings))}

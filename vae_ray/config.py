@@ -231,6 +231,12 @@ class RunConfig(_Section):
     )
     seed: Int = Field(0, ge=0, lt=2**63, description="Seed of weights, order of images and latent noise.")
     checkpoints_kept: Int = Field(1, ge=1, description="Best checkpoints kept; the last is kept besides.")
+    checkpoint_every_steps: Int | None = Field(
+        None,
+        ge=0,
+        description="Steps of the run between checkpoints inside an epoch, of which the newest is kept until the "
+        "epoch's own is written; null or 0: only at the end of epochs.",
+    )
 
 
 class Experiment(_Section):

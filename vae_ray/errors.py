@@ -20,5 +20,9 @@ class TrainingFailed(Exception):
     """A run that started but could not finish; its last complete checkpoint is kept. Exit code 1."""
 
 
+class Stopped(Exception):
+    """A run that was told to stop, and did so after a checkpoint; `--resume` goes on. Exit code 130."""
+
+
 class Diverged(TrainingFailed):
     """The loss, the metrics or the weights are no longer finite numbers."""

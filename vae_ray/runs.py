@@ -20,6 +20,7 @@ from typing import Any
 import filelock
 import torch
 
+from vae_ray import signals
 from vae_ray.artifacts.progress import ProgressView
 from vae_ray.artifacts.run_directory import WRITER_LOCK_SECONDS, RunDirectory
 from vae_ray.config import Experiment, differing_fields
@@ -29,15 +30,19 @@ from vae_ray.storage.lease import lease
 from vae_ray.storage.locations import absolute, check_writable, child, is_uri
 from vae_ray.storage.mirror import Mirror, own_copy
 from vae_ray.trained import TrainedVAE
-from vae_ray.training.checkpoints import best_checkpoint, complete_checkpoints
+from vae_ray.training.checkpoints import best_checkpoint, complete_checkpoints, resumable_checkpoints
 from vae_ray.training.damage import set_aside_damaged
 from vae_ray.training.fit import fit
 from vae_ray.training.group import Solo
+from vae_ray.version import VERSION
 
 logger = logging.getLogger(__name__)
 
-# Fields that say where and by whom a run is computed, not what it computes; they may differ on resume.
-PLACE_FIELDS = ("run.name", "run.storage", "data.root", "data.download", "data.cache_dir")
+# Fields that say where, by whom and how carefully a run is computed, not what it computes; they may differ on resume.
+PLACE_FIELDS = (
+    *("run.name", "run.storage", "data.root", "data.download", "data.cache_dir"),
+    "run.checkpoint_every_steps",
+)
 PLACE_SECTIONS = ("workers.",)
 
 
@@ -51,6 +56,8 @@ class TrainResult:
     last_checkpoint: Path | str
     best_epoch: int
     num_workers: int
+    nodes: list[str]
+    """Addresses of the machines of the workers that ended it, by rank."""
     device: str
     epochs: int
     metrics: dict[str, float]
@@ -75,8 +82,8 @@ def train(experiment: Experiment, *, resume: bool = False, quiet: bool = True) -
     """Train `experiment` and return its result; `quiet=False` shows progress on stderr.
 
     With `resume` a run of that name goes on from its newest complete checkpoint (a finished one is returned
-    as it is). Raises `UserError`, before anything starts, for what the user can put right, and
-    `TrainingFailed` for a run that could not finish.
+    as it is). Raises `UserError`, before anything starts, for what the user can put right, `TrainingFailed` for
+    a run that could not finish, and `Stopped` after a signal or a file `.stop` in the run's directory.
     """
     started_at = time.time()
     if resume and experiment.run.name is None:
@@ -86,14 +93,22 @@ def train(experiment: Experiment, *, resume: bool = False, quiet: bool = True) -
     with opened_run(experiment, resume=resume) as run:
         if resume and (summary := run.summary()):
             return _result_from(summary, run.history())
-        done_before = _settle(run)
+        done_before, seconds_before = _settle(run)
         with _execution(experiment) as (device, execute):
             run.write_experiment(experiment)
             run.publish(run.experiment_file)
-            with contextlib.nullcontext() if quiet else ProgressView(run, experiment):
+            view = contextlib.nullcontext() if quiet else ProgressView(run, experiment)
+            with signals.stopping(run), view:
                 execute(experiment, run.location, device)
             run.fetch()
-            result = summarise(run, experiment, device=device, started_at=started_at, done_before=done_before)
+            result = summarise(
+                run,
+                experiment,
+                device=device,
+                started_at=started_at,
+                done_before=done_before,
+                seconds_before=seconds_before,
+            )
         run.write_summary(result.to_dict())
         run.publish(run.summary_file)
         return result
@@ -225,18 +240,22 @@ def is_taken(path: Path) -> bool:
     return path.is_file() or (path.is_dir() and any(not entry.name.startswith(".") for entry in path.iterdir()))
 
 
-def _settle(run: RunDirectory) -> int:
-    """The last epoch with a complete checkpoint, once nobody writes; lines and pictures after it are dropped.
+def _settle(run: RunDirectory) -> tuple[int, float]:
+    """How many epochs the newest checkpoint has behind it, and for how many seconds it had trained the next.
 
+    Once nobody writes; lines and pictures of later epochs are dropped.
     The workers of a killed driver live on for seconds and may finish another epoch.
     """
     try:
         with run.lock("writer").acquire(timeout=WRITER_LOCK_SECONDS):
+            run.forget_stop()
             if run.mirror is None:  # a copy has no weights; the writer's will
                 set_aside_damaged(run)
-            done = max((found.epoch for found in complete_checkpoints(run.checkpoints)), default=0)
+            found = resumable_checkpoints(run.checkpoints)
+            newest = found[-1] if found else None
+            done = newest.epochs_done if newest else 0
             run.forget_after(done)
-            return done
+            return done, newest.metrics["seconds"] if newest and newest.step is not None else 0.0
     except filelock.Timeout:
         raise UserError(
             f"run.name: {run.path.name!r} is still being written by a worker of an earlier driver; "
@@ -251,15 +270,24 @@ def _comparable(old: Experiment, new: Experiment) -> tuple[Experiment, Experimen
 
 
 def summarise(
-    run: RunDirectory, experiment: Experiment, *, device: torch.device, started_at: float, done_before: int
+    run: RunDirectory,
+    experiment: Experiment,
+    *,
+    device: torch.device,
+    started_at: float,
+    done_before: int,
+    seconds_before: float,
 ) -> TrainResult:
-    """The result of a finished run, from its own files; evaluates the test split where no epoch did."""
+    """The result of a finished run, from its own files; evaluates the test split where no epoch did.
+
+    `done_before` epochs, and `seconds_before` of the next, were trained by earlier calls.
+    """
     checkpoints = complete_checkpoints(run.checkpoints)
     best = best_checkpoint(checkpoints)
     metrics = {key: value for key, value in best.metrics.items() if "/" in key}
     if "test/nelbo" not in metrics:
         metrics |= TrainedVAE.load(run.located(best.path), device=device).evaluate("test")
-    history = run.history()
+    history, last_attempt = run.history(), run.attempts()[-1]
     mine = [line for line in history if line["epoch"] > done_before]
     train_seconds = sum(line["seconds"] for line in history)  # of the lines that survived
     num_images = sum(line["images_per_second"] * line["seconds"] for line in history)
@@ -268,14 +296,15 @@ def summarise(
         best_checkpoint=run.located(best.path),
         last_checkpoint=run.located(checkpoints[-1].path),
         best_epoch=best.epoch,
-        num_workers=experiment.workers.most,
+        num_workers=last_attempt["num_workers"],
+        nodes=last_attempt["nodes"],
         device=device.type,
         epochs=checkpoints[-1].epoch,
         metrics=metrics,
         images_per_second=num_images / train_seconds if train_seconds else 0.0,
         seconds={
-            "startup": (mine[0]["started_at"] if mine else time.time()) - started_at,
-            "training": sum(line["seconds"] for line in mine),
+            "startup": (mine[0]["started_at"] + seconds_before if mine else time.time()) - started_at,
+            "training": sum(line["seconds"] for line in mine) - seconds_before,
             "total": time.time() - started_at,
         },
         versions=versions(),
@@ -295,8 +324,9 @@ def _result_from(summary: dict[str, Any], history: list[dict[str, Any]]) -> Trai
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide a run's numbers."""
-    packages = ("vae_ray", "torch", "torchvision", "ray", "pyarrow", "safetensors")
+    packages = ("torch", "torchvision", "ray", "pyarrow", "safetensors")
     return {
         "python": platform.python_version(),
+        "vae_ray": VERSION,  # a package that travelled with a job has no metadata
         **{name: importlib.metadata.version(name) for name in packages},
     }

@@ -6,8 +6,10 @@ workers or on another node.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
+import time
 from types import TracebackType
 from typing import Any
 
@@ -18,6 +20,7 @@ from vae_ray.artifacts.run_directory import RunDirectory
 from vae_ray.config import Experiment
 
 POLL_SECONDS = 0.25
+FETCH_SECONDS = 2.0
 
 
 class ProgressView:
@@ -28,6 +31,8 @@ class ProgressView:
         self._console = console or Console(stderr=True, highlight=False)
         self._last_shown = max((line["epoch"] for line in run.history()), default=0)
         self._read_bytes = 0
+        self._next_fetch = 0.0
+        self._attempts_shown = len(run.attempts())
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="progress", daemon=True)
         self._bar = Progress(
@@ -58,7 +63,16 @@ class ProgressView:
         while not self._stop.wait(POLL_SECONDS):
             self._show()
 
+    def _fetch(self, *, is_last: bool) -> None:
+        """Of a run at a URI, its metrics as they now are; a look that fails is followed by the next."""
+        mirror = self._run.mirror
+        if mirror is not None and (is_last or time.monotonic() >= self._next_fetch):
+            self._next_fetch = time.monotonic() + FETCH_SECONDS
+            with contextlib.suppress(OSError):
+                mirror.fetch(lambda name: name in (self._run.metrics_file.name, self._run.attempts_file.name))
+
     def _show(self) -> None:
+        self._fetch(is_last=self._stop.is_set())
         size = self._run.metrics_file.stat().st_size if self._run.metrics_file.exists() else 0
         if size != self._read_bytes:
             self._read_bytes, history = size, self._run.history()
@@ -67,6 +81,10 @@ class ProgressView:
                     # soft_wrap: a line stays one line, however narrow the terminal or the log
                     self._console.print(describe_epoch(line, self._epochs), soft_wrap=True)
                     self._last_shown = line["epoch"]
+        for attempt in self._run.attempts()[self._attempts_shown :]:
+            self._attempts_shown += 1
+            if self._attempts_shown > 1:
+                self._console.print(describe_attempt(attempt), soft_wrap=True)
         try:
             state = json.loads(self._run.progress_file.read_text())
         except (OSError, ValueError):  # between epochs there is none
@@ -87,6 +105,18 @@ def describe_epoch(line: dict[str, Any], epochs: int) -> str:
         *(_terms(line, split) for split in splits),
     ]
     return "  ".join([*parts, f"{line['images_per_second']:,.0f} images/s"])
+
+
+def describe_attempt(attempt: dict[str, Any]) -> str:
+    """One line for people from one line of `attempts.jsonl` that is not the first: what was lost, and who goes on."""
+    epochs, steps = attempt["epochs_done"], attempt["steps_done"]
+    whence = f"epoch {epochs + 1}, step {steps}" if steps else f"the end of epoch {epochs}" if epochs else "the start"
+    lost = ""
+    if attempt.get("last_epoch") == epochs + 1 and attempt["last_step"] > steps:
+        lost = f"; {attempt['last_step'] - steps} steps or some more are computed again"
+    num = attempt["num_workers"]
+    who = f"{num} worker{'s' if num > 1 else ''} on {', '.join(sorted(set(attempt['nodes'])))}"
+    return f"started again from {whence}: {who}{lost}"
 
 
 def _terms(values: dict[str, Any], split: str) -> str:

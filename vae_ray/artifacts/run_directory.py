@@ -104,6 +104,30 @@ class RunDirectory:
         return self.path / "summary.json"
 
     @property
+    def attempts_file(self) -> Path:
+        """One JSON object for each time that workers began or went on with the run."""
+        return self.path / "attempts.jsonl"
+
+    def request_stop(self) -> None:
+        """Ask whoever trains here to write a checkpoint and stop; raises `OSError`."""
+        if self.mirror is not None:
+            self.mirror.write(self.stop_file.name, b"stop")
+        else:
+            self.stop_file.touch()
+
+    def stop_is_requested(self) -> bool:
+        """Whether someone asked for it; of a run at a URI as it was at most a second ago."""
+        if self.mirror is None:
+            return self.stop_file.exists()
+        return self.mirror.has_soon(self.stop_file.name)
+
+    def forget_stop(self) -> None:
+        """Let the next start begin without a request."""
+        self.stop_file.unlink(missing_ok=True)
+        if self.mirror is not None:
+            self.mirror.delete(self.stop_file.name)
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
@@ -119,6 +143,11 @@ class RunDirectory:
     def progress_file(self) -> Path:
         """How far the current epoch is; only for the live view."""
         return self.path / ".progress.json"
+
+    @property
+    def stop_file(self) -> Path:
+        """Tells whoever trains here to write a checkpoint and stop; removed at the next start."""
+        return self.path / ".stop"
 
     def lock(self, role: str) -> filelock.BaseFileLock:
         """The lock of "driver" or "writer"; released by the system even if its holder is killed."""
@@ -146,6 +175,23 @@ class RunDirectory:
 
     def append_metrics(self, line: dict[str, Any]) -> None:
         append_sealed(self.metrics_file, [line])
+
+    def attempts(self) -> list[dict[str, Any]]:
+        """The lines of `attempts.jsonl`, oldest first."""
+        return sealed_lines(self.attempts_file)
+
+    def append_attempt(self, **attempt: Any) -> None:
+        """Write down that workers begin: `started_at`, `num_workers`, `nodes` by rank, `epochs_done`, `steps_done`.
+
+        To that comes what is known of the attempt before: the epoch and step that it had reached.
+        """
+        try:
+            reached = json.loads(self.progress_file.read_text(encoding="utf-8"))
+            attempt |= {"last_epoch": int(reached["epoch"]), "last_step": int(reached["step"])}
+        except (OSError, ValueError, KeyError, TypeError):  # it ended between epochs, or there was none
+            pass
+        self.progress_file.unlink(missing_ok=True)
+        append_sealed(self.attempts_file, [attempt])
 
     def forget_after(self, epoch: int) -> None:
         """Drop metrics and pictures of epochs that will be computed again; warns of lines that are missing before."""

@@ -52,17 +52,32 @@ def training_batches(
     global_batch_size: int,
     latent_dim: int,
     shards: Shards,
+    first_step: int = 0,
 ) -> Iterator[Batch]:
-    """Every image of `indices` once, in an order that differs every epoch; the last batch may be smaller."""
-    order = indices[torch.randperm(len(indices), generator=generator(seed, "order", epoch))]
-    yield from _batches(pixels, order, global_batch_size, latent_dim, shards, seed, "training noise", epoch)
+    """Every image of `indices` once, in an order that differs every epoch; the last batch may be smaller.
+
+    From `first_step` (0-based) on: the steps before it are not computed.
+    """
+    order = training_order(indices, seed=seed, epoch=epoch)
+    noise = training_noise(epoch)
+    yield from _batches(pixels, order, global_batch_size, latent_dim, shards, seed, noise, first_step)
+
+
+def training_order(indices: Tensor, *, seed: int, epoch: int) -> Tensor:
+    """`indices` in the order in which the epoch visits them."""
+    return indices[torch.randperm(len(indices), generator=generator(seed, "order", epoch))]
+
+
+def training_noise(epoch: int) -> tuple[str | int, ...]:
+    """The address of an epoch's noise; that of step s is `(*training_noise(epoch), s)`."""
+    return "training noise", epoch
 
 
 def evaluation_batches(
     pixels: Tensor, indices: Tensor, *, seed: int, batch_size: int, latent_dim: int, shards: Shards
 ) -> Iterator[Batch]:
     """Every image of `indices` once, in order, with noise that depends on `seed` alone, not on the epoch."""
-    yield from _batches(pixels, indices, batch_size, latent_dim, shards, seed, "evaluation noise")
+    yield from _batches(pixels, indices, batch_size, latent_dim, shards, seed, ("evaluation noise",))
 
 
 def _batches(
@@ -72,14 +87,15 @@ def _batches(
     latent_dim: int,
     shards: Shards,
     seed: int,
-    *address: str | int,
+    noise_address: tuple[str | int, ...],
+    first_step: int = 0,
 ) -> Iterator[Batch]:
     noise = torch.Generator()
-    for step, start in enumerate(range(0, len(order), batch_size)):
+    for step, start in enumerate(range(first_step * batch_size, len(order), batch_size), first_step):
         stop = min(start + batch_size, len(order))
         part = shards.slice_of(start, stop)
         # All workers draw the noise of the whole batch and keep their rows: the same whoever computes it.
-        noise.manual_seed(stream(seed, *address, step))
+        noise.manual_seed(stream(seed, *noise_address, step))
         eps = torch.randn(stop - start, latent_dim, generator=noise)[part.start - start : part.stop - start]
         # index_select is 20x faster than pixels[order[part]] for uint8 rows
         x = pixels.index_select(0, order[part]).to(shards.device, non_blocking=True).float().mul_(1 / 255)

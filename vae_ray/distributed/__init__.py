@@ -1,6 +1,34 @@
-"""Ray Train: from an Experiment to a worker group that trains it. With `tuning/`, all that imports ray."""
+"""Ray: from an Experiment to a worker group that trains it; what a cluster is. With `tuning/`, all that imports ray.
 
-from vae_ray.distributed.cluster import check_local_resources, connection
-from vae_ray.distributed.trainer import clear_state, fit, ray_state
+Names are loaded when first used: a question to a cluster needs neither torch nor Ray Train.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from vae_ray.distributed import environment
+
+if TYPE_CHECKING:
+    from vae_ray.distributed.cluster import check_local_resources as check_local_resources
+    from vae_ray.distributed.cluster import connection as connection
+    from vae_ray.distributed.trainer import clear_state as clear_state
+    from vae_ray.distributed.trainer import fit as fit
+    from vae_ray.distributed.trainer import ray_state as ray_state
+
+environment.set_defaults()  # before a room below imports ray
+
+_HOME_OF = {
+    "check_local_resources": "vae_ray.distributed.cluster",
+    "clear_state": "vae_ray.distributed.trainer",
+    "connection": "vae_ray.distributed.cluster",
+    "fit": "vae_ray.distributed.trainer",
+    "ray_state": "vae_ray.distributed.trainer",
+}
 
 __all__ = ["check_local_resources", "clear_state", "connection", "fit", "ray_state"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'vae_ray.distributed' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME_OF[name]), name)

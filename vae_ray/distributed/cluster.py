@@ -7,25 +7,13 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 
-# Ray reads these when it is imported or started; a user's own settings stay.
-for _name, _value in {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    # A report waits for the controller's next poll: at the default of 2 s short epochs would wait for Ray.
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-    "RAY_TRAIN_METRICS_ENABLED": "0",
-    "RAY_AIR_NEW_OUTPUT": "0",  # only Tune's older output can be silenced; our own view tells what happens
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # a trial's run directory has its own metrics and TensorBoard events
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the future default; without it Ray warns at every start
-}.items():
-    os.environ.setdefault(_name, _value)
+import ray
+import torch
 
-import ray  # noqa: E402
-import torch  # noqa: E402
-
-from vae_ray.config import Experiment  # noqa: E402
-from vae_ray.distributed.nodes import check_storage  # noqa: E402
-from vae_ray.errors import UserError  # noqa: E402
-from vae_ray.storage.locations import directory_of, is_uri  # noqa: E402
+from vae_ray.config import Experiment
+from vae_ray.distributed.nodes import check_storage, room
+from vae_ray.errors import UserError
+from vae_ray.storage.locations import directory_of, is_uri
 
 Resources = dict[str, float]
 
@@ -99,7 +87,7 @@ def _local_resources() -> Resources:
 def _use_gpu(experiment: Experiment, nodes: Sequence[Resources]) -> bool:
     workers = experiment.workers
     if workers.device == "auto":
-        return _room(nodes, {"GPU": workers.gpus}) >= workers.most
+        return room(nodes, {"GPU": workers.gpus}) >= workers.most
     return workers.device == "cuda"
 
 
@@ -107,20 +95,15 @@ def _check_resources(experiment: Experiment, nodes: Sequence[Resources], *, wher
     """Refuse more workers than all nodes together have room for; a worker's CPUs and GPUs are of one node."""
     workers = experiment.workers
     num_cpus, num_gpus = (sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU"))
-    fitting = _room(nodes, {"CPU": workers.cpus})
+    fitting = room(nodes, {"CPU": workers.cpus})
     if workers.least > fitting:
         advice = f"--workers.num {fitting}" if fitting else f"--workers.cpus {max(1, int(num_cpus))}"
         raise UserError(
             f"workers.num: got {workers.least} with {workers.cpus} CPU each, should be at most what {where} has "
             f"({num_cpus:g} CPUs); for example {advice}"
         )
-    if workers.device == "cuda" and workers.least > _room(nodes, {"GPU": workers.gpus}):
+    if workers.device == "cuda" and workers.least > room(nodes, {"GPU": workers.gpus}):
         raise UserError(
             f"workers.num: got {workers.least} with {workers.gpus} GPU each, should be at most what {where} has "
             f"({num_gpus:g} GPUs); for example --workers.device cpu"
         )
-
-
-def _room(nodes: Sequence[Resources], each: Resources) -> int:
-    """How many workers that need `each` all nodes together have room for."""
-    return sum(int(min(node.get(kind, 0) // amount for kind, amount in each.items())) for node in nodes)

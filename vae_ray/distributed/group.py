@@ -1,5 +1,8 @@
 """The worker group of Ray Train: rank, device, sums over workers and DDP with gradients that add up."""
 
+import os
+from typing import cast
+
 import ray.train
 import ray.train.torch
 import torch
@@ -7,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from vae_ray.distributed.shared_memory import SharedMemorySum
+from vae_ray.training.group import Value
 
 
 class RayWorkers:
@@ -16,6 +20,7 @@ class RayWorkers:
         context = ray.train.get_context()
         self.rank, self.size = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device()
+        self.node = ray.util.get_node_ip_address()
         self._one_node = context.get_local_world_size() == self.size
         self._shared_sum: SharedMemorySum | None = None
 
@@ -39,6 +44,26 @@ class RayWorkers:
             values = values.clone()
             dist.all_reduce(values)
         return values
+
+    def share(self, value: Value) -> Value:
+        if self.size == 1:
+            return value
+        values = [value if self.rank == 0 else None]
+        dist.broadcast_object_list(values, src=0, device=self.device)
+        return cast(Value, values[0])
+
+    def gather(self, value: Value) -> list[Value]:
+        if self.size == 1:
+            return [value]
+        values: list[Value | None] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return cast(list[Value], values)
+
+    def preempted(self) -> bool:
+        """Whether a node of this group was announced to go away. A collective of Ray's: all ranks must call it."""
+        if os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER") == "0":  # on a Ray of this machine alone
+            return False
+        return ray.train.get_preemption_info() is not None
 
     def sum_bucket(self, gradients: Tensor) -> torch.futures.Future[Tensor]:
         """Sum one bucket of gradients over the group, in place."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,11 @@ def on_every_node(
             ray.cancel(reference, force=True)
         answers.append(NodeAnswer(node["NodeID"], node["NodeManagerAddress"], dict(node["Resources"]), result, error))
     return answers
+
+
+def room(nodes: Sequence[Mapping[str, float]], each: Mapping[str, float]) -> int:
+    """How many workers that need `each` all nodes together have room for; a worker's resources are of one node."""
+    return sum(int(min(node.get(kind, 0) // amount for kind, amount in each.items())) for node in nodes)
 
 
 def check_storage(directory: Path) -> None:

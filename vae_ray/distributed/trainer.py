@@ -9,7 +9,9 @@ import os
 import secrets
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,13 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from vae_ray.config import Experiment
 from vae_ray.distributed.group import RayWorkers
-from vae_ray.errors import Diverged, TrainingFailed, UserError
+from vae_ray.distributed.node_watch import NodeWatch
+from vae_ray.errors import Diverged, Stopped, TrainingFailed, UserError
 from vae_ray.storage.locations import child, is_uri, open_filesystem
 from vae_ray.training.fit import EpochResult, fit_epochs
 
+AGREED: dict[str, type[Exception]] = {kind.__name__: kind for kind in (Diverged, Stopped, UserError)}
+"""What ends a run on all its workers together; to go on from the last checkpoint would end the same way."""
 RAY_STATE = ".ray"
 ELASTIC_LOOK_SECONDS = 15.0
 """How often a run with a range of workers looks whether the cluster has grown."""
@@ -38,7 +43,7 @@ def fit(experiment: Experiment, location: str, device: torch.device, *, callback
 
     Lost workers are replaced, going on from the last checkpoint, `workers.max_failures` times. `callbacks` are Ray
     Train's and see every epoch's report. Raises `TrainingFailed` with the worker's own error if the group could not
-    finish.
+    finish, and `Stopped` if it was told to.
     """
     workers = experiment.workers
     if workers.least < workers.most:
@@ -59,9 +64,30 @@ def fit(experiment: Experiment, location: str, device: torch.device, *, callback
             ),
         )
         try:
-            trainer.fit()
+            with NodeWatch(experiment, uses_gpu=device.type == "cuda"):
+                outcome = _result_of(trainer).return_value
         except ray.train.TrainingFailedError as error:
             raise _cause(error) from error
+    if outcome is not None:
+        kind, message = outcome
+        raise AGREED[kind](message)
+
+
+def _result_of(trainer: TorchTrainer) -> Any:
+    """Ray's result of the fit. In the main thread Ray would take SIGINT for itself, so it runs in another."""
+    if threading.current_thread() is not threading.main_thread():
+        return trainer.fit()
+    outcome: Future[Any] = Future()
+
+    def fit_now() -> None:
+        try:
+            outcome.set_result(trainer.fit())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    # a daemon: if this thread is interrupted, the process must not wait for the other
+    threading.Thread(target=fit_now, name="ray-train-fit", daemon=True).start()
+    return outcome.result()
 
 
 def _scaling(experiment: Experiment, device: torch.device) -> ScalingConfig:
@@ -115,8 +141,12 @@ def _cause(error: ray.train.TrainingFailedError) -> Exception:
     return TrainingFailed(f"the workers could not finish: {lines[-1].strip() if lines else type(error).__name__}")
 
 
-def _train_worker(config: dict[str, Any]) -> None:
-    """What each Ray Train worker runs: our loop, with a report to Ray after every epoch."""
+def _train_worker(config: dict[str, Any]) -> tuple[str, str] | None:
+    """What each Ray Train worker runs: our loop, with a report to Ray after every epoch.
+
+    An error on which all workers agree is returned by its kind and message: for one that is raised Ray starts them
+    anew.
+    """
     experiment, location = Experiment.from_dict(config["experiment"]), str(config["location"])
 
     def report(result: EpochResult) -> None:
@@ -132,5 +162,9 @@ def _train_worker(config: dict[str, Any]) -> None:
             )
 
     with contextlib.closing(RayWorkers()) as group:
-        for result in fit_epochs(experiment, location, group):
-            report(result)
+        try:
+            for result in fit_epochs(experiment, location, group):
+                report(result)
+        except tuple(AGREED.values()) as error:
+            return type(error).__name__, str(error)
+    return None

@@ -38,6 +38,7 @@ TRANSFERS = 8
 LAST_TRY_SECONDS = 120.0
 """How long the last copy of a run goes on trying to reach its storage."""
 LONGEST_WAIT_SECONDS = 15.0
+WATCH_SECONDS = 0.5
 
 
 class Stamp(NamedTuple):
@@ -97,6 +98,8 @@ class Mirror:
         self._lock = threading.Lock()
         self._wake, self._closing = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
+        self._seen = threading.Event()
+        self._watching: threading.Thread | None = None
 
     @property
     def filesystem(self) -> pyarrow.fs.FileSystem:
@@ -164,9 +167,17 @@ class Mirror:
             source = (self.directory / name).open("rb")
         except FileNotFoundError:  # deleted meanwhile: a checkpoint that is no longer kept
             return
-        with source, self._filesystem.open_output_stream(self.path_of(name)) as sink:
+        with source, self._output(name) as sink:
             shutil.copyfileobj(source, sink, 1 << 20)
         self._here[name] = stamp
+
+    def _output(self, name: str) -> pyarrow.NativeFile:
+        path = self.path_of(name)
+        try:
+            return self._filesystem.open_output_stream(path)
+        except FileNotFoundError:  # unlike an object store, this one has directories
+            self._filesystem.create_dir(path.rpartition("/")[0])
+            return self._filesystem.open_output_stream(path)
 
     def delete(self, name: str) -> None:
         """Delete one file there; no error if there is none."""
@@ -177,7 +188,7 @@ class Mirror:
 
     def write(self, name: str, content: bytes) -> None:
         """Write one file there, without a copy here."""
-        with self._filesystem.open_output_stream(self.path_of(name)) as stream:
+        with self._output(name) as stream:
             stream.write(content)
 
     def read(self, name: str) -> bytes | None:
@@ -187,6 +198,19 @@ class Mirror:
                 return bytes(stream.read())
         except FileNotFoundError:
             return None
+
+    def has_soon(self, name: str) -> bool:
+        """Whether there is a file of that name there, as a thread of the mirror's own saw it last; never waits."""
+        if self._watching is None:
+            self._watching = threading.Thread(target=self._watch, args=(name,), name="mirror watch", daemon=True)
+            self._watching.start()
+        return self._seen.is_set()
+
+    def _watch(self, name: str) -> None:
+        while not self._closing.wait(WATCH_SECONDS) and not self._seen.is_set():
+            with contextlib.suppress(OSError):  # it is asked again
+                if self.read(name) is not None:
+                    self._seen.set()
 
     def _files_here(self) -> dict[str, Stamp]:
         found: dict[str, Stamp] = {}

@@ -1,10 +1,11 @@
-"""Checkpoints: complete, safe packages of one epoch, written aside and renamed when whole.
+"""Checkpoints: complete, safe packages of a moment of training, written aside and renamed when whole.
 
-    checkpoints/epoch=0007/
+    checkpoints/epoch=0007/                 after epoch 7, with its metrics
+    checkpoints/epoch=0008-step=000412/     412 steps into epoch 8: for --resume alone, never the best
         manifest.json           format, epoch, image shape, metrics; size and SHA-256 of the other files and of itself
         experiment.json         the resolved experiment
         weights.safetensors     the model
-        training_state.pt       optimizer state: tensors and plain values, read with weights_only=True
+        training_state.pt       optimizer and progress: tensors and plain values, read with weights_only=True
 
 Nothing that is read here can run code. A directory without a matching manifest is not a checkpoint.
 """
@@ -13,18 +14,18 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import importlib.metadata
 import io
 import json
 import os
 import shutil
 import stat
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from vae_ray.artifacts.durable_files import remove_directory, sync_directory, write_durably
@@ -39,9 +40,11 @@ from vae_ray.training.packages import (
     training_state_from,
     weights_from,
 )
+from vae_ray.version import VERSION
 
 FORMAT = "vae_ray checkpoint"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""1: whole epochs only, no progress in the training state; still read."""
 MANIFEST, EXPERIMENT, WEIGHTS, TRAINING_STATE = (
     "manifest.json",
     "experiment.json",
@@ -54,6 +57,17 @@ ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO)
 MOST_PIXELS = 1 << 26
 
 
+class Progress(NamedTuple):
+    """What of training is neither weights, nor optimizer, nor a function of epoch and step."""
+
+    lr_factor: float = 1.0
+    """What every rollback has left of the learning rate (`training.rollback_lr_factor`)."""
+    num_nonfinite: int = 0
+    """Batches skipped, or rollbacks, so far."""
+    term_sums: Tensor | None = None
+    """`(workers, 4)`, float64: each worker's `TermSums` of an epoch that has not ended."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint whose manifest was read; its files are checked when they are read."""
@@ -64,6 +78,20 @@ class Checkpoint:
     metrics: dict[str, float]
     selection_metric: str
     files: dict[str, dict[str, Any]]
+    step: int | None = None
+    """How many steps of `epoch` are done, where it has not ended; its metrics are then no more than its `seconds`."""
+    contents: dict[str, bytes] = field(default_factory=dict, repr=False, compare=False)
+    """Files that are already in memory; see `in_memory`."""
+
+    @property
+    def epochs_done(self) -> int:
+        """Whole epochs behind this checkpoint."""
+        return self.epoch if self.step is None else self.epoch - 1
+
+    @property
+    def position(self) -> tuple[int, int]:
+        """`(epochs done, steps done of the next)`: the order of checkpoints."""
+        return self.epochs_done, self.step or 0
 
     @property
     def score(self) -> float:
@@ -75,6 +103,8 @@ class Checkpoint:
 
         Its size is compared with the manifest's before anything is read.
         """
+        if name in self.contents:
+            return self.contents[name]
         expected, file = self.files[name], self.path / name
         try:
             found = os.lstat(file).st_size
@@ -96,11 +126,14 @@ class Checkpoint:
             )
         return content
 
-    def verify(self) -> None:
-        """Read and compare all files with what was written; raises `Damaged` naming the first that is not."""
+    def verify(self) -> Checkpoint:
+        """The same with all files in memory, compared with what was written; raises `Damaged` naming one that is not.
+
+        What is in memory can be given to workers that do not see the directory.
+        """
         num_bytes = _num_bytes(self._empty_model())
-        self.read(WEIGHTS, most_bytes=num_bytes + HEADER_BYTES)
-        self.read(TRAINING_STATE, most_bytes=_most_state_bytes(num_bytes))
+        most = {EXPERIMENT: MOST_BYTES, WEIGHTS: num_bytes + HEADER_BYTES, TRAINING_STATE: _most_state_bytes(num_bytes)}
+        return replace(self, contents={name: self.read(name, most_bytes=limit) for name, limit in most.items()})
 
     def experiment(self) -> Experiment:
         """The experiment that produced this checkpoint."""
@@ -113,21 +146,24 @@ class Checkpoint:
             message = str(error) if str(error).startswith(str(file)) else f"{file}: {error}"
             raise Damaged(message) from None
 
-    def load_into(self, model: VAE, optimizer: Optimizer | None = None) -> None:
-        """Restore the weights and, for training to go on, the optimizer's state."""
+    def load_into(self, model: VAE, optimizer: Optimizer | None = None) -> Progress:
+        """Restore the weights and, for training to go on, the optimizer's state; returns the progress saved with it."""
         weights, num_bytes = model.state_dict(), _num_bytes(model)
         try:
             content = self.read(WEIGHTS, most_bytes=num_bytes + HEADER_BYTES)
             model.load_state_dict(weights_from(content, weights))
         except ValueError as error:
             raise Damaged(f"{self.path / WEIGHTS}: {error}") from None
+        progress = Progress()
         if optimizer is not None:
             content = self.read(TRAINING_STATE, most_bytes=_most_state_bytes(num_bytes))
             try:
                 state = training_state_from(content)
                 load_optimizer(optimizer, state.get("optimizer"))
-            except ValueError as error:
+                progress = _progress_from(state.get("progress", {}))
+            except (ValueError, TypeError) as error:
                 raise Damaged(f"{self.path / TRAINING_STATE}: is not this model's training state: {error}") from None
+        return progress
 
     def build_model(self) -> VAE:
         """The model with the checkpoint's weights, on the CPU; built once its weights are known to fit it."""
@@ -160,9 +196,9 @@ def _most_state_bytes(num_bytes: int) -> int:
     return 4 * num_bytes + 16 * HEADER_BYTES
 
 
-def checkpoint_name(epoch: int) -> str:
-    """The directory name of an epoch (1-based); names sort as epochs do."""
-    return f"epoch={epoch:04d}"
+def checkpoint_name(epoch: int, step: int | None = None) -> str:
+    """The directory name after an epoch (1-based), or after `step` steps of it."""
+    return f"epoch={epoch:04d}" if step is None else f"epoch={epoch:04d}-step={step:06d}"
 
 
 def save_checkpoint(
@@ -174,10 +210,16 @@ def save_checkpoint(
     experiment: Experiment,
     metrics: dict[str, float],
     selection_metric: str,
+    step: int | None = None,
+    progress: Progress | None = None,
 ) -> Checkpoint:
-    """Write `directory/epoch=NNNN` so that it either exists whole or not at all."""
+    """Write `directory/epoch=NNNN` so that it either exists whole or not at all.
+
+    With `step` it is one inside the epoch, `directory/epoch=NNNN-step=NNNNNN`.
+    """
     state = io.BytesIO()
-    torch.save({"optimizer": optimizer.state_dict()}, state)
+    known = {key: value for key, value in (progress or Progress())._asdict().items() if value is not None}
+    torch.save({"optimizer": optimizer.state_dict(), "progress": known}, state)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     contents = {
         EXPERIMENT: json.dumps(experiment.to_dict(), indent=2).encode(),
@@ -187,8 +229,9 @@ def save_checkpoint(
     manifest = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "written_by": f"vae_ray {importlib.metadata.version('vae_ray')}",
+        "written_by": f"vae_ray {VERSION}",
         "epoch": epoch,
+        "step": step,
         "image_shape": list(model.image_shape),
         "selection_metric": selection_metric,
         "metrics": metrics,
@@ -199,7 +242,7 @@ def save_checkpoint(
     }
     contents[MANIFEST] = json.dumps(sealed(manifest), indent=2).encode()
 
-    final = directory / checkpoint_name(epoch)
+    final = directory / checkpoint_name(epoch, step)
     partial = directory / f".partial-{final.name}"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -265,7 +308,8 @@ def _checked(path: Path, manifest: dict[str, Any]) -> Checkpoint:
     if len(files) > 3:
         raise ValueError(f"lists other files: {sorted(files)}")
     metrics = {str(key): _number(value) for key, value in manifest["metrics"].items()}
-    if manifest["selection_metric"] not in metrics:
+    step = manifest.get("step")
+    if step is None and manifest["selection_metric"] not in metrics:
         raise ValueError(f"{manifest['selection_metric']} not listed")
     return Checkpoint(
         path=path,
@@ -274,6 +318,7 @@ def _checked(path: Path, manifest: dict[str, Any]) -> Checkpoint:
         metrics=metrics,
         selection_metric=manifest["selection_metric"],
         files=files,
+        step=None if step is None else _whole(step, least=1),
     )
 
 
@@ -290,14 +335,28 @@ def _number(value: Any) -> float:
 
 
 def complete_checkpoints(directory: Path) -> list[Checkpoint]:
-    """All checkpoints under `directory` with a readable manifest, by epoch."""
+    """The checkpoints of whole epochs under `directory`, by epoch: those that have metrics and can be the best."""
+    return [checkpoint for checkpoint in resumable_checkpoints(directory) if checkpoint.step is None]
+
+
+def resumable_checkpoints(directory: Path) -> list[Checkpoint]:
+    """All checkpoints under `directory` with a readable manifest, inside epochs too, in the order of training."""
     found = []
     for path in sorted(directory.glob("epoch=*")):
         try:
             found.append(own_checkpoint(path))
         except UserError:  # incomplete: not a checkpoint, whatever its name
             continue
-    return sorted(found, key=lambda checkpoint: checkpoint.epoch)
+    return sorted(found, key=lambda checkpoint: checkpoint.position)
+
+
+def _progress_from(values: Any) -> Progress:
+    """The progress as it was read, if it has the right types; raises `ValueError` or `TypeError` otherwise."""
+    progress = Progress(**values)
+    lr_factor, num_nonfinite, sums = float(progress.lr_factor), int(progress.num_nonfinite), progress.term_sums
+    if sums is not None and (not isinstance(sums, Tensor) or sums.dtype != torch.float64 or sums.shape[1:] != (4,)):
+        raise ValueError("term_sums should be a float64 tensor of shape (workers, 4)")
+    return Progress(lr_factor, num_nonfinite, sums)
 
 
 def own_checkpoint(path: Path) -> Checkpoint:
@@ -320,10 +379,14 @@ def best_checkpoint(checkpoints: list[Checkpoint]) -> Checkpoint:
 
 
 def prune_checkpoints(directory: Path, *, num_best: int) -> None:
-    """Delete all but the last and the `num_best` best checkpoints, and what killed writers left."""
-    checkpoints = complete_checkpoints(directory)
-    by_score = sorted(checkpoints, key=lambda checkpoint: (checkpoint.score, checkpoint.epoch))
-    kept = {checkpoint.path for checkpoint in [*by_score[:num_best], *checkpoints[-1:]]}
+    """Delete all but the last and the `num_best` best checkpoints, and what killed writers left.
+
+    Of those inside epochs only one that is newer than all others is of use.
+    """
+    checkpoints = resumable_checkpoints(directory)
+    whole = [checkpoint for checkpoint in checkpoints if checkpoint.step is None]
+    by_score = sorted(whole, key=lambda checkpoint: (checkpoint.score, checkpoint.epoch))
+    kept = {checkpoint.path for checkpoint in [*by_score[:num_best], *whole[-1:], *checkpoints[-1:]]}
     for checkpoint in checkpoints:
         if checkpoint.path not in kept:
             remove_directory(checkpoint.path)

@@ -6,12 +6,17 @@ The loop asks a `WorkerGroup` for its place and for sums over all workers. `Solo
 
 from __future__ import annotations
 
-from typing import Protocol
+import socket
+from collections.abc import Callable
+from typing import Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from vae_ray.data.batches import Shards
+from vae_ray.errors import UserError
+
+Value = TypeVar("Value")
 
 
 class WorkerGroup(Protocol):
@@ -20,6 +25,8 @@ class WorkerGroup(Protocol):
     rank: int
     size: int
     device: torch.device
+    node: str
+    """The address of this worker's machine."""
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model, such that backward leaves in every worker the *sum* of all workers' gradients.
@@ -32,6 +39,18 @@ class WorkerGroup(Protocol):
         """Elementwise sum over workers, the same on every worker. All ranks must call it."""
         ...
 
+    def share(self, value: Value) -> Value:
+        """Rank 0's `value`, on every worker. All ranks must call it."""
+        ...
+
+    def gather(self, value: Value) -> list[Value]:
+        """Every worker's `value`, in order of rank, on every worker. All ranks must call it."""
+        ...
+
+    def preempted(self) -> bool:
+        """Whether a worker's machine is about to be taken away, the same on every worker. All ranks must call it."""
+        ...
+
 
 class Solo:
     """One worker alone; its sums are its own."""
@@ -40,13 +59,38 @@ class Solo:
     size = 1
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
+        self.device, self.node = device, socket.gethostname()
 
     def wrap(self, model: nn.Module) -> nn.Module:
         return model
 
     def sum(self, values: Tensor) -> Tensor:
         return values
+
+    def share(self, value: Value) -> Value:
+        return value
+
+    def gather(self, value: Value) -> list[Value]:
+        return [value]
+
+    def preempted(self) -> bool:
+        return False
+
+
+def agreed(group: WorkerGroup, action: Callable[[], Value]) -> Value:
+    """What `action` returns on this worker; if it raises `UserError` on one, that is raised on all.
+
+    A worker that failed alone would leave the others waiting. All ranks must call it.
+    """
+    result, complaint = None, None
+    try:
+        result = action()
+    except UserError as error:
+        complaint = str(error)
+    complaints = [text for text in group.gather(complaint) if text is not None]
+    if complaints:
+        raise UserError(complaints[0])
+    return cast(Value, result)
 
 
 def shards_of(group: WorkerGroup) -> Shards:

@@ -44,15 +44,17 @@ def train_epoch(
     sums: TermSums,
     grad_clip: float | None = None,
     precision: str = "float32",
+    first_step: int = 0,
     after_step: Callable[[int], None] = lambda num_done: None,
 ) -> None:
     """Optimise over `batches`, adding the terms of every example to `sums` as they were before its update.
 
-    `settings(i)` gives lr and beta of the i-th batch; `after_step(n)` is told how many are done. `model` comes from
-    `WorkerGroup.wrap`: after backward its gradients are the sum over all workers.
+    `batches` are those of the epoch from `first_step` on. `settings(i)` gives lr and beta of the epoch's i-th batch;
+    `after_step(n)` is told how many are done. `model` comes from `WorkerGroup.wrap`: after backward its gradients are
+    the sum over all workers.
     """
     model.train()
-    for index, (x, eps, global_size) in enumerate(batches):
+    for index, (x, eps, global_size) in enumerate(batches, first_step):
         lr, beta = settings(index)
         with autocast(precision, x.device):
             forward = model(x, eps)

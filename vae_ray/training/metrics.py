@@ -31,10 +31,27 @@ class TermSums:
         """Means over this worker's examples so far, in nats; waits for the device."""
         return _divide([*self._sums.tolist(), float(self._count)])
 
+    def gathered(self, group: WorkerGroup) -> Tensor:
+        """Every worker's sums and count, `(workers, 4)` float64, the same on every rank. All ranks must call it."""
+        rows = torch.zeros(group.size, 4, dtype=torch.float64, device=self._sums.device)
+        rows[group.rank] = self._row()
+        return group.sum(rows)  # of one number and zeros: exact
+
+    def restore(self, rows: Tensor, group: WorkerGroup) -> None:
+        """Go on from what `gathered` gave: this worker's own row, or among another number of workers rank 0 all."""
+        if len(rows) == group.size:
+            mine = rows[group.rank]
+        else:
+            mine = rows.sum(0) if group.rank == 0 else torch.zeros(4, dtype=torch.float64)
+        self._sums, self._count = mine[:3].to(self._sums.device, copy=True), int(mine[3])
+
     def reduced(self, group: WorkerGroup) -> dict[str, float]:
         """Means over all workers' examples, in nats, the same on every rank. All ranks must call it."""
+        return _divide(group.sum(self._row()).tolist())
+
+    def _row(self) -> Tensor:
         count = torch.tensor([self._count], dtype=torch.float64, device=self._sums.device)
-        return _divide(group.sum(torch.cat([self._sums, count])).tolist())
+        return torch.cat([self._sums, count])
 
 
 def _divide(sums: list[float]) -> dict[str, float]:

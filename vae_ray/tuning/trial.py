@@ -23,10 +23,10 @@ from vae_ray import distributed
 from vae_ray.artifacts.durable_files import replace_durably
 from vae_ray.artifacts.run_directory import RunDirectory
 from vae_ray.config import Experiment
-from vae_ray.errors import Damaged, Diverged
+from vae_ray.errors import Damaged, Diverged, Stopped
 from vae_ray.reading import parse_json, read_bytes, shown
 from vae_ray.storage.locations import child
-from vae_ray.training.checkpoints import complete_checkpoints, read_checkpoint
+from vae_ray.training.checkpoints import complete_checkpoints, read_checkpoint, resumable_checkpoints
 from vae_ray.training.fit import EpochResult, fit_epochs
 from vae_ray.training.group import Solo
 from vae_ray.tuning.directory import TRIALS
@@ -118,9 +118,10 @@ class TrialLoop(tune.Trainable):  # type: ignore[misc]
         """Replace this trial's state by the donor's; what it did itself stays in its history."""
         self._close()
         self._run.fetch()
-        epoch = read_checkpoint(source).epoch
-        for own in complete_checkpoints(self._run.checkpoints):
-            if own.epoch >= epoch:
+        adopted_checkpoint = read_checkpoint(source)
+        epoch = adopted_checkpoint.epoch
+        for own in resumable_checkpoints(self._run.checkpoints):
+            if own.position >= adopted_checkpoint.position:
                 shutil.rmtree(own.path)
         adopted = self._run.checkpoints / f".partial-{source.name}"
         shutil.copytree(source, adopted, dirs_exist_ok=True)
@@ -159,6 +160,8 @@ def recorded_failure(run: RunDirectory) -> Iterator[None]:
     file.unlink(missing_ok=True)
     try:
         yield
+    except Stopped:  # nothing failed: it goes on from its checkpoint
+        raise
     except Exception as error:
         state = "diverged" if isinstance(error, Diverged) else "failed"
         replace_durably(file, json.dumps({"state": state, "reason": _reason(error)}).encode())

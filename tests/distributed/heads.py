@@ -1,0 +1,118 @@
+"""Ray head nodes for tests of clients: processes of their own, with ports and files of their own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+RAY = str(Path(sys.executable).with_name("ray"))
+
+
+@dataclass(frozen=True)
+class Head:
+    """A running head node: where clients reach it, and the environment in which they may."""
+
+    dashboard: str
+    gcs: str
+    environment: Mapping[str, str]
+
+    def run(self, *command: str, timeout: float = 240, **environment: str) -> subprocess.CompletedProcess[str]:
+        """A client's process, in the repository."""
+        return subprocess.run(
+            command,
+            cwd=REPOSITORY,
+            env={**self.environment, **environment},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+
+    def vae_ray(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        """The command line as a client."""
+        return self.run(sys.executable, "-m", "vae_ray", *arguments, **environment)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@contextlib.contextmanager
+def head(*, token: bool = True, num_cpus: int = 2) -> Iterator[Head]:
+    """A head node on loopback ports that nobody has, which asks for a token or, as Ray's default is, for none."""
+    gcs, dashboard = f"127.0.0.1:{free_port()}", f"http://127.0.0.1:{free_port()}"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
+    # a package that is installed from elsewhere must not stand in for the one that is tested
+    environment["PYTHONPATH"] = str(REPOSITORY)
+    if token:
+        environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    options = [
+        *("--head", f"--num-cpus={num_cpus}", "--node-ip-address=127.0.0.1", f"--port={gcs.rpartition(':')[2]}"),
+        *("--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard.rpartition(':')[2]}"),
+    ]
+    with _node(options, environment):
+        _wait_until_up(f"{dashboard}/api/version", environment.get("RAY_AUTH_TOKEN", ""))
+        yield Head(dashboard, gcs, environment)
+
+
+@contextlib.contextmanager
+def second_node(first: Head, *, num_cpus: int = 1) -> Iterator[None]:
+    """Another node of that cluster, on the same machine."""
+    script = "import ray, sys; ray.init('auto', logging_level='ERROR'); sys.exit(len(ray.nodes()) < 2)"
+    with _node([f"--address={first.gcs}", f"--num-cpus={num_cpus}", "--node-ip-address=127.0.0.1"], first.environment):
+        deadline = time.monotonic() + 60
+        while first.run(sys.executable, "-c", script, RAY_ADDRESS=first.gcs).returncode:
+            assert time.monotonic() < deadline, "the second node did not join"
+        yield
+
+
+@contextlib.contextmanager
+def _node(options: list[str], environment: Mapping[str, str]) -> Iterator[None]:
+    with tempfile.TemporaryDirectory(prefix="r", dir="/tmp") as directory:  # Ray's sockets need a short path
+        # another Ray on this host may have the default port of the agent; only a head has a directory of its own
+        own = [f"--dashboard-agent-listen-port={free_port()}"]
+        own += [f"--temp-dir={directory}"] if "--head" in options else []
+        process = subprocess.Popen(
+            [RAY, "start", "--block", *options, *own],
+            env=dict(environment),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        try:
+            yield
+        finally:
+            process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=10)
+            # --block waits for its children for longer than a test should; they are all in its session
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def _wait_until_up(url: str, token: str) -> None:
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"})
+    deadline = time.monotonic() + 90
+    while True:
+        try:
+            with urllib.request.urlopen(request, timeout=5):
+                return
+        except (urllib.error.URLError, OSError):
+            assert time.monotonic() < deadline, "the head node did not come up"
+            time.sleep(0.5)

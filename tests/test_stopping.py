@@ -1,0 +1,174 @@
+"""System, in one process: a run that is asked to stop writes a checkpoint, ends, and goes on to the same bits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tests.thread_workers import ThreadWorkers, on_threads
+from vae_ray import Experiment, Stopped, TrainResult, train
+from vae_ray.artifacts.run_directory import RunDirectory
+from vae_ray.training import interruptions
+from vae_ray.training.fit import fit
+from vae_ray.training.group import Solo
+from vae_ray.training.interruptions import Interruption, Interruptions
+
+EPOCHS, STEPS_PER_EPOCH = 2, 14
+"""1,338 images in batches of 100, the last smaller."""
+
+
+@pytest.fixture
+def small(quick: Experiment) -> Experiment:
+    return quick.with_overrides({"training.epochs": EPOCHS, "training.global_batch_size": 100})
+
+
+@pytest.fixture(scope="module")
+def whole(module_quick: Experiment) -> TrainResult:
+    """The run that is not stopped."""
+    return train(module_quick.with_overrides({"training.epochs": EPOCHS, "training.global_batch_size": 100}))
+
+
+@pytest.fixture
+def ask_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interruptions, "AGREE_SECONDS", 0.0)
+    monkeypatch.setattr(interruptions, "PREEMPTION_SECONDS", 0.0)
+
+
+class Counting(Solo):
+    """Alone, and calls `at` in every training step, with how many there have been."""
+
+    def __init__(self, at: Callable[[int], None]) -> None:
+        super().__init__(torch.device("cpu"))
+        self.num_steps, self._at = 0, at
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        next(model.parameters()).register_post_accumulate_grad_hook(self._count)
+        return model
+
+    def _count(self, *_: Any) -> None:
+        self.num_steps += 1
+        self._at(self.num_steps)
+
+
+def run_of(experiment: Experiment) -> RunDirectory:
+    """The run's directory, begun as `train` begins it."""
+    run = RunDirectory(Path(experiment.run.storage) / str(experiment.run.name))
+    run.path.mkdir(parents=True)
+    run.write_experiment(experiment)
+    return run
+
+
+def numbers(run: Path) -> Iterator[dict[str, Any]]:
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        yield {k: v for k, v in json.loads(line).items() if k not in ("images_per_second", "seconds", "started_at")}
+
+
+def state(run: Path) -> dict[str, bytes]:
+    files = (run / "checkpoints").rglob("*")
+    return {str(f.relative_to(run)): f.read_bytes() for f in files if f.suffix in (".safetensors", ".pt")}
+
+
+def assert_same(run: Path, other: Path) -> None:
+    assert state(run) == state(other)
+    assert list(numbers(run)) == list(numbers(other))
+
+
+@pytest.mark.usefixtures("ask_every_step")
+@pytest.mark.parametrize("step", [1, 9, STEPS_PER_EPOCH, STEPS_PER_EPOCH + 1, 2 * STEPS_PER_EPOCH])
+def test_a_run_stopped_at_any_step_goes_on_to_the_same_bits(whole: TrainResult, small: Experiment, step: int) -> None:
+    run = run_of(small)
+    group = Counting(lambda n: run.stop_file.touch() if n == step else None)
+    epoch, in_epoch = (step - 1) // STEPS_PER_EPOCH + 1, (step - 1) % STEPS_PER_EPOCH + 1
+    with pytest.raises(Stopped, match=rf"step {in_epoch} of 14 of epoch {epoch}; .* --resume --name digits-in-process"):
+        fit(small, run.path, group)
+    assert group.num_steps == step
+    assert (run.checkpoints / f"epoch={epoch:04d}-step={in_epoch:06d}").is_dir()
+
+    result = train(small, resume=True)
+
+    assert_same(run.path, whole.run_dir)
+    assert not run.stop_file.exists()
+    assert [line["images_per_second"] * line["seconds"] for line in result.history] == pytest.approx([1338] * EPOCHS)
+    assert 0 < result.seconds["training"] < result.seconds["total"]
+    assert 0 < result.seconds["startup"] < result.seconds["total"]
+
+
+def test_a_run_asked_to_stop_before_its_first_step_has_nothing_to_save(whole: TrainResult, small: Experiment) -> None:
+    run = run_of(small)
+    run.stop_file.touch()
+    with pytest.raises(Stopped, match="stopped after epoch 0 of 2"):
+        fit(small, run.path, Solo(torch.device("cpu")))
+    assert list(run.checkpoints.iterdir()) == []
+    train(small, resume=True)
+    assert_same(run.path, whole.run_dir)
+
+
+@pytest.mark.usefixtures("ask_every_step")
+def test_a_machine_that_goes_away_leads_to_one_checkpoint_and_training_goes_on(
+    whole: TrainResult, small: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, seen = run_of(small), set[str]()
+
+    def look(num_steps: int) -> None:
+        seen.update(path.name for path in run.checkpoints.glob("*-step=*"))
+
+    group = Counting(look)
+    monkeypatch.setattr(group, "preempted", lambda: group.num_steps >= 5)
+    fit(small, run.path, group)
+    assert seen == {"epoch=0001-step=000005"}
+    assert_same(run.path, whole.run_dir)
+
+
+def fitted(experiment: Experiment, run: RunDirectory, num_workers: int) -> list[Any]:
+    return on_threads(num_workers, lambda group: fit(experiment, run.path, group))
+
+
+@pytest.mark.usefixtures("ask_every_step")
+@pytest.mark.parametrize("num_workers_after", [2, 1, 3])
+def test_workers_stopped_inside_an_epoch_go_on(small: Experiment, num_workers_after: int) -> None:
+    """As many of them with the same bits: each takes up its own sums, so that metrics too are equal. Others as near
+    as the order of additions allows.
+    """
+    undisturbed, stopped = run_of(small.with_overrides({"run.name": "undisturbed"})), run_of(small)
+    assert fitted(small, undisturbed, 2) == [None, None]
+
+    def stop_in_a_while(group: ThreadWorkers) -> None:
+        if group.rank == 0:  # its 10th sum of a gradient tensor lies inside the second step
+            group.after_sums(10, stopped.stop_file.touch)
+        fit(small, stopped.path, group)
+
+    errors = on_threads(2, stop_in_a_while)
+    assert [type(error) for error in errors] == [Stopped, Stopped]
+    (checkpoint,) = stopped.checkpoints.iterdir()
+    assert checkpoint.name.startswith("epoch=0001-step=")
+    stopped.stop_file.unlink()
+    assert fitted(small, stopped, num_workers_after) == [None] * num_workers_after
+    if num_workers_after == 2:
+        assert_same(stopped.path, undisturbed.path)
+    else:
+        for ours, theirs in zip(numbers(stopped.path), numbers(undisturbed.path), strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def test_workers_agree_on_what_rank_0_alone_sees(tmp_path: Path) -> None:
+    run, elsewhere = RunDirectory(tmp_path), RunDirectory(tmp_path / "nothing here")
+
+    def steps_until_told(group: ThreadWorkers) -> tuple[int, Interruption]:
+        asked = Interruptions(run if group.rank == 0 else elsewhere, group)
+        for num_steps in range(10_000):
+            if num_steps == 50 and group.rank == 0:
+                run.stop_file.touch()
+            if any(told := asked.after_step()):
+                return num_steps, told
+        raise AssertionError("never told")
+
+    (steps, told), *others = on_threads(3, steps_until_told)
+    assert told == Interruption(stop=True)
+    assert others == [(steps, told)] * 2
+    assert steps >= 50

@@ -1,0 +1,237 @@
+"""One worker's model, optimizer and data: restored to where the run stands, trained an epoch at a time, saved.
+
+Everything here happens on all ranks with equal arguments, but what is said to be rank 0's.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vae_ray.artifacts.recorder import NUM_RECONSTRUCTIONS, Recorder
+from vae_ray.artifacts.run_directory import RunDirectory
+from vae_ray.config import Experiment
+from vae_ray.data.batches import training_batches
+from vae_ray.data.splits import Splits
+from vae_ray.errors import Diverged, Stopped
+from vae_ray.likelihoods import LIKELIHOODS
+from vae_ray.models.initialization import INITIALIZATIONS
+from vae_ray.models.vae import VAE, build_vae
+from vae_ray.schedules import scheduled
+from vae_ray.seeds import generator, stream
+from vae_ray.training.checkpoints import (
+    Checkpoint,
+    Progress,
+    prune_checkpoints,
+    resumable_checkpoints,
+    save_checkpoint,
+)
+from vae_ray.training.evaluation import evaluate_split
+from vae_ray.training.group import WorkerGroup, agreed, shards_of
+from vae_ray.training.interruptions import Interruptions
+from vae_ray.training.loop import StepSettings, train_epoch
+from vae_ray.training.metrics import TermSums, labelled
+from vae_ray.training.optimization import build_optimizer, learning_rate
+
+
+def selection_metric(experiment: Experiment) -> str:
+    """The metric by which checkpoints are compared: never the loss, so that beta cannot bias it."""
+    return "val/nelbo" if experiment.data.num_validation else "train/nelbo"
+
+
+class Worker:
+    """One worker's model, optimizer and data, restored to where the run stands."""
+
+    def __init__(self, experiment: Experiment, run: RunDirectory, group: WorkerGroup) -> None:
+        self.experiment, self.run, self.group = experiment, run, group
+        self.splits = agreed(group, lambda: Splits.open(experiment))
+        self.likelihood = LIKELIHOODS[experiment.model.likelihood](experiment.model)
+        self.model = self._new_model().to(group.device)
+        self.optimizer = build_optimizer(experiment.optim, self.model.parameters())
+        self.steps_per_epoch = math.ceil(len(self.splits.train_indices) / experiment.training.global_batch_size)
+        self.epochs_done = self.steps_done = 0
+        self.progress = Progress()
+        self._seconds_before = 0.0
+        """Training time of the epoch that has begun, by earlier processes."""
+        if (newest := self._newest_checkpoint()) is not None:
+            self.progress = newest.load_into(self.model, self.optimizer)
+            self.epochs_done, self.steps_done = newest.position
+            if self.steps_done:
+                self._seconds_before = newest.metrics["seconds"]
+        self.parallel = group.wrap(self.model)
+        self._interruptions = Interruptions(run, group)
+
+    def _new_model(self) -> VAE:
+        seed = self.experiment.run.seed
+        model = build_vae(self.experiment.model, self.splits.train.image_shape, seed=stream(seed, "weights"))
+        initialise = INITIALIZATIONS[self.experiment.model.initialization]
+        initialise(model, self.splits.mean_training_image(), generator(seed, "initialization"))
+        return model
+
+    def _newest_checkpoint(self) -> Checkpoint | None:
+        """The newest checkpoint as rank 0 read it; the others must not decide for themselves, nor see the storage."""
+
+        def read() -> Checkpoint | None:
+            if self.group.rank != 0 or not (found := resumable_checkpoints(self.run.checkpoints)):
+                return None
+            self.run.fetch(found[-1].path)
+            return found[-1].verify()
+
+        return self.group.share(agreed(self.group, read))
+
+    def record_attempt(self) -> None:
+        """Write down who computes from where on, for people; on rank 0, others return."""
+        nodes = self.group.gather(self.group.node)
+        if self.group.rank == 0:
+            self.run.append_attempt(
+                started_at=time.time(),
+                num_workers=self.group.size,
+                nodes=nodes,
+                epochs_done=self.epochs_done,
+                steps_done=self.steps_done,
+            )
+
+    def recorder(self) -> Recorder:
+        """The recorder of what this worker is about to compute; rank 0 only."""
+        images = self.splits.test.pixels[:NUM_RECONSTRUCTIONS].float() / 255
+        return Recorder(
+            self.run, self.experiment, self.likelihood, first_epoch=self.epochs_done + 1, test_images=images
+        )
+
+    def run_epoch(self, recorder: Recorder | None) -> dict[str, Any]:
+        """Train what is left of the next epoch and evaluate it; its line of metrics, the same on every rank."""
+        training, epoch, steps_before = self.experiment.training, self.epochs_done + 1, self.steps_done
+        sums, first_step = TermSums(self.group.device), self.epochs_done * self.steps_per_epoch
+        if self.progress.term_sums is not None:
+            sums.restore(self.progress.term_sums, self.group)
+            self.progress = self.progress._replace(term_sums=None)
+        seconds_before, self._seconds_before = self._seconds_before, 0.0
+        # an epoch that is taken up again counts as begun so much earlier as it had been trained
+        started_at, started = time.time() - seconds_before, time.perf_counter() - seconds_before
+
+        def after_step(num_done: int) -> None:
+            self.steps_done = num_done
+            if recorder is not None and recorder.progress_is_due():
+                rate = num_done * training.global_batch_size / (time.perf_counter() - started)
+                done = (num_done + first_step) / (training.epochs * self.steps_per_epoch)
+                terms = labelled("train", sums.means())
+                recorder.progress(epoch=epoch, step=num_done, done=done, images_per_second=rate, **terms)
+            interruption = self._interruptions.after_step()
+            is_due = self._checkpoint_is_due(first_step + num_done) and num_done < self.steps_per_epoch
+            if is_due or any(interruption):
+                self.save_inside_epoch(sums.gathered(self.group), seconds=time.perf_counter() - started)
+            if interruption.stop:
+                raise self._stopped()
+
+        train_epoch(
+            self.parallel,
+            training_batches(
+                self.splits.train.pixels,
+                self.splits.train_indices,
+                seed=self.experiment.run.seed,
+                epoch=epoch,
+                global_batch_size=training.global_batch_size,
+                latent_dim=self.experiment.model.latent_dim,
+                shards=shards_of(self.group),
+                first_step=steps_before,
+            ),
+            self.optimizer,
+            likelihood=self.likelihood,
+            settings=lambda index: self._settings(first_step + index),
+            sums=sums,
+            grad_clip=self.experiment.optim.grad_clip,
+            precision=training.precision,
+            first_step=steps_before,
+            after_step=after_step,
+        )
+        means = sums.reduced(self.group)  # waits for the device and for all ranks
+        seconds = time.perf_counter() - started
+        evaluations = self._evaluations(epoch)
+        if not self._weights_are_finite() or not all(map(math.isfinite, [*means.values(), *evaluations.values()])):
+            raise Diverged(
+                f"epoch {epoch}: the loss or the weights are not finite (training distortion "
+                f"{means['distortion']:.4g}, rate {means['rate']:.4g} nats); try a smaller --optim.lr "
+                "or --optim.grad-clip 100"
+            )
+        last = self._settings(first_step + self.steps_per_epoch - 1)
+        self.epochs_done, self.steps_done = epoch, 0
+        return {
+            "epoch": epoch,
+            **labelled("train", means),
+            **evaluations,
+            "beta": last.beta,
+            "lr": last.lr,
+            "images_per_second": len(self.splits.train_indices) / seconds,
+            "seconds": seconds,
+            "started_at": started_at,
+        }
+
+    def stop_if_told(self) -> None:
+        """Raise `Stopped` between two epochs, if somebody wants that."""
+        if self._interruptions.agreed().stop:
+            raise self._stopped()
+
+    def _stopped(self) -> Stopped:
+        done = f"epoch {self.epochs_done} of {self.experiment.training.epochs}"
+        if self.steps_done:
+            done = f"step {self.steps_done} of {self.steps_per_epoch} of epoch {self.epochs_done + 1}"
+        return Stopped(f"stopped after {done}; go on with --resume --name {self.experiment.run.name}")
+
+    def _checkpoint_is_due(self, num_steps: int) -> bool:
+        every = self.experiment.run.checkpoint_every_steps
+        return bool(every and num_steps % every == 0)
+
+    def _weights_are_finite(self) -> bool:
+        return all(bool(torch.isfinite(p).all()) for p in self.model.parameters())  # equal on all ranks
+
+    def _settings(self, step: int) -> StepSettings:
+        num_steps = self.experiment.training.epochs * self.steps_per_epoch
+        objective = self.experiment.objective
+        return StepSettings(
+            lr=learning_rate(self.experiment.optim, step=step, num_steps=num_steps),
+            beta=scheduled(objective.beta, objective.beta_schedule, step=step, num_steps=num_steps),
+        )
+
+    def _evaluations(self, epoch: int) -> dict[str, float]:
+        metrics = self._evaluate("val") if self.experiment.data.num_validation else {}
+        every = self.experiment.training.test_every_epochs
+        if every and (epoch % every == 0 or epoch == self.experiment.training.epochs):
+            metrics |= self._evaluate("test")
+        return metrics
+
+    def _evaluate(self, split: str) -> dict[str, float]:
+        return evaluate_split(self.model, self.experiment, self.splits, split, self.group)
+
+    def save(self, line: dict[str, Any]) -> None:
+        """Write the checkpoint of the epoch that has just ended; rank 0 only."""
+        metrics = {key: value for key, value in line.items() if key != "epoch"}
+        self._save(self.epochs_done, None, metrics, self.progress)
+
+    def save_inside_epoch(self, term_sums: Tensor, *, seconds: float) -> None:
+        """Write a checkpoint inside the epoch that has begun; on rank 0, others return.
+
+        Not of weights that are not finite: the next step would say so, and nobody could go on from there.
+        """
+        if self.group.rank == 0 and self._weights_are_finite():
+            progress = self.progress._replace(term_sums=term_sums.cpu())
+            self._save(self.epochs_done + 1, self.steps_done, {"seconds": seconds}, progress)
+
+    def _save(self, epoch: int, step: int | None, metrics: dict[str, float], progress: Progress) -> None:
+        """Write a checkpoint, and delete those that are no longer kept."""
+        save_checkpoint(
+            self.run.checkpoints,
+            epoch=epoch,
+            step=step,
+            model=self.model,
+            optimizer=self.optimizer,
+            experiment=self.experiment,
+            metrics=metrics,
+            selection_metric=selection_metric(self.experiment),
+            progress=progress,
+        )
+        prune_checkpoints(self.run.checkpoints, num_best=self.experiment.run.checkpoints_kept)
+        self.run.publish_soon()
