@@ -28,7 +28,8 @@ def set_aside_damaged(run: RunDirectory) -> None:
     """
     for leftover in run.checkpoints.glob(".partial-*"):
         shutil.rmtree(leftover, ignore_errors=True)
-    for path in sorted(run.checkpoints.glob("epoch=*"), reverse=True):
+    # newest first: epoch=0008 comes after all of its steps
+    for path in sorted(run.checkpoints.glob("epoch=*"), key=lambda path: f"{path.name}~", reverse=True):
         try:
             run.fetch(path)
             own_checkpoint(path).verify()
