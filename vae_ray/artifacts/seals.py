@@ -100,13 +100,14 @@ def sealed_lines(file: Path) -> list[dict[str, Any]]:
     lines, found = content.split(b"\n"), []
     for number, line in enumerate(lines, start=1):
         is_known = known is None or checksum(line) in known
+        is_torn = number == len(lines) and line.startswith(b"{") and (known is None or checksum(line[:-1]) not in known)
         try:
             entry, reason = parse_json(line), "not what was written"
         except ValueError as error:
             entry, reason = None, shown(str(error))
         if is_known and isinstance(entry, dict):
             found.append(entry)
-        elif line and not (entry is None and (number == len(lines) or (known is not None and is_known))):
+        elif line and not (entry is None and (is_torn or (known is not None and is_known))):
             logger.warning("%s: line %d is damaged (%s) and left out", file, number, reason)
     return found
 
