@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import time
 
 import pytest
 import yaml
@@ -49,11 +50,7 @@ def autoscaling(address: str) -> str:
 def test_a_sweep_makes_nodes_come_and_idle_ones_go(network: Network) -> None:
     client, head = network.host("client"), network.host("h1")
     head.write("/tmp/autoscaling.yaml", autoscaling(head.address))
-    head.environment = {
-        "AUTOSCALER_UPDATE_INTERVAL_S": "1",
-        "RAY_FAKE_CLUSTER": "1",
-        "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID,
-    }
+    head.environment = {"AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1"}
     cluster = RayNodes(network, client, secrets.token_hex(32), num_cpus=0)
     cluster.start(head, "--autoscaling-config=/tmp/autoscaling.yaml", "--labels=vae-ray/may-grow-by=2x1")
     wait_until(lambda: cluster.num_alive() == 1, "the head is up", seconds=60)
@@ -66,6 +63,7 @@ def test_a_sweep_makes_nodes_come_and_idle_ones_go(network: Network) -> None:
     most = 1
     while sweep.poll() is None:
         most = max(most, cluster.num_alive())
+        time.sleep(1)
     assert sweep.returncode == 0, log.read_text()
     summary = json.loads((storage / "grown" / "summary.json").read_text())
     assert summary["num_trials"] == 3
