@@ -102,7 +102,11 @@ class RayNodes:
     def wait_until_alive(self, *hosts: Host, seconds: float = 90) -> None:
         """Return when exactly these hosts are nodes of the cluster, and the head's agent takes jobs."""
         addresses = {host.address for host in hosts}
-        wait_until(lambda: self.alive() == addresses, f"nodes {sorted(addresses)} alive", seconds=seconds)
+        try:
+            wait_until(lambda: self.alive() == addresses, f"nodes {sorted(addresses)} alive", seconds=seconds)
+        except AssertionError as error:
+            logs = [self.log(host) for host in hosts if self.log(host).is_file()]
+            raise AssertionError("\n".join([str(error), *(log.read_text()[-2000:] for log in logs)])) from None
         wait_until(lambda: self.get("/api/jobs/") is not None, "the job API answers", seconds=seconds)
 
     def submit(
