@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: train sweep test lint types unit ray test-system bench clean
+.PHONY: train sweep test lint types unit ray test-system test-cluster bench clean
 
 train: $(INSTALLED)  ## train the digits preset data-parallel on two Ray workers
 	$(BIN)/vae-ray train digits --workers.num 2
@@ -22,13 +22,16 @@ types: $(INSTALLED)
 	$(BIN)/mypy
 
 unit: $(INSTALLED)  ## no Ray, about a minute
-	$(BIN)/pytest -m "not ray and not system and not faults"
+	$(BIN)/pytest -m "not ray and not system and not faults and not cluster"
 
 ray: $(INSTALLED)  ## real Ray workers
 	$(BIN)/pytest -m ray
 
 test-system: $(INSTALLED)  ## the HTML report in a real browser: needs Debian's chromium
 	$(BIN)/pytest -m system
+
+test-cluster: $(INSTALLED)  ## Ray on hosts that are network namespaces: needs root, iproute2, openssh-server, rsync
+	$(BIN)/pytest -m cluster
 
 bench: $(INSTALLED)  ## the README's numbers; wants an idle machine and MNIST in ../shared/data
 	$(BIN)/python -m benchmarks.throughput

@@ -43,7 +43,7 @@ def patiently(action: Callable[[], T], *, where: Path) -> T:
 
 
 def append_whole(file: Path, content: bytes) -> None:
-    """Append all of `content`, and sync it, or where that is not possible nothing; raises `OSError`.
+    """Append and sync all of `content` or, where that is not possible, nothing; raises `OSError`.
 
     The file is made if need be, its directory is not: that would write beside a file system that is away.
     """

@@ -162,8 +162,12 @@ class RunDirectory:
         return filelock.FileLock(self.path / f".{role}.lock")
 
     def experiment(self) -> Experiment:
-        """The experiment as it was started."""
-        return Experiment.from_file(self.experiment_file)
+        """The experiment as it was started; raises `UserError` that names the file."""
+        try:
+            return Experiment.from_file(self.experiment_file)
+        except UserError as error:
+            message = str(error).removeprefix(f"{self.experiment_file}: ")
+            raise UserError(f"{self.experiment_file}: {message}") from None
 
     def write_experiment(self, experiment: Experiment) -> None:
         nameless = experiment.with_overrides({"run.name": None})
@@ -203,7 +207,9 @@ class RunDirectory:
         kept = [line for line in self.history() if line["epoch"] <= epoch]
         if missing := sorted(set(range(1, epoch + 1)) - {line["epoch"] for line in kept}):
             logger.warning("%s: has no line of epoch %s", self.metrics_file, ", ".join(map(str, missing)))
-        if self.metrics_file.exists():  # else this is a start, and what is not hidden would look like another's
+        content = "".join(json.dumps(line) + "\n" for line in kept).encode()
+        # none is made: before experiment.yaml is there it would look like somebody else's
+        if self.metrics_file.exists() and self.metrics_file.read_bytes() != content:
             replace_lines(self.metrics_file, kept)
         for picture in self.images.glob("*/epoch=*.png"):
             if int(picture.stem.partition("=")[2]) > epoch:

@@ -68,12 +68,12 @@ def read_sealed(file: Path) -> bytes:
 def append_sealed(file: Path, lines: Iterable[dict[str, Any]]) -> None:
     """Add JSON lines so that they survive a kill and a power cut; one that a kill cut short before stays alone.
 
-    All of them or, where there is no room, none; raises `OSError`.
+    All of them or, where the storage does not take them, none; then `OSError`.
     """
     contents = [json.dumps(line).encode() for line in lines]
     with file.open("a+b") as stream:
         torn = _torn_end(stream)
-        taken = [] if seals_of(file).exists() else file.read_bytes().split(b"\n")  # it came without: as it stands
+    taken = [] if seals_of(file).exists() else file.read_bytes().split(b"\n")  # it came without: as it stands
     remember(file, [*taken, *torn, *contents])
     append_whole(file, b"".join(b"\n" for _ in torn) + b"".join(content + b"\n" for content in contents))
 
@@ -100,13 +100,14 @@ def sealed_lines(file: Path) -> list[dict[str, Any]]:
     lines, found = content.split(b"\n"), []
     for number, line in enumerate(lines, start=1):
         is_known = known is None or checksum(line) in known
+        is_torn = number == len(lines) and line.startswith(b"{") and (known is None or checksum(line[:-1]) not in known)
         try:
             entry, reason = parse_json(line), "not what was written"
         except ValueError as error:
             entry, reason = None, shown(str(error))
         if is_known and isinstance(entry, dict):
             found.append(entry)
-        elif line and not (entry is None and (number == len(lines) or (known is not None and is_known))):
+        elif line and not (entry is None and (is_torn or (known is not None and is_known))):
             logger.warning("%s: line %d is damaged (%s) and left out", file, number, reason)
     return found
 

@@ -321,6 +321,8 @@ def _checked(path: Path, manifest: dict[str, Any]) -> Checkpoint:
         if not {"bytes", "sha256"} <= files.get(name, {}).keys():
             raise ValueError(f"{name} not listed")
         _whole(files[name]["bytes"])
+        if not isinstance(files[name]["sha256"], str):
+            raise ValueError(f"{name} has no checksum")
     if len(files) > 3:
         raise ValueError(f"lists other files: {sorted(files)}")
     metrics = {str(key): _number(value) for key, value in manifest["metrics"].items()}

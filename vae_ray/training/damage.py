@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,9 +24,12 @@ def set_aside_damaged(run: RunDirectory) -> None:
 
     `epoch=0007` becomes `.damaged-epoch=0007`, with a warning; the run then goes on from the newest good one. Only
     rank 0, and while nobody else writes. Of a run at a URI only as far as the newest good one: each is fetched for it.
-    Raises `UserError` for what another time, or a newer vae_ray, may read.
+    Raises `UserError` for what another time, or a newer vae_ray, may read. What killed writers left is deleted.
     """
-    for path in sorted(run.checkpoints.glob("epoch=*"), reverse=True):
+    for leftover in run.checkpoints.glob(".partial-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    # newest first: epoch=0008 comes after all of its steps
+    for path in sorted(run.checkpoints.glob("epoch=*"), key=lambda path: f"{path.name}~", reverse=True):
         try:
             run.fetch(path)
             own_checkpoint(path).verify()

@@ -56,7 +56,8 @@ def settings(
 ) -> SweepSettings:
     """The settings that the arguments of `sweep` mean; raises `UserError` for those that cannot work."""
     metrics = _metrics(metric)
-    scheduler = scheduler or ("asha" if len(metrics) == 1 else "none")
+    if scheduler is None:
+        scheduler = "asha" if len(metrics) == 1 else "none"
     _one_of("scheduler", scheduler, SCHEDULER_NAMES)
     _one_of("searcher", searcher, SEARCHER_NAMES)
     if len(metrics) > 1 and scheduler != "none":

@@ -1,0 +1,102 @@
+"""Real processes that want the same thing at once: one decodes, one trains."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import digits_in_this_process
+from tests.faults.conftest import Count
+from tests.faults.file_operations import SERVER
+from vae_ray import Experiment
+from vae_ray.config import DataConfig
+from vae_ray.data.arrow_store import open_split
+from vae_ray.data.sources import SOURCES, Digits, Images
+
+pytestmark = pytest.mark.faults
+
+
+class Counted(Digits):
+    """The digits, with a note of every decoding, slow enough for others to come."""
+
+    def __init__(self, log: str) -> None:
+        self.log = log
+
+    def decode(self, split: str) -> Images:
+        with open(self.log, "a", encoding="utf-8") as stream:
+            stream.write(f"{os.getpid()}\n")
+        time.sleep(0.3)
+        return super().decode(split)
+
+
+def opened(cache: str, log: str, start: float, answer: Any) -> None:
+    SOURCES["digits"] = lambda config, root: Counted(log)
+    time.sleep(max(0.0, start - time.time()))
+    split = open_split(DataConfig(cache_dir=Path(cache)), "test")
+    answer.put(split.pixels.numpy().tobytes())
+
+
+@pytest.mark.parametrize("cache_was", ["cold", "damaged"])
+def test_eight_processes_that_ask_for_the_same_data_decode_it_once(
+    cache_was: str, tmp_path: Path, fault_counts: Count
+) -> None:
+    cache, log = tmp_path / "cache", tmp_path / "log"
+    if cache_was == "damaged":
+        open_split(DataConfig(cache_dir=cache), "test")
+        (file,) = cache.glob("*.arrow")
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.unlink()
+        file.write_bytes(content)
+    answers, start = SERVER.SimpleQueue(), time.time() + 1.0
+    processes = [SERVER.Process(target=opened, args=(str(cache), str(log), start, answers)) for _ in range(8)]
+    for process in processes:
+        process.start()
+    found = [answers.get() for _ in processes]
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 8
+    assert len(log.read_text().split()) == 1
+    expected = Digits().decode("test").pixels.tobytes()
+    good = sum(pixels == expected for pixels in found)
+    fault_counts("cold cache", tried=8, survived=good, lost=8 - good, note="one decoding each time")
+
+
+def command(experiment: Experiment, file: Path, *more: str) -> subprocess.Popen[str]:
+    file.write_text(experiment.to_yaml())
+    arguments = [sys.executable, "-m", "vae_ray", "train", str(file), "--json", *more]
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("more", [[], ["--resume"]], ids=["new", "resumed"])
+def test_of_two_runs_with_one_name_at_the_same_time_the_second_is_refused(
+    more: list[str], tmp_path: Path, fault_counts: Count
+) -> None:
+    experiment = digits_in_this_process(tmp_path / "runs").with_overrides({"training.epochs": 30})
+    first = command(experiment, tmp_path / "first.yaml", *more)
+    run = tmp_path / "runs" / "digits-in-process"
+    deadline = time.monotonic() + 120
+    while not (run / "metrics.jsonl").exists():
+        assert first.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    first.send_signal(19)  # SIGSTOP: it stands still while the second one tries, and lives
+    second = command(experiment, tmp_path / "second.yaml", *more)
+    out, err = second.communicate(timeout=120)
+    first.send_signal(18)
+    assert (second.returncode, out) == (2, "")
+    assert err.strip().count("\n") == 0
+    assert "'digits-in-process'" in err
+    answer, told = first.communicate(timeout=200)
+    assert first.returncode == 0, told
+    assert json.loads(answer)["epochs"] == 30
+    lines = [json.loads(line)["epoch"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert lines == list(range(1, 31))
+    fault_counts("same name", tried=1, survived=1)
