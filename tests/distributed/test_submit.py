@@ -140,7 +140,7 @@ def test_ctrl_c_leaves_the_job_running_and_says_how_to_stop_it(head: Head, tmp_p
     done = head.run(RAY, "job", "stop", "--address", head.dashboard, job_id)
     assert done.returncode == 0, done.stderr
     log = head.run(RAY, "job", "logs", "--address", head.dashboard, job_id).stdout
-    assert "vae-ray: stopped after epoch" in log
+    assert "vae-ray: stopped after " in log
     assert TrainedVAE.load(tmp_path / "long").checkpoint.epoch >= 1
 
 

@@ -127,7 +127,7 @@ def _check_room(workers: WorkersConfig, dashboard: Dashboard) -> None:
     nodes = with_nodes_to_come(known_nodes(dashboard))
     each = {"CPU": workers.cpus, **({"GPU": workers.gpus} if workers.device == "cuda" else {})}
     fitting = room(nodes, each)
-    if workers.least > fitting:
+    if nodes and workers.least > fitting:  # a head that has just started knows no node yet, not even itself
         wants = " and ".join(f"{amount} {kind}" for kind, amount in each.items())
         has = " and ".join(f"{sum(node.get(kind, 0) for node in nodes):g} {kind}s" for kind in each)
         raise UserError(
