@@ -190,9 +190,9 @@ class RunDirectory:
         return sealed_lines(self.attempts_file)
 
     def append_attempt(self, **attempt: Any) -> None:
-        """Write down that workers begin: `started_at`, `num_workers`, `nodes` by rank, `epochs_done`, `steps_done`.
+        """Write down that workers begin: `started_at`, `num_workers`, `nodes` and `pids` by rank, and from where on.
 
-        To that comes what is known of the attempt before: the epoch and step that it had reached.
+        That is `epochs_done` and `steps_done`. To that comes what is known of the attempt before: the epoch and step that it had reached.
         """
         try:
             reached = json.loads(self.progress_file.read_text(encoding="utf-8"))
