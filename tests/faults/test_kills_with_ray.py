@@ -81,6 +81,12 @@ def wait_for(condition: Callable[[], bool], driver: subprocess.Popen[str], what:
         time.sleep(0.01)
 
 
+def wait_for_number(
+    lines: Callable[[], list[object]], number: int, driver: subprocess.Popen[str], what: str, *, seconds: float
+) -> None:
+    wait_for(lambda: len(lines()) >= number, driver, what, seconds=seconds)
+
+
 def weights(run: RunDirectory, epochs: int) -> list[bytes]:
     last = run.checkpoints / f"epoch={epochs:04d}"
     return [(last / name).read_bytes() for name in ("weights.safetensors", "training_state.pt")]
@@ -104,9 +110,8 @@ def test_workers_killed_again_and_again_end_with_the_same_bits(
     driver = start(experiment(tmp_path, "killed", epochs=EPOCHS), tmp_path)
     try:
         for kill in range(KILLS):
-            wait_for(lambda: len(run.attempts()) == kill + 1, driver, f"start {kill + 1}", seconds=RESTART_SECONDS)
-            begun = len(run.history())
-            wait_for(lambda: len(run.history()) > begun, driver, "an epoch", seconds=60)
+            wait_for_number(run.attempts, kill + 1, driver, f"start {kill + 1}", seconds=RESTART_SECONDS)
+            wait_for_number(run.history, len(run.history()) + 1, driver, "an epoch", seconds=60)
             time.sleep(chance.uniform(0, 0.5))
             os.kill(chance.choice(run.attempts()[-1]["pids"]), signal.SIGKILL)
         answer, said = driver.communicate(timeout=240)
@@ -133,7 +138,7 @@ def test_a_hung_worker_is_found_out_and_the_run_ends_with_the_same_bits(
         stopped_at = time.monotonic()
         wait_for(lambda: not os.path.exists(f"/proc/{hung}"), driver, "the worker's end", seconds=HUNG_SECONDS)
         noticed_after = time.monotonic() - stopped_at
-        answer, said = driver.communicate(timeout=240)
+        said = driver.communicate(timeout=240)[1]
     finally:
         driver.kill()
     assert driver.returncode == 0, said
