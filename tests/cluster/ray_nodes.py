@@ -90,6 +90,11 @@ class RayNodes:
         """The addresses of the nodes that are alive, as the head sees it."""
         return {node["raylet"]["nodeManagerAddress"] for node in self._alive_nodes()}
 
+    def node_id(self, host: Host) -> str:
+        """Ray's name of the living node on `host`."""
+        nodes = [node["raylet"] for node in self._alive_nodes()]
+        return str(next(node["nodeId"] for node in nodes if node["nodeManagerAddress"] == host.address))
+
     def num_alive(self) -> int:
         """How many nodes are alive; of several on one host each counts."""
         return len(self._alive_nodes())

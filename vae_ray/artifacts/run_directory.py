@@ -192,7 +192,8 @@ class RunDirectory:
     def append_attempt(self, **attempt: Any) -> None:
         """Write down that workers begin: `started_at`, `num_workers`, `nodes` and `pids` by rank, and from where on.
 
-        That is `epochs_done` and `steps_done`. To that comes what is known of the attempt before: the epoch and step that it had reached.
+        That is `epochs_done` and `steps_done`. To it comes what is known of the attempt before: the epoch and step
+        that it had reached.
         """
         try:
             reached = json.loads(self.progress_file.read_text(encoding="utf-8"))
