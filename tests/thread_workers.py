@@ -15,6 +15,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
+from vae_ray.errors import Diverged, Stopped
 from vae_ray.models.vae import VAE, build_vae
 from vae_ray.training import fit as training_fit
 from vae_ray.training import worker as training_worker
@@ -26,13 +27,14 @@ class Meeting:
 
     def __init__(self, size: int) -> None:
         self.barrier = threading.Barrier(size, timeout=60)
-        self.given: list[Tensor] = [torch.empty(0)] * size
+        self.given: list[Any] = [None] * size
 
 
 class ThreadWorkers:
     """One thread's view of its group."""
 
     device = torch.device("cpu")
+    node = "here"
 
     def __init__(self, rank: int, size: int, meeting: Meeting) -> None:
         self.rank, self.size, self._meeting = rank, size, meeting
@@ -52,14 +54,26 @@ class ThreadWorkers:
         parameter.grad.copy_(self.sum(parameter.grad))
 
     def sum(self, values: Tensor) -> Tensor:
-        self._meeting.given[self.rank] = values
-        self._meeting.barrier.wait()
-        total = torch.stack(self._meeting.given).sum(0)
+        total = torch.stack(self._exchanged(values)).sum(0)
         self._meeting.barrier.wait()
         self._num_sums += 1
         if self._num_sums == self._at:
             self._then()
         return total
+
+    def gather(self, value: Any) -> list[Any]:
+        values = list(self._exchanged(value))
+        self._meeting.barrier.wait()
+        return values
+
+    def share(self, value: Any) -> Any:
+        return self.gather(value)[0]
+
+    def _exchanged(self, value: Any) -> list[Any]:
+        """What all have given; nobody may change it before the next barrier."""
+        self._meeting.given[self.rank] = value
+        self._meeting.barrier.wait()
+        return self._meeting.given
 
     def preempted(self) -> bool:
         return False
@@ -72,6 +86,8 @@ def on_threads(size: int, work: Callable[[ThreadWorkers], Any]) -> list[Any]:
     def one(rank: int) -> Any:
         try:
             return work(ThreadWorkers(rank, size, meeting))
+        except (Stopped, Diverged) as error:  # on these all agree: nobody is left waiting
+            return error
         except Exception as error:
             meeting.barrier.abort()
             return error

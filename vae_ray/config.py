@@ -184,6 +184,17 @@ class TrainingConfig(_Section):
     precision: Literal["float32", "bfloat16"] = Field(
         "float32", description="Precision of matrix products; bfloat16 is autocast, weights stay float32."
     )
+    nonfinite: Literal["stop", "skip", "rollback"] = Field(
+        "stop",
+        description="What to do if the loss or its gradient is not finite: stop, skip the batch, or rollback to the "
+        "last checkpoint with a smaller learning rate. The batch is saved in nonfinite/ in any case.",
+    )
+    nonfinite_limit: Int = Field(
+        3, ge=0, description="Batches to skip, or rollbacks, in a run before it stops. No effect for stop."
+    )
+    rollback_lr_factor: Float = Field(
+        0.5, gt=0, le=1, description="Factor of the learning rate from a rollback on. Only for rollback."
+    )
 
 
 class WorkersConfig(_Section):

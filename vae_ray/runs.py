@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 # Fields that say where, by whom and how carefully a run is computed, not what it computes; they may differ on resume.
 PLACE_FIELDS = (
     *("run.name", "run.storage", "data.root", "data.download", "data.cache_dir"),
-    "run.checkpoint_every_steps",
+    *("run.checkpoint_every_steps", "training.nonfinite", "training.nonfinite_limit", "training.rollback_lr_factor"),
 )
 PLACE_SECTIONS = ("workers.",)
 

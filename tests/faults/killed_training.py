@@ -39,14 +39,15 @@ def exit_code_of_training(experiment: Experiment, *, kill_at_update: int | None 
 def _train(sections: dict[str, Any], kill_at_update: int | None, before: bool) -> None:
     update, num_updates = loop.apply_gradient, 0
 
-    def update_or_die(*args: Any, **kwargs: Any) -> None:
+    def update_or_die(*args: Any, **kwargs: Any) -> bool:
         nonlocal num_updates
         num_updates += 1
         if num_updates == kill_at_update and before:
             os.kill(os.getpid(), signal.SIGKILL)
-        update(*args, **kwargs)
+        was_finite = update(*args, **kwargs)
         if num_updates == kill_at_update:
             os.kill(os.getpid(), signal.SIGKILL)
+        return was_finite
 
     loop.apply_gradient = update_or_die
     train(Experiment.from_dict(sections), resume=True)

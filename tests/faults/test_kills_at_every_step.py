@@ -12,7 +12,7 @@ import pytest
 from tests.faults.killed_training import exit_code_of_training
 from vae_ray import Experiment, TrainResult, train
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.event("worker killed")]
 
 EPOCHS, STEPS_PER_EPOCH, EVERY = 3, 8, 3
 NUM_STEPS = EPOCHS * STEPS_PER_EPOCH

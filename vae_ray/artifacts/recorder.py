@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
 import time
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
 
 import torch
 from PIL import Image
-from tensorboardX import SummaryWriter
-from tensorboardX.proto.summary_pb2 import Summary
 from torch import Tensor
 
+from vae_ray.artifacts.event_file import EventFile
 from vae_ray.artifacts.image_grids import grid, pairs_grid, png_bytes, square_grid
+from vae_ray.artifacts.patient_files import patiently, reason
 from vae_ray.artifacts.run_directory import RunDirectory
 from vae_ray.config import Experiment
 from vae_ray.likelihoods import Likelihood
 from vae_ray.models.vae import VAE
 from vae_ray.seeds import generator
 from vae_ray.traversal import traverse
+
+logger = logging.getLogger(__name__)
 
 NUM_SAMPLES = 64
 NUM_RECONSTRUCTIONS = 32
@@ -50,10 +55,11 @@ class Recorder:
         # The same z every epoch and in every run of this latent_dim: differences between two grids are
         # differences between two models.
         self.z = torch.randn(NUM_SAMPLES, experiment.model.latent_dim, generator=generator(0, "sample grid"))
-        run.forget_after(first_epoch - 1)
-        self.events = SummaryWriter(str(run.tensorboard), purge_step=first_epoch, flush_secs=10)
         self._next_progress = 0.0
         self._last_metrics: dict[str, float] = {}
+        self._unwritten: list[dict[str, Any]] = []
+        self._is_failing = False
+        self.begin_at(first_epoch)
 
     def __enter__(self) -> Recorder:
         return self
@@ -61,33 +67,67 @@ class Recorder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._last_metrics:
-            self._hparams()
-        self.events.close()
-        self.run.progress_file.unlink(missing_ok=True)
+        with self._going_on("metrics and TensorBoard events"):
+            if self._unwritten:
+                self._write_metrics()
+            self.events.flush()
+        with self._going_on("hyperparameters for TensorBoard"):
+            if self._last_metrics:
+                self._hparams()
+        with contextlib.suppress(OSError):
+            self.run.progress_file.unlink(missing_ok=True)
+
+    def begin_at(self, epoch: int) -> None:
+        """Drop what has been recorded of `epoch` and later, and go on there."""
+        self.run.forget_after(epoch - 1)
+        self._unwritten = [line for line in self._unwritten if line["epoch"] < epoch]
+        self.events = EventFile(self.run.tensorboard, purge_step=epoch)
 
     def epoch(self, line: dict[str, Any], model: VAE) -> None:
-        """Record one epoch: its line of metrics, and the pictures of `model` as it now is."""
-        self.run.append_metrics(line)
+        """Record one epoch: its line of metrics, and the pictures of `model` as it now is.
+
+        A storage that is full does not end the run: metrics are written later, pictures are not.
+        """
         epoch = line["epoch"]
         self._last_metrics = {key: value for key, value in line.items() if key.endswith("/nelbo")}
+        self._unwritten.append(line)
         for key, value in line.items():
             if key != "epoch":
                 self.events.add_scalar(key, value, epoch)
+        with self._going_on("metrics"):
+            self._write_metrics()
         for name, picture in self._pictures(model, epoch).items():
-            directory = self.run.images / name
-            directory.mkdir(parents=True, exist_ok=True)
             content = png_bytes(picture)
-            (directory / f"epoch={epoch:04d}.png").write_bytes(content)
-            self._add_png(name, content, picture, epoch)
-        self.events.flush()
+            self.events.add_png(
+                name,
+                content,
+                width=picture.width,
+                height=picture.height,
+                channels=len(picture.getbands()),
+                step=epoch,
+            )
+            with self._going_on("pictures"):
+                directory = self.run.images / name
+                self.run.images.mkdir(exist_ok=True)
+                directory.mkdir(exist_ok=True)
+                (directory / f"epoch={epoch:04d}.png").write_bytes(content)
+        with self._going_on("TensorBoard events"):
+            self.events.flush()
+            self._is_failing = False
 
-    def _add_png(self, tag: str, content: bytes, picture: Image.Image, epoch: int) -> None:
-        # `add_image` would compress the pixels a second time: half the cost of an epoch of small images.
-        image = Summary.Image(
-            height=picture.height, width=picture.width, colorspace=len(picture.getbands()), encoded_image_string=content
-        )
-        self.events.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), epoch)
+    def _write_metrics(self) -> None:
+        patiently(lambda: self.run.append_metrics(*self._unwritten), where=self.run.metrics_file)
+        self._unwritten = []
+
+    @contextlib.contextmanager
+    def _going_on(self, what: str) -> Iterator[None]:
+        """In its body an error of the storage is a warning: the first of a row of them."""
+        try:
+            yield
+        except OSError as error:
+            if not self._is_failing:
+                logger.warning("%s: %s could not be written (%s); training goes on", self.run.path, what, reason(error))
+            self._is_failing = True
 
     @torch.inference_mode()
     def _pictures(self, model: VAE, epoch: int) -> dict[str, Image.Image]:
@@ -118,7 +158,9 @@ class Recorder:
             if not key.startswith(NO_HYPERPARAMETERS)
         }
         metrics = {f"final/{key}": value for key, value in self._last_metrics.items()}
-        self.events.add_hparams(values, metrics, name="hparams")
+        page = EventFile(self.run.tensorboard / "hparams")
+        page.add_hparams(values, metrics)
+        page.flush()
 
     def progress_is_due(self) -> bool:
         """Whether it is time to say how far the epoch is; cheap enough to ask every step."""
@@ -128,5 +170,6 @@ class Recorder:
         """Leave a note of how far the epoch is, for the live view."""
         self._next_progress = time.monotonic() + PROGRESS_SECONDS
         partial = self.run.progress_file.with_suffix(".partial")
-        partial.write_text(json.dumps(state))
-        os.replace(partial, self.run.progress_file)
+        with contextlib.suppress(OSError):  # nothing depends on it
+            partial.write_text(json.dumps(state))
+            os.replace(partial, self.run.progress_file)

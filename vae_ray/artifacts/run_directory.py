@@ -140,13 +140,21 @@ class RunDirectory:
         return self.path / "tensorboard"
 
     @property
+    def nonfinite(self) -> Path:
+        """Batches whose loss or gradient was not finite."""
+        return self.path / "nonfinite"
+
+    @property
     def progress_file(self) -> Path:
         """How far the current epoch is; only for the live view."""
         return self.path / ".progress.json"
 
     @property
     def stop_file(self) -> Path:
-        """Tells whoever trains here to write a checkpoint and stop; removed at the next start."""
+        """Tells whoever trains here to write a checkpoint and stop; removed at the next start.
+
+        Of a run at a URI it lies there, not in anyone's copy.
+        """
         return self.path / ".stop"
 
     def lock(self, role: str) -> filelock.BaseFileLock:
@@ -173,8 +181,9 @@ class RunDirectory:
         """
         return [line for line in sealed_lines(self.metrics_file) if type(line.get("epoch")) is int]
 
-    def append_metrics(self, line: dict[str, Any]) -> None:
-        append_sealed(self.metrics_file, [line])
+    def append_metrics(self, *lines: dict[str, Any]) -> None:
+        """Add whole lines or, where the storage does not take them, nothing; raises `OSError`."""
+        append_sealed(self.metrics_file, lines)
 
     def attempts(self) -> list[dict[str, Any]]:
         """The lines of `attempts.jsonl`, oldest first."""
@@ -198,7 +207,9 @@ class RunDirectory:
         kept = [line for line in self.history() if line["epoch"] <= epoch]
         if missing := sorted(set(range(1, epoch + 1)) - {line["epoch"] for line in kept}):
             logger.warning("%s: has no line of epoch %s", self.metrics_file, ", ".join(map(str, missing)))
-        if self.metrics_file.exists():  # one made before experiment.yaml is would look like somebody else's
+        content = "".join(json.dumps(line) + "\n" for line in kept).encode()
+        # one made before experiment.yaml is would look like somebody else's; one that is right needs no free disk
+        if self.metrics_file.exists() and self.metrics_file.read_bytes() != content:
             replace_lines(self.metrics_file, kept)
         for picture in self.images.glob("*/epoch=*.png"):
             if int(picture.stem.partition("=")[2]) > epoch:

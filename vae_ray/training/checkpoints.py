@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from vae_ray.artifacts.durable_files import remove_directory, sync_directory, write_durably
+from vae_ray.artifacts.patient_files import patiently, reason
 from vae_ray.config import Experiment
 from vae_ray.errors import Damaged, UserError
 from vae_ray.models.vae import VAE, build_vae
@@ -55,6 +56,10 @@ MANIFEST, EXPERIMENT, WEIGHTS, TRAINING_STATE = (
 ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO)
 """Errors of a file that is not there or is none; any other may pass, as a storage that is away for a while."""
 MOST_PIXELS = 1 << 26
+
+
+class NotSaved(Exception):
+    """A checkpoint could not be written; the earlier ones are intact."""
 
 
 class Progress(NamedTuple):
@@ -215,7 +220,8 @@ def save_checkpoint(
 ) -> Checkpoint:
     """Write `directory/epoch=NNNN` so that it either exists whole or not at all.
 
-    With `step` it is one inside the epoch, `directory/epoch=NNNN-step=NNNNNN`.
+    With `step` it is one inside the epoch, `directory/epoch=NNNN-step=NNNNNN`. While the storage is away it waits;
+    raises `NotSaved` if there is no room or no storage in the end, and leaves then what was there before.
     """
     state = io.BytesIO()
     known = {key: value for key, value in (progress or Progress())._asdict().items() if value is not None}
@@ -243,15 +249,27 @@ def save_checkpoint(
     contents[MANIFEST] = json.dumps(sealed(manifest), indent=2).encode()
 
     final = directory / checkpoint_name(epoch, step)
-    partial = directory / f".partial-{final.name}"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for name, content in contents.items():
-        write_durably(partial / name, content)
-    remove_directory(final)  # an orphan of an attempt that this run repeats
-    os.replace(partial, final)
-    sync_directory(directory)
+    try:
+        patiently(lambda: _write_whole(final, contents), where=directory)
+    except OSError as error:
+        why = reason(error, where=directory, needed_bytes=sum(map(len, contents.values())))
+        raise NotSaved(f"{final}: the checkpoint could not be written ({why})") from error
     return read_checkpoint(final)
+
+
+def _write_whole(final: Path, contents: dict[str, bytes]) -> None:
+    partial = final.with_name(f".partial-{final.name}")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()  # without its parents: where they are missing the storage is away
+        for name, content in contents.items():
+            write_durably(partial / name, content)
+        remove_directory(final)  # an orphan of an attempt that this run repeats
+        os.replace(partial, final)
+        sync_directory(final.parent)
+    except OSError:
+        shutil.rmtree(partial, ignore_errors=True)  # it holds the space that others need
+        raise
 
 
 def copy_checkpoint(checkpoint: Checkpoint, directory: Path) -> None:

@@ -17,6 +17,7 @@ from vae_ray.training.checkpoints import checkpoint_name
 from vae_ray.training.damage import set_aside_damaged
 from vae_ray.training.group import WorkerGroup, agreed
 from vae_ray.training.host import tuned_host
+from vae_ray.training.nonfinite import RollBack
 from vae_ray.training.worker import Worker
 
 
@@ -58,7 +59,13 @@ def fit_epochs(experiment: Experiment, location: str | Path, group: WorkerGroup)
         recorder = stack.enter_context(worker.recorder()) if group.rank == 0 else None
         while worker.epochs_done < experiment.training.epochs:
             worker.stop_if_told()
-            line = worker.run_epoch(recorder)
+            try:
+                line = worker.run_epoch(recorder)
+            except RollBack:
+                worker.roll_back()
+                if recorder is not None:
+                    recorder.begin_at(worker.epochs_done + 1)
+                continue
             if recorder is not None:
                 recorder.epoch(line, worker.model)
                 worker.save(line)

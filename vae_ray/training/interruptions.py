@@ -29,6 +29,9 @@ class Interruption(NamedTuple):
     """Write a checkpoint and go on: a machine of the group is about to go. Said once."""
 
 
+NOTHING = Interruption()
+
+
 class Interruptions:
     """Asks every few steps; how many is agreed on too, so that all ranks ask after the same step."""
 
@@ -42,7 +45,7 @@ class Interruptions:
     def after_step(self) -> Interruption:
         """All ranks must call it after every step."""
         self._steps_left -= 1
-        return self.agreed() if self._steps_left <= 0 else Interruption()
+        return self.agreed() if self._steps_left <= 0 else NOTHING
 
     def agreed(self) -> Interruption:
         """Ask now. All ranks must call it."""

@@ -14,6 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from vae_ray.data.batches import Batch
+from vae_ray.errors import Diverged
 from vae_ray.likelihoods import Likelihood
 from vae_ray.objective import beta_weighted_loss, elbo_terms
 from vae_ray.training.metrics import TermSums
@@ -25,6 +26,10 @@ class StepSettings(NamedTuple):
 
     lr: float
     beta: float
+
+
+def _diverge(index: int) -> None:
+    raise Diverged(f"step {index + 1}: the loss or its gradient is not finite")
 
 
 def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[object]:
@@ -45,13 +50,15 @@ def train_epoch(
     grad_clip: float | None = None,
     precision: str = "float32",
     first_step: int = 0,
+    on_nonfinite: Callable[[int], None] = _diverge,
     after_step: Callable[[int], None] = lambda num_done: None,
 ) -> None:
     """Optimise over `batches`, adding the terms of every example to `sums` as they were before its update.
 
     `batches` are those of the epoch from `first_step` on. `settings(i)` gives lr and beta of the epoch's i-th batch;
     `after_step(n)` is told how many are done. `model` comes from `WorkerGroup.wrap`: after backward its gradients are
-    the sum over all workers.
+    the sum over all workers. If the loss on any worker, or the gradient, is not finite, all workers call
+    `on_nonfinite(i)` instead of the update; if it returns, the batch is skipped and its terms are not counted.
     """
     model.train()
     for index, (x, eps, global_size) in enumerate(batches, first_step):
@@ -63,9 +70,13 @@ def train_epoch(
         for parameter in optimizer.param_groups[0]["params"]:
             parameter.grad = None
         # The mean over the global batch: shards add up to it, whatever their sizes.
-        (loss_sum / global_size).backward()
-        apply_gradient(optimizer, lr=lr, grad_clip=grad_clip)
-        sums.add(terms, loss_sum)
+        loss = loss_sum / global_size
+        # Times 1, or NaN where the loss is not finite: that poisons the sum of gradients, so all workers know.
+        loss.backward(1 + 0 * loss.detach())
+        if apply_gradient(optimizer, lr=lr, grad_clip=grad_clip):
+            sums.add(terms, loss_sum)
+        else:
+            on_nonfinite(index)
         after_step(index + 1)
 
 

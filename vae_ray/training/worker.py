@@ -5,6 +5,8 @@ Everything here happens on all ranks with equal arguments, but what is said to b
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import math
 import time
 from typing import Any
@@ -12,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vae_ray.artifacts.patient_files import reason
 from vae_ray.artifacts.recorder import NUM_RECONSTRUCTIONS, Recorder
 from vae_ray.artifacts.run_directory import RunDirectory
 from vae_ray.config import Experiment
 from vae_ray.data.batches import training_batches
 from vae_ray.data.splits import Splits
-from vae_ray.errors import Diverged, Stopped
+from vae_ray.errors import Diverged, Stopped, TrainingFailed
 from vae_ray.likelihoods import LIKELIHOODS
 from vae_ray.models.initialization import INITIALIZATIONS
 from vae_ray.models.vae import VAE, build_vae
@@ -25,6 +28,7 @@ from vae_ray.schedules import scheduled
 from vae_ray.seeds import generator, stream
 from vae_ray.training.checkpoints import (
     Checkpoint,
+    NotSaved,
     Progress,
     prune_checkpoints,
     resumable_checkpoints,
@@ -35,7 +39,10 @@ from vae_ray.training.group import WorkerGroup, agreed, shards_of
 from vae_ray.training.interruptions import Interruptions
 from vae_ray.training.loop import StepSettings, train_epoch
 from vae_ray.training.metrics import TermSums, labelled
+from vae_ray.training.nonfinite import RollBack, batch_file, save_batch
 from vae_ray.training.optimization import build_optimizer, learning_rate
+
+logger = logging.getLogger(__name__)
 
 
 def selection_metric(experiment: Experiment) -> str:
@@ -53,15 +60,7 @@ class Worker:
         self.model = self._new_model().to(group.device)
         self.optimizer = build_optimizer(experiment.optim, self.model.parameters())
         self.steps_per_epoch = math.ceil(len(self.splits.train_indices) / experiment.training.global_batch_size)
-        self.epochs_done = self.steps_done = 0
-        self.progress = Progress()
-        self._seconds_before = 0.0
-        """Training time of the epoch that has begun, by earlier processes."""
-        if (newest := self._newest_checkpoint()) is not None:
-            self.progress = newest.load_into(self.model, self.optimizer)
-            self.epochs_done, self.steps_done = newest.position
-            if self.steps_done:
-                self._seconds_before = newest.metrics["seconds"]
+        self._restore()
         self.parallel = group.wrap(self.model)
         self._interruptions = Interruptions(run, group)
 
@@ -71,6 +70,27 @@ class Worker:
         initialise = INITIALIZATIONS[self.experiment.model.initialization]
         initialise(model, self.splits.mean_training_image(), generator(seed, "initialization"))
         return model
+
+    def _restore(self) -> None:
+        """Go to where the newest checkpoint is; without one, to the beginning."""
+        self.epochs_done = self.steps_done = 0
+        self.progress = Progress()
+        self._seconds_before = 0.0
+        """Training time of the epoch that has begun, before its checkpoint."""
+        if (newest := self._newest_checkpoint()) is not None:
+            self.progress = newest.load_into(self.model, self.optimizer)
+            self.epochs_done, self.steps_done = newest.position
+            if self.steps_done:
+                self._seconds_before = newest.metrics["seconds"]
+
+    def roll_back(self) -> None:
+        """Go back to the newest checkpoint, with a smaller learning rate from there on."""
+        num_nonfinite, lr_factor = self.progress.num_nonfinite, self.progress.lr_factor
+        self.model.load_state_dict(self._new_model().state_dict())
+        self.optimizer.state.clear()
+        self._restore()
+        lr_factor *= self.experiment.training.rollback_lr_factor
+        self.progress = self.progress._replace(num_nonfinite=num_nonfinite, lr_factor=lr_factor)
 
     def _newest_checkpoint(self) -> Checkpoint | None:
         """The newest checkpoint as rank 0 read it; the others must not decide for themselves, nor see the storage."""
@@ -87,13 +107,16 @@ class Worker:
         """Write down who computes from where on, for people; on rank 0, others return."""
         nodes = self.group.gather(self.group.node)
         if self.group.rank == 0:
-            self.run.append_attempt(
-                started_at=time.time(),
-                num_workers=self.group.size,
-                nodes=nodes,
-                epochs_done=self.epochs_done,
-                steps_done=self.steps_done,
-            )
+            try:
+                self.run.append_attempt(
+                    started_at=time.time(),
+                    num_workers=self.group.size,
+                    nodes=nodes,
+                    epochs_done=self.epochs_done,
+                    steps_done=self.steps_done,
+                )
+            except OSError as error:
+                logger.warning("%s: could not be written (%s)", self.run.attempts_file, reason(error))
 
     def recorder(self) -> Recorder:
         """The recorder of what this worker is about to compute; rank 0 only."""
@@ -146,16 +169,17 @@ class Worker:
             grad_clip=self.experiment.optim.grad_clip,
             precision=training.precision,
             first_step=steps_before,
+            on_nonfinite=self._nonfinite_step,
             after_step=after_step,
         )
         means = sums.reduced(self.group)  # waits for the device and for all ranks
         seconds = time.perf_counter() - started
         evaluations = self._evaluations(epoch)
         if not self._weights_are_finite() or not all(map(math.isfinite, [*means.values(), *evaluations.values()])):
-            raise Diverged(
-                f"epoch {epoch}: the loss or the weights are not finite (training distortion "
-                f"{means['distortion']:.4g}, rate {means['rate']:.4g} nats); try a smaller --optim.lr "
-                "or --optim.grad-clip 100"
+            self._nonfinite(
+                f"epoch {epoch}: the metrics or the weights are not finite (training distortion "
+                f"{means['distortion']:.4g}, rate {means['rate']:.4g} nats)",
+                can_skip=False,
             )
         last = self._settings(first_step + self.steps_per_epoch - 1)
         self.epochs_done, self.steps_done = epoch, 0
@@ -169,6 +193,38 @@ class Worker:
             "seconds": seconds,
             "started_at": started_at,
         }
+
+    def _nonfinite_step(self, index: int) -> None:
+        """Deal with a step (0-based) whose update was not made, because its loss or gradient is not finite."""
+        epoch, step = self.epochs_done + 1, index + 1
+        file = batch_file(self.run, epoch=epoch, step=step)
+        if self.group.rank == 0:
+            settings = self._settings(self.epochs_done * self.steps_per_epoch + index)
+            try:
+                save_batch(file, self.experiment, self.splits, epoch=epoch, step=step, settings=settings)
+            except OSError as error:
+                logger.warning("%s: could not be written (%s)", file, reason(error))
+        self._nonfinite(
+            f"epoch {epoch}, step {step} of {self.steps_per_epoch}: the loss or its gradient is not finite; "
+            f"the batch is in {file}",
+            can_skip=True,
+        )
+
+    def _nonfinite(self, what: str, *, can_skip: bool) -> None:
+        """Return if the batch is to be skipped, else raise `RollBack` or `Diverged`; the same on all ranks."""
+        training, num_before = self.experiment.training, self.progress.num_nonfinite
+        policy = training.nonfinite if can_skip or training.nonfinite == "rollback" else "stop"
+        advice = "try a smaller --optim.lr or --optim.grad-clip 100"
+        if policy == "stop":
+            raise Diverged(f"{what}; {advice}")
+        if num_before >= training.nonfinite_limit:
+            raise Diverged(f"{what}; {num_before} times before (training.nonfinite_limit); {advice}")
+        self.progress = self.progress._replace(num_nonfinite=num_before + 1)
+        if self.group.rank == 0:
+            done = "skipped" if policy == "skip" else "going back to the last checkpoint with a smaller learning rate"
+            logger.warning("%s: %s (%d of at most %d times)", what, done, num_before + 1, training.nonfinite_limit)
+        if policy == "rollback":
+            raise RollBack
 
     def stop_if_told(self) -> None:
         """Raise `Stopped` between two epochs, if somebody wants that."""
@@ -192,7 +248,7 @@ class Worker:
         num_steps = self.experiment.training.epochs * self.steps_per_epoch
         objective = self.experiment.objective
         return StepSettings(
-            lr=learning_rate(self.experiment.optim, step=step, num_steps=num_steps),
+            lr=self.progress.lr_factor * learning_rate(self.experiment.optim, step=step, num_steps=num_steps),
             beta=scheduled(objective.beta, objective.beta_schedule, step=step, num_steps=num_steps),
         )
 
@@ -207,18 +263,29 @@ class Worker:
         return evaluate_split(self.model, self.experiment, self.splits, split, self.group)
 
     def save(self, line: dict[str, Any]) -> None:
-        """Write the checkpoint of the epoch that has just ended; rank 0 only."""
+        """Write the checkpoint of the epoch that has just ended; rank 0 only.
+
+        Raises `TrainingFailed` if that is impossible for the last one; before it, it warns and training goes on.
+        """
         metrics = {key: value for key, value in line.items() if key != "epoch"}
-        self._save(self.epochs_done, None, metrics, self.progress)
+        try:
+            self._save(self.epochs_done, None, metrics, self.progress)
+        except NotSaved as error:
+            if self.epochs_done == self.experiment.training.epochs:
+                raise TrainingFailed(f"{error}; the run has ended: make room and go on with --resume") from error
+            logger.warning("%s; training goes on, the checkpoint before it is intact", error)
 
     def save_inside_epoch(self, term_sums: Tensor, *, seconds: float) -> None:
-        """Write a checkpoint inside the epoch that has begun; on rank 0, others return.
+        """Write a checkpoint inside the epoch that has begun, or warn; on rank 0, others return.
 
         Not of weights that are not finite: the next step would say so, and nobody could go on from there.
         """
         if self.group.rank == 0 and self._weights_are_finite():
             progress = self.progress._replace(term_sums=term_sums.cpu())
-            self._save(self.epochs_done + 1, self.steps_done, {"seconds": seconds}, progress)
+            try:
+                self._save(self.epochs_done + 1, self.steps_done, {"seconds": seconds}, progress)
+            except NotSaved as error:
+                logger.warning("%s; the checkpoint before it is intact", error)
 
     def _save(self, epoch: int, step: int | None, metrics: dict[str, float], progress: Progress) -> None:
         """Write a checkpoint, and delete those that are no longer kept."""
@@ -233,5 +300,6 @@ class Worker:
             selection_metric=selection_metric(self.experiment),
             progress=progress,
         )
-        prune_checkpoints(self.run.checkpoints, num_best=self.experiment.run.checkpoints_kept)
+        with contextlib.suppress(OSError):  # the storage has just gone away: next time
+            prune_checkpoints(self.run.checkpoints, num_best=self.experiment.run.checkpoints_kept)
         self.run.publish_soon()

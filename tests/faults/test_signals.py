@@ -1,0 +1,47 @@
+"""Ctrl-C and SIGTERM at a real process: once for a checkpoint, twice for an end at once; nothing is lost."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.faults.signalled import Training
+from vae_ray import Experiment
+from vae_ray.training.checkpoints import resumable_checkpoints
+
+pytestmark = [pytest.mark.faults, pytest.mark.event("signals")]
+
+SAID = "vae-ray: stopping after a checkpoint; once more to stop at once"
+
+
+@pytest.fixture
+def long(quick: Experiment) -> Experiment:
+    """Epochs of about a second: a stop falls inside one."""
+    return quick.with_overrides({"training.epochs": 300, "training.global_batch_size": 2, "model.hidden": (256, 256)})
+
+
+@pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
+def test_one_signal_ends_a_run_after_a_checkpoint_inside_the_epoch(
+    long: Experiment, tmp_path: Path, which: signal.Signals
+) -> None:
+    training = Training(long, tmp_path)
+    training.wait_for_epoch(2)
+    code, seconds, said = training.ends_after(which)
+    assert code == 130
+    assert seconds < 10
+    assert said.count(SAID) == 1
+    newest = resumable_checkpoints(training.run.checkpoints)[-1]
+    assert newest.step is not None, said
+    assert f"vae-ray: stopped after step {newest.step} of 669 of epoch {newest.epoch}; go on with --resume" in said
+
+
+@pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
+def test_two_signals_end_a_run_at_once(long: Experiment, tmp_path: Path, which: signal.Signals) -> None:
+    training = Training(long, tmp_path)
+    training.wait_for_epoch(2)
+    code, seconds, said = training.ends_after(which, which)
+    assert code == 130
+    assert seconds < 10
+    assert "interrupted; go on with --resume" in said

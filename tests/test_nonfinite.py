@@ -1,0 +1,301 @@
+"""System, in one process: a loss or gradient that is not finite, on any worker, is dealt with before the update."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from tests.test_stopping import Counting, assert_same, fitted, numbers, run_of
+from tests.thread_workers import ThreadWorkers, on_threads
+from vae_ray import Experiment, train
+from vae_ray.artifacts.run_directory import RunDirectory
+from vae_ray.config import OptimConfig
+from vae_ray.data.batches import Shards, training_batches
+from vae_ray.data.splits import Splits
+from vae_ray.errors import Diverged
+from vae_ray.training import interruptions, loop
+from vae_ray.training.checkpoints import resumable_checkpoints
+from vae_ray.training.fit import fit
+from vae_ray.training.group import Solo
+from vae_ray.training.optimization import apply_gradient, build_optimizer
+
+STEPS_PER_EPOCH = 14
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def small(quick: Experiment) -> Experiment:
+    return quick.with_overrides({"training.epochs": 2, "training.global_batch_size": 100})
+
+
+@pytest.fixture
+def spoiled(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
+    """Spoils the loss of chosen calls of the objective; returns the list of calls, which grows."""
+
+    def spoil(*calls: int, value: float = float("nan")) -> list[int]:
+        original, made = loop.beta_weighted_loss, list[int]()
+
+        def spoiling(terms: Any, beta: float) -> Tensor:
+            loss = original(terms, beta)
+            if not torch.is_grad_enabled():  # an evaluation
+                return loss
+            made.append(len(made) + 1)
+            return loss * value if made[-1] in calls else loss
+
+        monkeypatch.setattr(loop, "beta_weighted_loss", spoiling)
+        return made
+
+    return spoil
+
+
+def weights(run: RunDirectory) -> bytes:
+    return (resumable_checkpoints(run.checkpoints)[-1].path / "weights.safetensors").read_bytes()
+
+
+# --- the check ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("grad_clip", [None, 1.0])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("where", ["first", "middle", "last"])
+def test_one_element_of_the_gradient_is_enough_to_leave_everything_as_it_was(
+    value: float, where: str, grad_clip: float | None
+) -> None:
+    parameters = [torch.nn.Parameter(torch.ones(n)) for n in (3, 1001, 2)]
+    optimizer = build_optimizer(OptimConfig(lr=0.1), parameters)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    assert apply_gradient(optimizer, lr=0.1, grad_clip=grad_clip)
+    before = [parameter.detach().clone() for parameter in parameters]
+    state = [{k: v.clone() for k, v in optimizer.state[parameter].items()} for parameter in parameters]
+    gradient = parameters[{"first": 0, "middle": 1, "last": 2}[where]].grad
+    assert gradient is not None
+    gradient[-1] = value
+    assert not apply_gradient(optimizer, lr=0.1, grad_clip=grad_clip)
+    for parameter, old, old_state in zip(parameters, before, state, strict=True):
+        assert torch.equal(parameter, old)
+        assert all(torch.equal(optimizer.state[parameter][key], value) for key, value in old_state.items())
+
+
+def test_clipping_is_that_of_torch_to_the_bit() -> None:
+    generator = torch.Generator().manual_seed(0)
+    gradients = [torch.randn(7, 5, generator=generator), torch.randn(5, generator=generator)]
+    ours, theirs = ([torch.nn.Parameter(torch.zeros_like(g)) for g in gradients] for _ in range(2))
+    for parameter, other, gradient in zip(ours, theirs, gradients, strict=True):
+        parameter.grad, other.grad = gradient.clone(), gradient.clone()
+    apply_gradient(torch.optim.SGD(ours, lr=1.0), lr=1.0, grad_clip=0.5)
+    torch.nn.utils.clip_grad_norm_(theirs, 0.5)
+    torch.optim.SGD(theirs, lr=1.0).step()
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+# --- stop -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_stop_names_the_step_keeps_the_batch_and_makes_no_update(
+    small: Experiment, spoiled: Callable[..., list[int]], value: float
+) -> None:
+    run, step = run_of(small), STEPS_PER_EPOCH + 14  # the last batch of epoch 2, the smaller one
+    made = spoiled(step, value=value)
+    with pytest.raises(Diverged, match=r"^epoch 2, step 14 of 14: the loss or its gradient is not finite; .*optim\.lr"):
+        fit(small, run.path, Solo(CPU))
+    assert made[-1] == step
+    assert [checkpoint.position for checkpoint in resumable_checkpoints(run.checkpoints)] == [(1, 0)]
+    (file,) = run.nonfinite.iterdir()
+    assert file.name == "epoch=0002-step=000014.safetensors"
+    splits = Splits.open(small)
+    *_, (x, eps, size) = training_batches(
+        splits.train.pixels,
+        splits.train_indices,
+        seed=small.run.seed,
+        epoch=2,
+        global_batch_size=100,
+        latent_dim=small.model.latent_dim,
+        shards=Shards(0, 1, CPU),
+    )
+    with safe_open(file, "pt") as batch:
+        assert torch.equal(batch.get_tensor("pixels").float() * (1 / 255), x)
+        assert torch.equal(batch.get_tensor("pixels"), splits.train.pixels[batch.get_tensor("indices")])
+        assert torch.equal(batch.get_tensor("eps"), eps)
+        assert len(batch.get_tensor("indices")) == size == 38
+        assert batch.metadata()["epoch"] == "2"
+        assert batch.metadata()["noise"] == f"{small.run.seed}/training noise/2/13"
+
+
+def test_a_loss_that_is_not_finite_on_one_worker_stops_all_in_that_step(
+    small: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, original = run_of(small), loop.elbo_terms
+    num_steps, updates = [0, 0, 0], [0, 0, 0]
+    rank_of: dict[int, int] = {}
+
+    def spoiling(forward: Any, x: Tensor, likelihood: Any) -> Any:
+        terms, rank = original(forward, x, likelihood), rank_of[threading.get_ident()]
+        num_steps[rank] += 1
+        return terms._replace(rate=terms.rate * float("nan")) if (rank, num_steps[rank]) == (2, 5) else terms
+
+    def counted(*args: Any, **kwargs: Any) -> bool:
+        was_finite = apply_gradient(*args, **kwargs)
+        updates[rank_of[threading.get_ident()]] += was_finite
+        return was_finite
+
+    monkeypatch.setattr(loop, "elbo_terms", spoiling)
+    monkeypatch.setattr(loop, "apply_gradient", counted)
+
+    def one(group: ThreadWorkers) -> None:
+        rank_of[threading.get_ident()] = group.rank
+        fit(small, run.path, group)
+
+    errors = on_threads(3, one)
+    assert [type(error) for error in errors] == [Diverged] * 3
+    assert all("epoch 1, step 5 of 14" in str(error) for error in errors)
+    assert updates == [4, 4, 4]
+
+
+# --- skip -----------------------------------------------------------------------------------------------
+
+
+def test_skip_leaves_the_batch_out_and_goes_on(
+    small: Experiment, spoiled: Callable[..., list[int]], caplog: pytest.LogCaptureFixture
+) -> None:
+    run = run_of(small)
+    made = spoiled(3, 20)
+    fit(small.with_overrides({"training.nonfinite": "skip"}), run.path, Solo(CPU))
+    assert len(made) == 2 * STEPS_PER_EPOCH
+    for line in numbers(run.path):
+        assert 0 < line["train/loss"] < 100
+    skipped = [record.getMessage() for record in caplog.records]
+    assert ["epoch 1, step 3 of 14" in skipped[0], "epoch 2, step 6 of 14" in skipped[1]] == [True, True]
+    assert "skipped (2 of at most 3 times)" in skipped[1]
+    assert sorted(path.name[:22] for path in run.nonfinite.iterdir()) == [
+        "epoch=0001-step=000003",
+        "epoch=0002-step=000006",
+    ]
+
+
+def test_skipping_is_allowed_as_often_as_the_limit_says(small: Experiment, spoiled: Callable[..., list[int]]) -> None:
+    run = run_of(small)
+    spoiled(3, 5, 7)
+    limited = small.with_overrides({"training.nonfinite": "skip", "training.nonfinite_limit": 2})
+    with pytest.raises(Diverged, match=r"epoch 1, step 7 of 14: .*2 times before \(training\.nonfinite_limit\)"):
+        fit(limited, run.path, Solo(CPU))
+
+
+def test_a_run_that_stopped_can_go_on_by_skipping(small: Experiment, spoiled: Callable[..., list[int]]) -> None:
+    """The policy is no part of what a run computes: it may be changed on resume, and counts survive."""
+    run = run_of(small)
+    spoiled(20)
+    with pytest.raises(Diverged):
+        fit(small, run.path, Solo(CPU))
+    spoiled(6)
+    result = train(small.with_overrides({"training.nonfinite": "skip"}), resume=True)
+    assert result.epochs == 2
+    state = torch.load(result.last_checkpoint / "training_state.pt", weights_only=True)
+    assert state["progress"] == {"lr_factor": 1.0, "num_nonfinite": 1}
+
+
+# --- rollback -------------------------------------------------------------------------------------------
+
+
+def test_rollback_goes_on_from_the_last_checkpoint_with_a_smaller_learning_rate(
+    small: Experiment, spoiled: Callable[..., list[int]]
+) -> None:
+    """From the fifth step's checkpoint on it is the run that had half the learning rate from there."""
+    overrides = {"optim.schedule": "constant", "optim.warmup_steps": 0, "run.checkpoint_every_steps": 5}
+    small = small.with_overrides({**overrides, "training.nonfinite": "rollback"})
+    run = run_of(small)
+    made = spoiled(8)
+    fit(small, run.path, Solo(CPU))
+    assert len(made) == 2 * STEPS_PER_EPOCH + 3  # steps 6 to 8 were made twice
+    lines = list(numbers(run.path))
+    assert [line["lr"] for line in lines] == [2.5e-3, 2.5e-3]
+
+    halved = RunDirectory(run.path.parent / "halved")
+    slower = small.with_overrides({"optim.lr": 2.5e-3})
+    stop_after_the_fifth(small, halved)
+    fit(slower, halved.path, Solo(CPU))
+    assert weights(run) == weights(halved)
+    assert [line["train/loss"] for line in lines] == [line["train/loss"] for line in numbers(halved.path)]
+
+
+def stop_after_the_fifth(experiment: Experiment, run: RunDirectory) -> None:
+    """Leave the run's checkpoint of its fifth step."""
+    run.path.mkdir(parents=True)
+
+    def look(num_steps: int) -> None:
+        if num_steps == 6:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        fit(experiment, run.path, Counting(look))
+    (checkpoint,) = resumable_checkpoints(run.checkpoints)
+    assert checkpoint.position == (0, 5)
+
+
+def test_rollback_without_a_checkpoint_begins_again(small: Experiment, spoiled: Callable[..., list[int]]) -> None:
+    small = small.with_overrides({"training.nonfinite": "rollback", "training.rollback_lr_factor": 1.0})
+    undisturbed, run = run_of(small.with_overrides({"run.name": "undisturbed"})), run_of(small)
+    fit(small, undisturbed.path, Solo(CPU))
+    made = spoiled(4)
+    fit(small, run.path, Solo(CPU))
+    assert len(made) == 2 * STEPS_PER_EPOCH + 4
+    assert weights(run) == weights(undisturbed)
+    assert list(numbers(run.path)) == list(numbers(undisturbed.path))
+
+
+def test_what_rollbacks_left_of_the_learning_rate_survives_a_resume(
+    small: Experiment, spoiled: Callable[..., list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(interruptions, "AGREE_SECONDS", 0.0)
+    small = small.with_overrides({"training.nonfinite": "rollback", "optim.schedule": "constant"})
+    undisturbed, run = run_of(small.with_overrides({"run.name": "undisturbed"})), run_of(small)
+    spoiled(17)
+    fit(small, undisturbed.path, Solo(CPU))
+
+    spoiled(17)
+    stops = Counting(lambda n: run.stop_file.touch() if n == 22 else None)
+    with pytest.raises(Exception, match="stopped after step 5 of 14 of epoch 2"):
+        fit(small, run.path, stops)
+    run.stop_file.unlink()
+    spoiled()
+    fit(small, run.path, Solo(CPU))
+    assert_same(run.path, undisturbed.path)
+    assert [line["lr"] for line in numbers(run.path)] == [5e-3, 2.5e-3]
+
+
+def test_two_workers_roll_back_together(small: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = small.with_overrides({"training.nonfinite": "rollback", "run.checkpoint_every_steps": 4})
+    run, original, calls = run_of(small), loop.apply_gradient, [0]
+
+    def failing_once(*args: Any, **kwargs: Any) -> bool:
+        calls[0] += 1
+        if calls[0] in (13, 14):  # the seventh step of both
+            return False
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(loop, "apply_gradient", failing_once)
+    assert fitted(small, run, 2) == [None, None]
+    assert calls[0] == 2 * (2 * STEPS_PER_EPOCH + 3)
+    assert [line["epoch"] for line in map(json.loads, run.metrics_file.read_text().splitlines())] == [1, 2]
+
+
+def test_rollbacks_end_with_the_limit(small: Experiment, spoiled: Callable[..., list[int]]) -> None:
+    run = run_of(small)
+    spoiled(*range(1, 1000))
+    with pytest.raises(Diverged, match=r"epoch 1, step 1 of 14: .*3 times before"):
+        fit(small.with_overrides({"training.nonfinite": "rollback"}), run.path, Solo(CPU))
+
+
+def test_nothing_not_finite_leaves_no_directory(small: Experiment) -> None:
+    run = run_of(small)
+    fit(small, run.path, Solo(CPU))
+    assert not Path(run.nonfinite).exists()
