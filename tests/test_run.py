@@ -36,6 +36,7 @@ def test_a_run_directory_is_complete_and_holds_nothing_else(trained_run: TrainRe
     package = ("manifest.json", "experiment.json", "weights.safetensors", "training_state.pt")
     expected = {
         "experiment.yaml",
+        "attempts.jsonl",
         "metrics.jsonl",
         "summary.json",
         *(f"images/{kind}/epoch={n:04d}.png" for kind in PICTURES for n in (1, 2, 3)),
