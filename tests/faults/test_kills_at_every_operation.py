@@ -84,7 +84,7 @@ def test_a_run_killed_at_any_file_operation_ends_with_the_bits_of_an_undisturbed
     expected = outcome(tmp_path / "whole" / "killed")
     assert {name for name, _ in reference.operations} >= {"open", "write", "fsync", "replace", "mkdir", "unlink"}
     survived = 0
-    cases = chosen(len(reference.operations), short_every=13)
+    cases = chosen(len(reference.operations), short_every=29)
     for number, torn in cases:
         storage = tmp_path / f"run-{number}-{torn}"
         sections = tiny(storage).to_dict()
