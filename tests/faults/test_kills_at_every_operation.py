@@ -105,6 +105,8 @@ def test_a_run_killed_at_any_file_operation_ends_with_the_bits_of_an_undisturbed
 
 
 def saved(directory: str, epoch: int, score: float) -> None:
+    if not Path(directory).exists():
+        Path(directory).mkdir(parents=True)
     model = build_vae(Experiment().model.model_copy(update={"hidden": (6,)}), (1, 4, 5), seed=epoch)
     optimizer = build_optimizer(OptimConfig(), model.parameters())
     model(torch.zeros(2, 1, 4, 5), torch.zeros(2, 20)).logits.sum().backward()
