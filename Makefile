@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: train sweep test lint types unit ray test-system faults faults-short soak audit bench clean
+.PHONY: train sweep test lint types unit ray test-system test-cluster faults faults-short soak audit bench clean
 
 train: $(INSTALLED)  ## train the digits preset data-parallel on two Ray workers
 	$(BIN)/vae-ray train digits --workers.num 2
@@ -22,7 +22,7 @@ types: $(INSTALLED)
 	$(BIN)/mypy
 
 unit: $(INSTALLED)  ## no Ray, about a minute
-	$(BIN)/pytest -m "not ray and not system and not faults"
+	$(BIN)/pytest -m "not ray and not system and not faults and not cluster"
 
 ray: $(INSTALLED)  ## real Ray workers
 	$(BIN)/pytest -m ray
@@ -43,6 +43,9 @@ soak: $(INSTALLED)  ## random kills for MINUTES minutes; `make soak MINUTES=60 S
 audit: $(INSTALLED)  ## known vulnerabilities of the pinned dependencies; needs a network that reaches a vulnerability service
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt pip-audit
 	$(BIN)/python -m tests.faults.audit
+
+test-cluster: $(INSTALLED)  ## Ray on hosts that are network namespaces: needs root, iproute2, openssh-server, rsync
+	$(BIN)/pytest -m cluster
 
 bench: $(INSTALLED)  ## the README's numbers; wants an idle machine and MNIST in ../shared/data
 	$(BIN)/python -m benchmarks.throughput

@@ -57,7 +57,9 @@ def test_progress_of_a_resumed_run_shows_the_epochs_that_it_trains(
     (run / "summary.json").unlink()
     shutil.rmtree(run / "checkpoints" / "epoch=0003")
     assert main(arguments) == 0
-    assert [line.split("  ")[0] for line in capsys.readouterr().err.splitlines()] == ["epoch 3/3"]
+    again, *epochs = capsys.readouterr().err.splitlines()
+    assert again.startswith("started again from the end of epoch 2: 1 worker on ")
+    assert [line.split("  ")[0] for line in epochs] == ["epoch 3/3"]
 
 
 def test_what_a_library_prints_does_not_get_into_the_answer(

@@ -201,10 +201,13 @@ def _add_cluster_commands(command: Command) -> None:
     doctor.add_argument(
         "--storage", metavar="DIR|URI", help="where runs would be stored (default for this machine: runs)"
     )
-    for sub in (submit, doctor):
-        sub.add_argument(
-            "--address", metavar="ADDRESS", help="the cluster's dashboard, http://HOST:8265 (default $RAY_ADDRESS)"
-        )
+    addresses = {
+        submit: "the cluster's dashboard, http://HOST:8265 (default $RAY_ADDRESS, else this machine's)",
+        doctor: "the cluster's dashboard, http://HOST:8265; on one of its nodes also auto or HOST:6379\n"
+        "(default $RAY_ADDRESS, else this machine is examined)",
+    }
+    for sub, text in addresses.items():
+        sub.add_argument("--address", metavar="ADDRESS", help=text)
         sub.add_argument("--python", default="python", metavar="COMMAND", help="the cluster's Python (default python)")
 
 

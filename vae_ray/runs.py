@@ -21,11 +21,12 @@ import filelock
 import torch
 
 from vae_ray import signals
+from vae_ray.artifacts.patient_files import reason
 from vae_ray.artifacts.progress import ProgressView
 from vae_ray.artifacts.run_directory import WRITER_LOCK_SECONDS, RunDirectory
 from vae_ray.config import Experiment, differing_fields
 from vae_ray.data.splits import Splits
-from vae_ray.errors import UserError
+from vae_ray.errors import TrainingFailed, UserError
 from vae_ray.storage.lease import lease
 from vae_ray.storage.locations import absolute, check_writable, child, is_uri
 from vae_ray.storage.mirror import Mirror, own_copy
@@ -93,9 +94,11 @@ def train(experiment: Experiment, *, resume: bool = False, quiet: bool = True) -
     with opened_run(experiment, resume=resume) as run:
         if resume and (summary := run.summary()):
             return _result_from(summary, run.history())
-        done_before, seconds_before = _settle(run)
+        with _writable(run):
+            done_before, seconds_before = _settle(run)
         with _execution(experiment) as (device, execute):
-            run.write_experiment(experiment)
+            with _writable(run):
+                run.write_experiment(experiment)
             run.publish(run.experiment_file)
             view = contextlib.nullcontext() if quiet else ProgressView(run, experiment)
             with signals.stopping(run), view:
@@ -109,7 +112,12 @@ def train(experiment: Experiment, *, resume: bool = False, quiet: bool = True) -
                 done_before=done_before,
                 seconds_before=seconds_before,
             )
-        run.write_summary(result.to_dict())
+        try:
+            run.write_summary(result.to_dict())
+        except OSError as error:
+            raise TrainingFailed(
+                f"{run.summary_file}: could not be written ({reason(error)}); make room and use --resume"
+            ) from error
         run.publish(run.summary_file)
         return result
 
@@ -260,6 +268,17 @@ def _settle(run: RunDirectory) -> tuple[int, float]:
         raise UserError(
             f"run.name: {run.path.name!r} is still being written by a worker of an earlier driver; "
             "try again when it has ended"
+        ) from None
+
+
+@contextlib.contextmanager
+def _writable(run: RunDirectory) -> Iterator[None]:
+    """In its body what the storage does not take is the user's to put right: nothing has started."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"run.storage: {run.path} cannot be written ({reason(error)}); make room, or try another --storage"
         ) from None
 
 

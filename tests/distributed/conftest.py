@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.distributed import heads
 from vae_ray import Experiment, TrainResult, train
 
 # 1281 = 20 * 64 + 1 training images: the last batch of an epoch leaves all workers but one an empty shard.
@@ -29,6 +30,20 @@ def cluster() -> Iterator[None]:
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def head() -> Iterator[heads.Head]:
+    """A head node with token authentication, for clients; its processes are not those of `cluster`."""
+    with heads.head() as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def two_nodes(head: heads.Head) -> Iterator[heads.Head]:
+    """The same after a second node has joined it."""
+    with heads.second_node(head):
+        yield head
 
 
 @pytest.fixture(scope="session")

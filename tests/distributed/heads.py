@@ -29,20 +29,22 @@ class Head:
     gcs: str
     environment: Mapping[str, str]
 
-    def run(self, *command: str, timeout: float = 240, **environment: str) -> subprocess.CompletedProcess[str]:
-        """A client's process, in the repository."""
+    def run(
+        self, *command: str, cwd: Path = REPOSITORY, timeout: float = 240, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        """A client's process."""
         return subprocess.run(
             command,
-            cwd=REPOSITORY,
+            cwd=cwd,
             env={**self.environment, **environment},
             capture_output=True,
             text=True,
             timeout=timeout,
         )
 
-    def vae_ray(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    def vae_ray(self, *arguments: str, cwd: Path = REPOSITORY, **environment: str) -> subprocess.CompletedProcess[str]:
         """The command line as a client."""
-        return self.run(sys.executable, "-m", "vae_ray", *arguments, **environment)
+        return self.run(sys.executable, "-m", "vae_ray", *arguments, cwd=cwd, **environment)
 
 
 def free_port() -> int:

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from tests.conftest import digits_in_this_process
-from vae_ray import Experiment, TrainingFailed, train
+from vae_ray import Experiment, TrainingFailed, UserError, train
 from vae_ray.artifacts import patient_files
 from vae_ray.artifacts.run_directory import RunDirectory
 from vae_ray.training.checkpoints import complete_checkpoints, read_checkpoint
@@ -175,6 +175,18 @@ def test_tensorboard_events_of_a_full_disk_are_written_later(disk: Path) -> None
     events = EventAccumulator(str(run.tensorboard))
     events.Reload()
     assert [event.step for event in events.Scalars("train/nelbo")] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.event("disk full")
+def test_a_run_does_not_begin_on_a_full_disk(disk: Path, undisturbed: RunDirectory) -> None:
+    mine, filler = experiment(disk), Filler(disk)
+    filler.fill()
+    with pytest.raises(UserError, match=r"run\.storage: .* cannot be written \(No space left on device\)"):
+        train(mine)
+    filler.clear()
+    run = RunDirectory(train(mine, resume=True).run_dir)
+    assert same_end(run, undisturbed)
+    assert numbers(run) == numbers(undisturbed)
 
 
 def away_for(run: RunDirectory, seconds: float) -> threading.Thread:

@@ -139,7 +139,7 @@ def test_a_sweep_without_trials_has_no_records(tmp_path: Path) -> None:
 def test_only_failures_have_a_reason_and_count_as_failed(built: SweepDirectory) -> None:
     for record in read_trials(built):
         assert bool(record.reason) == record.failed == (record.state in FAILURES)
-    assert record_of(built, DIVERGED).reason.startswith("epoch 1: the loss or the weights are not finite")
+    assert record_of(built, DIVERGED).reason.startswith("epoch 1, step 2 of 42: the loss or its gradient is not finite")
     assert record_of(built, KILLED).reason == WHY_KILLED
 
 

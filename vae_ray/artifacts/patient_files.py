@@ -43,7 +43,7 @@ def patiently(action: Callable[[], T], *, where: Path) -> T:
 
 
 def append_whole(file: Path, content: bytes) -> None:
-    """Append all of `content` or, where that is not possible, nothing; raises `OSError`.
+    """Append and sync all of `content` or, where that is not possible, nothing; raises `OSError`.
 
     The file is made if need be, its directory is not: that would write beside a file system that is away.
     """
@@ -52,6 +52,7 @@ def append_whole(file: Path, content: bytes) -> None:
         try:
             while rest:  # a disk that is nearly full takes a part
                 rest = rest[stream.write(rest) :]
+            os.fsync(stream.fileno())
         except OSError:
             with contextlib.suppress(OSError):
                 stream.truncate(size)

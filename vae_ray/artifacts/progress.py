@@ -73,6 +73,10 @@ class ProgressView:
 
     def _show(self) -> None:
         self._fetch(is_last=self._stop.is_set())
+        for attempt in self._run.attempts()[self._attempts_shown :]:
+            self._attempts_shown += 1
+            if self._attempts_shown > 1:
+                self._console.print(describe_attempt(attempt), soft_wrap=True)
         size = self._run.metrics_file.stat().st_size if self._run.metrics_file.exists() else 0
         if size != self._read_bytes:
             self._read_bytes, history = size, self._run.history()
@@ -81,10 +85,6 @@ class ProgressView:
                     # soft_wrap: a line stays one line, however narrow the terminal or the log
                     self._console.print(describe_epoch(line, self._epochs), soft_wrap=True)
                     self._last_shown = line["epoch"]
-        for attempt in self._run.attempts()[self._attempts_shown :]:
-            self._attempts_shown += 1
-            if self._attempts_shown > 1:
-                self._console.print(describe_attempt(attempt), soft_wrap=True)
         try:
             state = json.loads(self._run.progress_file.read_text())
         except (OSError, ValueError):  # between epochs there is none

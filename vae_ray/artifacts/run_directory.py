@@ -190,9 +190,9 @@ class RunDirectory:
         return sealed_lines(self.attempts_file)
 
     def append_attempt(self, **attempt: Any) -> None:
-        """Write down that workers begin: `started_at`, `num_workers`, `nodes` by rank, `epochs_done`, `steps_done`.
+        """Write down that workers begin: `started_at`, `num_workers`, `nodes` and `pids` by rank, and from where on.
 
-        To that comes what is known of the attempt before: the epoch and step that it had reached.
+        That is `epochs_done` and `steps_done`. To that comes what is known of the attempt before: the epoch and step that it had reached.
         """
         try:
             reached = json.loads(self.progress_file.read_text(encoding="utf-8"))
@@ -208,7 +208,7 @@ class RunDirectory:
         if missing := sorted(set(range(1, epoch + 1)) - {line["epoch"] for line in kept}):
             logger.warning("%s: has no line of epoch %s", self.metrics_file, ", ".join(map(str, missing)))
         content = "".join(json.dumps(line) + "\n" for line in kept).encode()
-        # one made before experiment.yaml is would look like somebody else's; one that is right needs no free disk
+        # none is made: before experiment.yaml is there it would look like somebody else's
         if self.metrics_file.exists() and self.metrics_file.read_bytes() != content:
             replace_lines(self.metrics_file, kept)
         for picture in self.images.glob("*/epoch=*.png"):

@@ -13,7 +13,7 @@ import logging
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from vae_ray.artifacts.durable_files import replace_durably
 from vae_ray.artifacts.patient_files import append_whole
@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 MOST_BYTES = 1 << 28
 """Of a file that grows line by line."""
+MOST_LINE_BYTES = 1 << 20
 
 
 def seals_of(file: Path) -> Path:
@@ -39,12 +40,6 @@ def checksum(content: bytes) -> str:
 def remember(file: Path, contents: Iterable[bytes]) -> None:
     """Note the checksums of what is about to be written to `file`."""
     append_whole(seals_of(file), "".join(checksum(content) + "\n" for content in contents).encode())
-    _sync(seals_of(file))
-
-
-def _sync(file: Path) -> None:
-    with file.open("rb") as stream:
-        os.fsync(stream.fileno())
 
 
 def remembered(file: Path) -> frozenset[str] | None:
@@ -71,17 +66,24 @@ def read_sealed(file: Path) -> bytes:
 
 
 def append_sealed(file: Path, lines: Iterable[dict[str, Any]]) -> None:
-    """Add JSON lines, all or none, so that they survive a kill and a power cut; raises `OSError`.
+    """Add JSON lines so that they survive a kill and a power cut; one that a kill cut short before stays alone.
 
-    A line that a kill cut short before stays alone.
+    All of them or, where the storage does not take them, none; then `OSError`.
     """
     contents = [json.dumps(line).encode() for line in lines]
-    before = file.read_bytes() if file.exists() else b""
-    torn = [end for end in [before.rpartition(b"\n")[2]] if end]
-    taken = [] if seals_of(file).exists() else before.split(b"\n")  # a file that came without seals: as it stands
+    with file.open("a+b") as stream:
+        torn = _torn_end(stream)
+    taken = [] if seals_of(file).exists() else file.read_bytes().split(b"\n")  # it came without: as it stands
     remember(file, [*taken, *torn, *contents])
     append_whole(file, b"".join(b"\n" for _ in torn) + b"".join(content + b"\n" for content in contents))
-    _sync(file)
+
+
+def _torn_end(stream: BinaryIO) -> list[bytes]:
+    """What stands after the last line's end, if anything does."""
+    size = stream.seek(0, os.SEEK_END)
+    stream.seek(max(0, size - MOST_LINE_BYTES))
+    end = stream.read().rpartition(b"\n")[2]
+    return [end] if end else []
 
 
 def sealed_lines(file: Path) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ import ray
 import torch
 
 from vae_ray.config import Experiment
+from vae_ray.distributed.autoscaling import possible_nodes
 from vae_ray.distributed.nodes import check_storage, room
 from vae_ray.errors import UserError
 from vae_ray.storage.locations import directory_of, is_uri
@@ -36,11 +37,10 @@ def connection(experiment: Experiment, *, dashboard: bool = False) -> Iterator[t
     if connects_here:
         _init(is_local=_starts_local_ray(), dashboard=dashboard)
     try:
-        nodes = node_resources()
-        _check_resources(experiment, nodes, where="the Ray cluster")
+        _check_resources(experiment, possible_nodes(), where="the Ray cluster")
         if not is_uri(experiment.run.storage):
             check_storage(directory_of(experiment.run.storage))
-        yield torch.device("cuda" if _use_gpu(experiment, nodes) else "cpu")
+        yield torch.device("cuda" if _use_gpu(experiment, node_resources()) else "cpu")
     finally:
         if connects_here:
             ray.shutdown()

@@ -10,12 +10,11 @@ import http.client
 import json
 import logging
 import os
-import re
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from ray.exceptions import AuthenticationError
@@ -25,7 +24,7 @@ from ray.util.state import list_nodes
 from vae_ray.errors import UserError
 
 DEFAULT_URL = "http://127.0.0.1:8265"
-PROBE_SECONDS = 5.0
+PROBE_SECONDS = 4.0
 TOKEN_ADVICE = "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to what `ray get-auth-token` prints on the head node"
 
 
@@ -92,35 +91,14 @@ def job_client(dashboard: Dashboard) -> JobSubmissionClient:
         raise UserError(f"address: {dashboard.url} cannot be used ({one_line(error)})") from None
 
 
-def node_resources(dashboard: Dashboard) -> list[dict[str, float]]:
-    """What each alive node has for tasks: `CPU`, `GPU`, ..."""
+def known_nodes(dashboard: Dashboard) -> list[dict[str, Any]]:
+    """The nodes of the cluster, with the keys of `ray.nodes()` that `autoscaling` reads."""
     with _only_address(dashboard.url):
         nodes = list_nodes(dashboard.url, limit=10_000, timeout=10)
-    return [node.resources_total for node in nodes if node.state == "ALIVE"]
-
-
-def may_grow(dashboard: Dashboard) -> bool:
-    """Whether an autoscaler can add nodes; True where the cluster does not say.
-
-    Without an autoscaler Ray reports every node as a type of its own, which it names after the node's id.
-    """
-    headers = {"Authorization": f"Bearer {_token()}"}
-    request = urllib.request.Request(f"{dashboard.url}/api/cluster_status", headers=headers)
-    try:
-        with urllib.request.urlopen(request, timeout=PROBE_SECONDS) as response:
-            report = json.loads(response.read())["data"]["clusterStatus"]["autoscalerReport"]
-        types = set(report["nodeTypeMapping"].values())
-    except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError, AttributeError):
-        return True
-    return not types or any(not re.fullmatch(r"node_[0-9a-f]{56}", name) for name in types)
-
-
-def _token() -> str:
-    """The token where Ray looks for it."""
-    path = os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token"
-    with contextlib.suppress(OSError):
-        return os.environ.get("RAY_AUTH_TOKEN") or Path(path).read_text(encoding="utf-8").strip()
-    return ""
+    return [
+        {"Alive": found.state == "ALIVE", "Resources": found.resources_total, "Labels": found.labels or {}}
+        for found in nodes
+    ]
 
 
 @contextlib.contextmanager

@@ -34,7 +34,7 @@ from vae_ray.distributed.dashboard import (
     one_line,
 )
 from vae_ray.distributed.findings import Finding, judge
-from vae_ray.distributed.submission import ENDED, send
+from vae_ray.distributed.submission import ENDED, check_place, send
 from vae_ray.distributed.upload import collect
 from vae_ray.errors import TrainingFailed, UserError
 from vae_ray.storage.locations import check_writable, directory_of, is_uri
@@ -75,8 +75,8 @@ def examine(address: str | None, *, storage: str | None = None, python: str = "p
         if address != "auto" and _is_dashboard(address):
             return _by_job(address, storage, python)
         return _by_connection(address, storage)
-    except (UserError, TrainingFailed) as error:
-        text = str(error).removeprefix("address: ")
+    except (UserError, TrainingFailed, OSError) as error:
+        text = " ".join(str(error).removeprefix("address: ").split())
         return Diagnosis(address or "this machine", [Finding("error", "cluster", text)])
 
 
@@ -93,6 +93,8 @@ def _this_machine(storage: str | None) -> Diagnosis:
 
 def _by_job(address: str, storage: str | None, python: str) -> Diagnosis:
     """Ask the cluster's head node, through a job, and add what only a client sees."""
+    if storage:
+        check_place("run.storage", storage, flag="--storage")
     dashboard = find_dashboard(address)
     client = job_client(dashboard)
     command = [python, "-m", "vae_ray", "doctor", "--address", "auto", "--json"]
@@ -157,9 +159,9 @@ def _is_dashboard(address: str) -> bool:
     """Whether jobs are submitted at that address; raises `UserError` if nothing answers there."""
     if address.startswith(("http://", "https://")):
         return True
-    parts = urlsplit(address if "://" in address else f"//{address}")
+    parts = urlsplit(f"//{address}")
     try:
-        host, port = parts.hostname, parts.port
+        host, port = (None, None) if "://" in address else (parts.hostname, parts.port)
     except ValueError:
         host, port = None, None
     if not host or not port:

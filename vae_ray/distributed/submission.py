@@ -19,7 +19,8 @@ from typing import Any
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from vae_ray.config import Experiment, WorkersConfig
-from vae_ray.distributed.dashboard import Dashboard, find_dashboard, job_client, may_grow, node_resources, one_line
+from vae_ray.distributed.autoscaling import with_nodes_to_come
+from vae_ray.distributed.dashboard import Dashboard, find_dashboard, job_client, known_nodes, one_line
 from vae_ray.distributed.environment import DEFAULTS
 from vae_ray.distributed.nodes import room
 from vae_ray.distributed.upload import Upload, mebibytes
@@ -39,7 +40,6 @@ class Job:
     url: str
     status: str
     exit_code: int | None = None
-    message: str = ""
 
     @property
     def command_exit_code(self) -> int:
@@ -123,18 +123,17 @@ def check_place(key: str, place: str, *, flag: str) -> None:
 
 
 def _check_room(workers: WorkersConfig, dashboard: Dashboard) -> None:
-    """Refuse more workers than the cluster has room for, unless it is one that grows."""
-    nodes = node_resources(dashboard)
+    """Refuse more workers than the cluster has room for, or may come to have."""
+    nodes = with_nodes_to_come(known_nodes(dashboard))
     each = {"CPU": workers.cpus, **({"GPU": workers.gpus} if workers.device == "cuda" else {})}
     fitting = room(nodes, each)
-    if workers.least <= fitting:
-        return
-    wants = " and ".join(f"{amount} {kind}" for kind, amount in each.items())
-    has = " and ".join(f"{sum(node.get(kind, 0) for node in nodes):g} {kind}s" for kind in each)
-    text = f"workers.num: got {workers.least} with {wants} each; the cluster has {has} on {len(nodes)} nodes"
-    if not may_grow(dashboard):
-        raise UserError(f"{text}, which is room for {fitting}; for example --workers.num {max(1, fitting)}")
-    _say(f"warning: {text} now; the job needs it to grow")
+    if nodes and workers.least > fitting:  # a head that has just started knows no node yet, not even itself
+        wants = " and ".join(f"{amount} {kind}" for kind, amount in each.items())
+        has = " and ".join(f"{sum(node.get(kind, 0) for node in nodes):g} {kind}s" for kind in each)
+        raise UserError(
+            f"workers.num: got {workers.least} with {wants} each, should be at most what the cluster has room for "
+            f"({fitting}, with {has} on {len(nodes)} nodes); for example --workers.num {max(1, fitting)}"
+        )
 
 
 def send(client: JobSubmissionClient, **job: Any) -> str:
@@ -143,7 +142,7 @@ def send(client: JobSubmissionClient, **job: Any) -> str:
     while True:
         try:
             return client.submit_job(**job)
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:
             if "No available agent" not in str(error) or time.monotonic() > deadline:
                 lines = [line for line in str(error).splitlines() if line.strip()]
                 raise TrainingFailed(f"the cluster did not take the job: {lines[-1].strip()}") from None
@@ -160,7 +159,9 @@ def _followed(client: JobSubmissionClient, job: Job) -> Job:
         except (RuntimeError, OSError) as error:
             raise TrainingFailed(f"{job.url} does not answer any more ({one_line(error)}); job {job.job_id}") from None
         if info.status in ENDED:
-            return Job(job.job_id, job.url, info.status.value, info.driver_exit_code, info.message or "")
+            if info.status == JobStatus.FAILED and info.driver_exit_code is None:
+                _say(f"job {job.job_id} failed: {' '.join((info.message or '').split())[:500]}")
+            return Job(job.job_id, job.url, info.status.value, info.driver_exit_code)
         time.sleep(0.5)
 
 

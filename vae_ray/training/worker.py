@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import os
 import time
 from typing import Any
 
@@ -105,13 +106,14 @@ class Worker:
 
     def record_attempt(self) -> None:
         """Write down who computes from where on, for people; on rank 0, others return."""
-        nodes = self.group.gather(self.group.node)
+        who = self.group.gather((self.group.node, os.getpid()))
         if self.group.rank == 0:
             try:
                 self.run.append_attempt(
                     started_at=time.time(),
                     num_workers=self.group.size,
-                    nodes=nodes,
+                    nodes=[node for node, _ in who],
+                    pids=[pid for _, pid in who],
                     epochs_done=self.epochs_done,
                     steps_done=self.steps_done,
                 )

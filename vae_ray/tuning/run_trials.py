@@ -14,13 +14,14 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import ray
 import torch
 from ray import tune
 from ray.tune.search import BasicVariantGenerator
 
 from vae_ray import distributed
 from vae_ray.config import Experiment
+from vae_ray.distributed.autoscaling import possible_nodes
+from vae_ray.distributed.nodes import room
 from vae_ray.seeds import stream
 from vae_ray.storage.locations import child
 from vae_ray.tuning.directory import TRIALS, SweepDirectory
@@ -141,12 +142,11 @@ def _most_epochs(experiment: Experiment, chosen: SweepSettings) -> int:
 
 
 def _concurrency(experiment: Experiment, device: torch.device, max_concurrent: int | None) -> int:
-    """How many trials the cluster can run at once, so that none holds what another waits for."""
-    workers, resources = experiment.workers, ray.cluster_resources()
-    fitting = resources.get("CPU", 0) // (workers.num * workers.cpus)
-    if device.type == "cuda":
-        fitting = min(fitting, resources.get("GPU", 0) // (workers.num * workers.gpus))
-    return max(1, int(min(fitting, max_concurrent or fitting)))
+    """How many trials the cluster, as far as it may grow, can run at once: none holds what another waits for."""
+    workers = experiment.workers
+    each = {"CPU": workers.cpus, **({"GPU": workers.gpus} if device.type == "cuda" else {})}
+    fitting = room(possible_nodes(), each) // workers.most
+    return max(1, min(fitting, max_concurrent or fitting))
 
 
 def _trainable(directory: SweepDirectory, experiment: Experiment, device: torch.device) -> Callable[..., Any]:

@@ -1,0 +1,116 @@
+"""`vae-ray doctor` from a third place, about clusters of hosts with addresses and files of their own."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.cluster.hosts import SUBNET, Host, Network, describe
+from tests.cluster.ray_nodes import DASHBOARD_PORT, GCS_PORT, REPOSITORY, RayNodes, wait_until
+
+pytestmark = pytest.mark.cluster
+
+NOWHERE = str(SUBNET[200])
+"""An address of the network that no host has."""
+
+
+def doctor(client: Host, *arguments: str, env: dict[str, str]) -> tuple[int, Any]:
+    """Exit code and the JSON answer."""
+    done = client.run("python", "-m", "vae_ray", "doctor", "--json", *arguments, env=env, cwd=REPOSITORY)
+    assert "Traceback" not in done.stderr, describe(done)
+    return done.returncode, json.loads(done.stdout)
+
+
+def findings(answer: Any, level: str) -> dict[str, str]:
+    return {found["subject"]: found["text"] for found in answer["findings"] if found["level"] == level}
+
+
+def test_a_healthy_cluster_of_two_hosts(two_nodes: RayNodes) -> None:
+    storage = str(two_nodes.network.shared / "doctors")
+    place = ["--address", two_nodes.job_address, "--storage", storage]
+    code, answer = doctor(two_nodes.client, *place, env=two_nodes.credentials)
+    assert code == 0, answer
+    assert findings(answer, "error") == {}
+    assert {node["address"] for node in answer["nodes"]} == {host.address for host in two_nodes.nodes}
+    ok = findings(answer, "ok")
+    assert {"token", "clocks", "versions", "vae_ray", "data cache"} <= set(ok)
+    assert ok["storage"] == f"{storage} is writable from every node"
+    assert ok["dashboard"].endswith("and asks for the token")
+
+
+def test_a_storage_that_a_node_does_not_see_is_named_with_that_node(two_nodes: RayNodes) -> None:
+    """/tmp is each host's own: the path exists everywhere, and is another place everywhere."""
+    head, other = two_nodes.nodes
+    for host in (head, other):
+        host.run("mkdir", "-p", "/tmp/runs")
+    place = ["--address", two_nodes.job_address, "--storage", "/tmp/runs"]
+    code, answer = doctor(two_nodes.client, *place, env=two_nodes.credentials)
+    assert code == 1
+    assert list(findings(answer, "error")) == ["storage"]
+    assert f"{other.address} cannot see it" in findings(answer, "error")["storage"]
+    assert head.address not in findings(answer, "error")["storage"]
+
+
+@pytest.mark.parametrize("address", [f"http://{NOWHERE}:{DASHBOARD_PORT}", f"{NOWHERE}:{GCS_PORT}"])
+def test_a_dead_address_is_one_line_within_seconds(two_nodes: RayNodes, address: str) -> None:
+    started = time.monotonic()
+    code, answer = doctor(two_nodes.client, "--address", address, env=two_nodes.credentials)
+    assert time.monotonic() - started < 15  # five to give up, the rest to import Ray
+    assert code == 1
+    (text,) = findings(answer, "error").values()
+    assert "answers at" in text
+    assert NOWHERE in text
+    assert len(answer["findings"]) == 1
+
+
+def test_without_the_token_the_cluster_is_closed(two_nodes: RayNodes) -> None:
+    code, answer = doctor(two_nodes.client, "--address", two_nodes.job_address, env={})
+    assert code == 1
+    assert "wants a token; set RAY_AUTH_MODE=token" in findings(answer, "error")["cluster"]
+
+
+@pytest.fixture
+def open_head(network: Network) -> Iterator[tuple[Host, Host]]:
+    """A head as `ray start --head` makes it where nobody has a token, and a client."""
+    client, head = network.host("client"), network.host("h1")
+    role = ["--head", f"--port={GCS_PORT}", f"--dashboard-host={head.address}", f"--dashboard-port={DASHBOARD_PORT}"]
+    options = [f"--node-ip-address={head.address}", "--num-cpus=1", "--object-store-memory=100000000"]
+    env = {"RAY_USAGE_STATS_ENABLED": "0"}
+    head.start("ray", "start", "--block", *role, *options, env=env, log=network.shared / "ray-open.log")
+    ask = ["python", "-c", "import sys, urllib.request; urllib.request.urlopen(sys.argv[1], timeout=5).read()"]
+    url = f"http://{head.address}:{DASHBOARD_PORT}/api/jobs/"
+    wait_until(lambda: client.run(*ask, url).returncode == 0, "the job API answers", seconds=90)
+    yield client, head
+    head.kill_everything()
+
+
+def test_a_cluster_without_a_token_is_an_error_that_says_what_to_do(open_head: tuple[Host, Host]) -> None:
+    client, head = open_head
+    code, answer = doctor(client, "--address", f"http://{head.address}:{DASHBOARD_PORT}", env={})
+    assert code == 1
+    assert list(findings(answer, "error")) == ["token"]
+    (found,) = (found for found in answer["findings"] if found["subject"] == "token")
+    assert "anyone who reaches the cluster can run code" in found["text"]
+    assert "RAY_AUTH_MODE=token" in found["advice"]
+    assert "dashboard" in findings(answer, "warning")
+
+
+def submit(two_nodes: RayNodes, *arguments: str) -> tuple[int, str, str]:
+    """Exit code, answer and log of `vae-ray submit` from the client's place."""
+    command = ["python", "-m", "vae_ray", "submit", *arguments, "--address", two_nodes.job_address]
+    done = two_nodes.client.run(*command, env=two_nodes.credentials, cwd=REPOSITORY)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_submit_trains_on_both_hosts_and_refuses_a_storage_that_they_do_not_share(two_nodes: RayNodes) -> None:
+    workers = ["train", "digits", "--workers.num", "2", "--training.epochs", "1"]
+    code, _, log = submit(two_nodes, *workers, "--storage", "/tmp/runs")
+    assert code == 2, log
+    assert "vae-ray: run.storage: got '/tmp/runs', which not all nodes of the cluster share" in log
+    code, answer, log = submit(two_nodes, *workers, "--storage", str(two_nodes.network.shared / "sent"), "--json")
+    assert code == 0, log
+    assert json.loads(answer)["status"] == "SUCCEEDED"

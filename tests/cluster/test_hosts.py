@@ -1,0 +1,80 @@
+"""The hosts themselves: apart from each other, and gone with the tests."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.hosts import HOME, Network
+from tests.cluster.ray_nodes import REPOSITORY, succeeded
+
+pytestmark = pytest.mark.cluster
+
+OWNER = """
+import sys, time
+from pathlib import Path
+from tests.cluster.hosts import Network
+with Network(Path(sys.argv[1])) as network:
+    host = network.host("h1")
+    host.start("sleep", "1234", log=Path(sys.argv[1], "log"))
+    print(host.pid, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_hosts_reach_each_other_by_name_and_share_only_one_directory(network: Network) -> None:
+    first, second = network.host("h1"), network.host("h2")
+    server = "import socket; s = socket.create_server(('h1', 7000)); print('up'); s.accept()[0].sendall(b'hello')"
+    first.start("python", "-u", "-c", server, log=network.shared / "log")
+    while "up" not in (network.shared / "log").read_text():
+        time.sleep(0.05)
+    client = "import socket; print(socket.create_connection(('h1', 7000), timeout=5).recv(5).decode())"
+    assert succeeded(second.run("python", "-c", client)).stdout == "hello\n"
+    for place in ("/tmp", "/dev/shm", HOME, str(network.shared)):
+        succeeded(first.run("touch", f"{place}/from-h1"))
+    seen = [second.run("test", "-e", f"{place}/from-h1").returncode == 0 for place in ("/tmp", "/dev/shm", HOME)]
+    assert seen == [False, False, False]
+    succeeded(second.run("test", "-e", f"{network.shared}/from-h1"))
+    assert second.run("hostname").stdout == "h2\n"
+
+
+def test_killing_everything_on_a_host_is_that_host_alone_and_it_can_be_used_again(network: Network) -> None:
+    first, second = network.host("h1"), network.host("h2")
+    processes = [host.start("sleep", "1234", log=network.shared / "log") for host in (first, second)]
+    while first.processes() != ["sleep 1234"] or second.processes() != ["sleep 1234"]:
+        time.sleep(0.05)
+    second.kill_everything()
+    assert processes[1].wait(timeout=5) == -signal.SIGKILL
+    assert (first.processes(), second.processes()) == (["sleep 1234"], [])
+    assert succeeded(second.run("echo", "again")).stdout == "again\n"
+
+
+def test_hosts_end_with_the_tests_that_are_killed() -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as directory:
+        command = [sys.executable, "-c", OWNER, directory]
+        owner = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
+        assert owner.stdout is not None
+        with owner.stdout:
+            pid = int(owner.stdout.readline())
+        assert Path(f"/proc/{pid}").exists()
+        owner.kill()
+        owner.wait()
+        deadline = time.monotonic() + 5
+        while Path(f"/proc/{pid}").exists():
+            assert time.monotonic() < deadline, "the host outlives the tests"
+            time.sleep(0.05)
+
+
+def test_without_the_right_to_make_hosts_the_reason_is_said() -> None:
+    """Not a skip: `make test-cluster` fails where it cannot test."""
+    code = "from pathlib import Path; from tests.cluster.hosts import Network; Network(Path('/tmp')).__enter__()"
+    unprivileged = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", "--no-new-privs", sys.executable, "-c", code]
+    done = subprocess.run(unprivileged, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "make test-cluster needs root and Linux namespaces: unshare" in done.stderr

@@ -1,0 +1,155 @@
+"""`vae-ray submit` to a real cluster: what is refused before, what runs there, and what the caller is told."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.distributed.heads import RAY, Head
+from vae_ray import Experiment, TrainedVAE
+
+pytestmark = pytest.mark.ray
+
+
+def submit(head: Head, *arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    place = ["--address", head.dashboard, "--python", sys.executable]
+    return head.vae_ray("submit", *arguments, *place, cwd=cwd, **environment)
+
+
+def jobs(head: Head) -> int:
+    """How many the cluster has been given so far."""
+    ask = "import sys; from ray.job_submission import JobSubmissionClient as C; print(len(C(sys.argv[1]).list_jobs()))"
+    done = head.run(sys.executable, "-c", ask, head.dashboard)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout)
+
+
+def answer_of(done: subprocess.CompletedProcess[str]) -> Any:
+    return json.loads(done.stdout)
+
+
+def test_files_of_mine_train_on_the_cluster_from_any_directory(head: Head, tmp_path: Path) -> None:
+    """The repository is not where the user is; the experiment file and a directory of theirs travel along."""
+    mine, storage = tmp_path / "mine", tmp_path / "storage"
+    mine.mkdir()
+    experiment = Experiment.preset("digits").with_overrides({"training.epochs": 1, "model.latent_dim": 3})
+    (mine / "mine.yaml").write_text(experiment.to_yaml())
+    done = submit(
+        head,
+        *("train", "mine.yaml", "--storage", str(storage), "--name=sent", "--optim.lr", "2e-3"),
+        *("--env", "VAE_RAY_CACHE=" + str(tmp_path / "cache"), "--working-dir", ".", "--json"),
+        cwd=mine,
+    )
+    assert done.returncode == 0, done.stderr
+    assert answer_of(done) | {"job_id": ""} == {
+        "job_id": "",
+        "address": head.dashboard,
+        "status": "SUCCEEDED",
+        "exit_code": 0,
+    }
+    assert "best checkpoint" in done.stderr  # the job's log
+    assert "uploading" in done.stderr
+    assert (tmp_path / "cache").is_dir()
+    trained = TrainedVAE.load(storage / "sent")
+    assert (trained.experiment.model.latent_dim, trained.experiment.optim.lr) == (3, 2e-3)
+    # and what was trained there is evaluated there
+    done = submit(head, "evaluate", str(storage / "sent"), cwd=mine)
+    assert done.returncode == 0, done.stderr
+    assert "test/nelbo" in done.stderr
+    assert "status     SUCCEEDED" in done.stdout
+
+
+def test_a_search_file_travels_with_a_sweep(head: Head, tmp_path: Path) -> None:
+    (tmp_path / "search.yaml").write_text(yaml.safe_dump({"model.latent_dim": {"grid": [2, 3]}}))
+    options = ["--search=search.yaml", "--searcher", "grid", "--scheduler", "none", "--training.epochs=1"]
+    done = submit(head, "sweep", "digits", "--storage", str(tmp_path / "s"), "--name=s", *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "s" / "s" / "summary.json").read_text())["num_trials"] == 2
+
+
+def test_a_mistake_that_only_the_job_can_find_has_its_exit_code_and_its_line(head: Head, tmp_path: Path) -> None:
+    data = ["--data.source=mnist", "--data.root", str(tmp_path / "none"), "--data.download=false"]
+    done = submit(head, "train", "digits", "--storage", str(tmp_path / "s"), *data, "--json", cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert answer_of(done)["status"] == "FAILED"
+    assert answer_of(done)["exit_code"] == 2
+    assert re.search(r"^vae-ray: data\.source mnist: file .* is missing", done.stderr, re.MULTILINE)
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"RAY_AUTH_MODE": "disabled"}, "wants a token; set RAY_AUTH_MODE=token"),
+        ({"RAY_AUTH_TOKEN": "0" * 64}, "refuses this token; set RAY_AUTH_MODE=token"),
+    ],
+)
+def test_without_the_token_nothing_is_sent(head: Head, tmp_path: Path, environment: dict[str, str], said: str) -> None:
+    done = submit(head, "train", "digits", "--storage", str(tmp_path), cwd=tmp_path, **environment)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_more_workers_than_the_cluster_has_are_refused_and_no_job_is_made(head: Head, tmp_path: Path) -> None:
+    before = jobs(head)
+    done = submit(head, "train", "digits", "--storage", str(tmp_path), "--workers.num", "64", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "workers.num: got 64 with 1 CPU each, should be at most what the cluster has room for (" in done.stderr
+    assert "for example --workers.num" in done.stderr
+    assert jobs(head) == before
+
+
+def test_ctrl_c_leaves_the_job_running_and_says_how_to_stop_it(head: Head, tmp_path: Path) -> None:
+    place = ["--address", head.dashboard, "--python", sys.executable, "--storage", str(tmp_path)]
+    command = [sys.executable, "-m", "vae_ray", "submit", "train", "digits", "--training.epochs=100000", *place]
+    following = subprocess.Popen(
+        [*command, "--workers.num=0", "--name=long", "--json"],
+        cwd=tmp_path,
+        env=dict(head.environment),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert following.stderr is not None
+    log = ""
+    while not re.search(r"^epoch +1/100000 ", log, re.MULTILINE):
+        line = following.stderr.readline()
+        assert line, log
+        log += line
+    following.send_signal(signal.SIGINT)
+    out, err = following.communicate(timeout=30)
+    assert following.returncode == 130, err
+    job_id = json.loads(out)["job_id"]
+    assert f"{job_id} goes on; stop it with: ray job stop --address {head.dashboard} {job_id}" in err
+    assert "Traceback" not in err
+    epochs = tmp_path / "long" / "metrics.jsonl"
+    before = len(epochs.read_text().splitlines())
+    time.sleep(3)
+    assert len(epochs.read_text().splitlines()) > before
+    # what the message says stops it, and leaves it the time for its last checkpoint
+    done = head.run(RAY, "job", "stop", "--address", head.dashboard, job_id)
+    assert done.returncode == 0, done.stderr
+    log = head.run(RAY, "job", "logs", "--address", head.dashboard, job_id).stdout
+    assert "vae-ray: stopped after " in log
+    assert TrainedVAE.load(tmp_path / "long").checkpoint.epoch >= 1
+
+
+def test_a_job_that_is_not_followed_goes_on_alone(head: Head, tmp_path: Path) -> None:
+    options = ["--training.epochs=1", "--workers.num=0", "--name=alone", "--no-follow", "--json"]
+    done = submit(head, "train", "digits", "--storage", str(tmp_path), *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert answer_of(done)["exit_code"] is None
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "alone" / "summary.json").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
