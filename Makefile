@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: train sweep test lint types unit ray test-system test-cluster bench clean
+.PHONY: train sweep test lint types unit ray test-system test-cluster faults faults-short soak audit bench clean
 
 train: $(INSTALLED)  ## train the digits preset data-parallel on two Ray workers
 	$(BIN)/vae-ray train digits --workers.num 2
@@ -29,6 +29,20 @@ ray: $(INSTALLED)  ## real Ray workers
 
 test-system: $(INSTALLED)  ## the HTML report in a real browser: needs Debian's chromium
 	$(BIN)/pytest -m system
+
+faults: $(INSTALLED)  ## every fault, with real kills and real Ray workers; prints the table and fails on a gap
+	VAE_RAY_FAULTS=full $(BIN)/pytest -m faults tests
+
+faults-short: $(INSTALLED)  ## the same without Ray, and a sample of the kills: under five minutes on two cores
+	VAE_RAY_FAULTS=short $(BIN)/pytest -m "faults and not ray" tests
+
+MINUTES ?= 10
+soak: $(INSTALLED)  ## random kills for MINUTES minutes; `make soak MINUTES=60 SOAK=--ray` on Ray workers too
+	$(BIN)/python -m tests.faults.soak --minutes $(MINUTES) $(SOAK)
+
+audit: $(INSTALLED)  ## known vulnerabilities of the pinned dependencies; needs a network that reaches a vulnerability service
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt pip-audit
+	$(BIN)/python -m tests.faults.audit
 
 test-cluster: $(INSTALLED)  ## Ray on hosts that are network namespaces: needs root, iproute2, openssh-server, rsync
 	$(BIN)/pytest -m cluster

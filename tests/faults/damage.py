@@ -8,6 +8,8 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from tests.faults.conftest import FORM
+
 Damage = tuple[str, Callable[[Path], None]]
 
 
@@ -45,6 +47,8 @@ def _link_to_copy(file: Path) -> None:
 
 def damages(content: bytes, *, seed: int, num_cuts: int, num_flips: int) -> Iterator[Damage]:
     """Named damages of a file with that content: cuts and flips spread over it, and one of each other kind."""
+    if FORM == "short":
+        num_cuts, num_flips = num_cuts // 4, num_flips // 4
     chance, size = random.Random(seed), len(content)
     yield from (
         (f"cut at {length} of {size}", _changed(lambda content, length=length: content[:length]))  # type: ignore[misc]

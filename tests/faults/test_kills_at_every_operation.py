@@ -84,7 +84,7 @@ def test_a_run_killed_at_any_file_operation_ends_with_the_bits_of_an_undisturbed
     expected = outcome(tmp_path / "whole" / "killed")
     assert {name for name, _ in reference.operations} >= {"open", "write", "fsync", "replace", "mkdir", "unlink"}
     survived = 0
-    cases = chosen(len(reference.operations), short_every=13)
+    cases = chosen(len(reference.operations), short_every=29)
     for number, torn in cases:
         storage = tmp_path / f"run-{number}-{torn}"
         sections = tiny(storage).to_dict()
@@ -105,6 +105,8 @@ def test_a_run_killed_at_any_file_operation_ends_with_the_bits_of_an_undisturbed
 
 
 def saved(directory: str, epoch: int, score: float) -> None:
+    if not Path(directory).exists():
+        Path(directory).mkdir(parents=True)
     model = build_vae(Experiment().model.model_copy(update={"hidden": (6,)}), (1, 4, 5), seed=epoch)
     optimizer = build_optimizer(OptimConfig(), model.parameters())
     model(torch.zeros(2, 1, 4, 5), torch.zeros(2, 20)).logits.sum().backward()

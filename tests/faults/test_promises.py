@@ -46,4 +46,7 @@ def test_every_test_that_is_named_exists(document: Path) -> None:
 
 
 def test_every_event_of_the_table_of_faults_is_promised_and_no_other() -> None:
-    assert [row[0] for row in table(DOCUMENTS[0])] == [row.text for row in rows().values()]
+    """Those that only real Ray workers can show are wanted as soon as there are such tests."""
+    with_ray = (REPOSITORY / "tests" / "faults" / "test_kills_with_ray.py").exists()
+    promised = [row[0] for row in table(DOCUMENTS[0])]
+    assert promised == [row.text for row in rows().values() if with_ray or not row.needs_ray or row.text in promised]
