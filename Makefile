@@ -25,7 +25,7 @@ unit: $(INSTALLED)  ## no Ray, about a minute
 	$(BIN)/pytest -m "not ray and not system and not faults and not cluster"
 
 ray: $(INSTALLED)  ## real Ray workers
-	$(BIN)/pytest -m ray
+	$(BIN)/pytest -m "ray and not faults"
 
 test-system: $(INSTALLED)  ## the HTML report in a real browser: needs Debian's chromium
 	$(BIN)/pytest -m system
