@@ -185,3 +185,20 @@ def test_copies_of_dead_processes_are_cleared_away_but_not_what_they_could_not_s
         path.mkdir(parents=True)
     copy_path("s3://bucket/run", "driver")
     assert [path.exists() for path in [mine, *others]] == [True, False, True, True]
+
+
+def test_a_deleted_checkpoint_goes_with_the_files_that_were_never_fetched(pair: Mirror, there: Path) -> None:
+    write(there, checkpoints__old__manifest_json="{}", checkpoints__old__weights="heavy", checkpoints__new__weights="w")
+    pair.fetch(lambda name: name.endswith("manifest.json"))
+    (pair.directory / "checkpoints" / "old" / "manifest.json").unlink()
+    pair.push()
+    assert files(there) == {"checkpoints/new/weights": b"w"}
+
+
+def test_what_a_killed_writer_began_to_send_is_deleted_and_nothing_else(pair: Mirror, there: Path) -> None:
+    write(
+        there, checkpoints__begun__weights="w", checkpoints__whole__weights="w", checkpoints__whole__manifest_json="{}"
+    )
+    write(there, images__samples="s")
+    pair.delete_incomplete("checkpoints")
+    assert set(files(there)) == {"checkpoints/whole/weights", "checkpoints/whole/manifest.json", "images/samples"}

@@ -73,6 +73,7 @@ class RunDirectory:
         with contextlib.ExitStack() as stack:
             if self.mirror is not None:
                 stack.enter_context(own_copy(self.mirror))
+                self.mirror.delete_incomplete(self.checkpoints.name)
                 stack.callback(self.mirror.close)
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             stack.enter_context(self.lock("writer").acquire(timeout=WRITER_LOCK_SECONDS))

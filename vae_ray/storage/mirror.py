@@ -142,6 +142,8 @@ class Mirror:
         with self._filesystem.open_input_stream(self.path_of(name)) as source, partial.open("wb") as sink:
             shutil.copyfileobj(source, sink, 1 << 20)
         os.utime(partial, ns=(stamp.modified_ns, stamp.modified_ns))  # by which `_has` knows it again
+        # Checksums beside the file (artifacts/seals.py) are of what this process wrote; they are not kept there.
+        file.with_name(f".{file.name}.sums").unlink(missing_ok=True)
         os.replace(partial, file)
         self._fetched.add(name)
         self._here[name] = _stamp(file)
@@ -161,6 +163,8 @@ class Mirror:
                 gone = sorted(self._here.keys() - here.keys(), key=lambda name: not name.endswith(COMMIT_FILE))
                 for name in gone:
                     self.delete(name)
+                    if name.endswith(COMMIT_FILE):  # with what was never fetched of its directory
+                        self._delete_directory(name.rpartition("/")[0])
 
     def _push_file(self, name: str, stamp: Stamp) -> None:
         try:
@@ -185,6 +189,17 @@ class Mirror:
             self._filesystem.delete_file(self.path_of(name))
         self._here.pop(name, None)
         self._fetched.discard(name)
+
+    def delete_incomplete(self, parent: str) -> None:
+        """Delete the directories in `parent` there that a killed writer began and did not complete; raises `OSError`."""
+        names = [name for name in self.listing() if name.startswith(f"{parent}/")]
+        directories = {name.rpartition("/")[0] for name in names}
+        for directory in directories - {name.rpartition("/")[0] for name in names if name.endswith(f"/{COMMIT_FILE}")}:
+            self._delete_directory(directory)
+
+    def _delete_directory(self, name: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self._filesystem.delete_dir(self.path_of(name))
 
     def write(self, name: str, content: bytes) -> None:
         """Write one file there, without a copy here."""
