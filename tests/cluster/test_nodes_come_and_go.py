@@ -31,7 +31,10 @@ class Job:
         self.run, self.log = RunDirectory(storage / name), cluster.network.shared / f"job-{time.monotonic_ns()}.log"
         entrypoint = ["python", "jobs/train.py", *RUN, "--storage", str(storage), "--name", name, *options]
         self.process: subprocess.Popen[Any] = cluster.client.start(
-            *cluster.submission(*entrypoint), env=cluster.credentials, cwd=REPOSITORY, log=self.log
+            *cluster.submission(*entrypoint),
+            env={**cluster.credentials, "PYTHONUNBUFFERED": "1"},  # the log is read while the job runs
+            cwd=REPOSITORY,
+            log=self.log,
         )
 
     @property

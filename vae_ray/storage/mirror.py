@@ -191,7 +191,7 @@ class Mirror:
         self._fetched.discard(name)
 
     def delete_incomplete(self, parent: str) -> None:
-        """Delete the directories in `parent` there that a killed writer began and did not complete; raises `OSError`."""
+        """Delete the directories in `parent` there that a killed writer began but did not complete."""
         names = [name for name in self.listing() if name.startswith(f"{parent}/")]
         directories = {name.rpartition("/")[0] for name in names}
         for directory in directories - {name.rpartition("/")[0] for name in names if name.endswith(f"/{COMMIT_FILE}")}:
