@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.storage.servers import ObjectStore
 from vae_ray import Experiment, TrainResult, train
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -23,6 +24,20 @@ def isolated_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         del os.environ["VAE_RAY_CACHE"]
     else:
         os.environ["VAE_RAY_CACHE"] = before
+
+
+@pytest.fixture(scope="session")
+def store() -> Iterator[ObjectStore]:
+    """A running S3 API server; this process and those that it starts are its clients."""
+    server = ObjectStore()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment.items():
+            patch.setenv(name, value)
+        try:
+            server.start()
+            yield server
+        finally:
+            server.stop()
 
 
 @pytest.fixture(scope="session")

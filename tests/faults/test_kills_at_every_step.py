@@ -84,6 +84,7 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bits(
     assert_same(tmp_path / "killed", undisturbed.run_dir)
 
 
+@pytest.mark.event("inside epochs")
 def test_no_step_is_computed_twice_but_those_since_the_last_save(undisturbed: TrainResult, tmp_path: Path) -> None:
     """Killed before its 12th update, the run resumes after the 9th: 15 updates are left, and not one more."""
     mine = experiment(tmp_path, "killed")

@@ -30,6 +30,8 @@ from vae_ray.training.optimization import apply_gradient, build_optimizer
 STEPS_PER_EPOCH = 14
 CPU = torch.device("cpu")
 
+pytestmark = [pytest.mark.faults, pytest.mark.event("not finite")]
+
 
 @pytest.fixture
 def small(quick: Experiment) -> Experiment:
