@@ -16,7 +16,7 @@ from vae_ray.artifacts.run_directory import RunDirectory
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(420)]
 
-EPOCHS = 40
+EPOCHS = 24
 # epochs of half a second or more, saved several times in each
 RUN = ["digits", "--training.epochs", str(EPOCHS), "--training.global-batch-size", "16", "--model.hidden", "256,128"]
 RUN += ["--training.test-every-epochs", "0", "--run.checkpoint-every-steps", "20", "--run.seed", "5"]
