@@ -1,8 +1,8 @@
 """The rooms of the package and who may import whom, read from the sources themselves.
 
-cli -> tuning -> runs -> {distributed, trained, signals} -> training -> artifacts -> objective -> {likelihoods,
-schedules} -> models -> posterior -> data -> {seeds, storage} -> config -> reading -> {errors, version}. Downwards only;
-`models` may use the posterior.
+cli -> tuning -> runs -> results -> {distributed, trained, signals} -> training -> artifacts -> objective ->
+{likelihoods, schedules} -> models -> posterior -> data -> {seeds, storage} -> config -> reading -> {errors, version}.
+Downwards only; `models` may use the posterior.
 """
 
 import ast
@@ -28,6 +28,7 @@ LAYERS = [
     {"artifacts"},
     {"training"},
     {"distributed", "trained", "signals"},
+    {"results"},
     {"runs"},
     {"tuning"},
     {"commands"},

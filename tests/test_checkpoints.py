@@ -16,6 +16,7 @@ import torch
 from vae_ray import Experiment, UserError
 from vae_ray.config import OptimConfig
 from vae_ray.models.vae import VAE, build_vae
+from vae_ray.training.checkpoint_writing import prune_checkpoints, save_checkpoint
 from vae_ray.training.checkpoints import (
     EXPERIMENT,
     FORMAT_VERSION,
@@ -26,10 +27,8 @@ from vae_ray.training.checkpoints import (
     Progress,
     best_checkpoint,
     complete_checkpoints,
-    prune_checkpoints,
     read_checkpoint,
     resumable_checkpoints,
-    save_checkpoint,
     sealed,
 )
 from vae_ray.training.optimization import build_optimizer

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from vae_ray.errors import Stopped as Stopped
     from vae_ray.errors import TrainingFailed as TrainingFailed
     from vae_ray.errors import UserError as UserError
-    from vae_ray.runs import TrainResult as TrainResult
+    from vae_ray.results import TrainResult as TrainResult
     from vae_ray.runs import train as train
     from vae_ray.trained import TrainedVAE as TrainedVAE
     from vae_ray.tuning.conclusion import SweepResult as SweepResult
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _HOME_OF = {
     "Experiment": "vae_ray.config",
     "SweepResult": "vae_ray.tuning.conclusion",
-    "TrainResult": "vae_ray.runs",
+    "TrainResult": "vae_ray.results",
     "TrainedVAE": "vae_ray.trained",
     "Stopped": "vae_ray.errors",
     "TrainingFailed": "vae_ray.errors",

@@ -7,12 +7,9 @@ runs in this process (`workers.num` 0) or in Ray Train workers, and the result i
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import logging
-import platform
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -27,15 +24,14 @@ from vae_ray.artifacts.run_directory import WRITER_LOCK_SECONDS, RunDirectory
 from vae_ray.config import Experiment, differing_fields
 from vae_ray.data.splits import Splits
 from vae_ray.errors import TrainingFailed, UserError
+from vae_ray.results import TrainResult, result_from, summarise
 from vae_ray.storage.lease import lease
-from vae_ray.storage.locations import absolute, check_writable, child, is_uri
+from vae_ray.storage.locations import absolute, check_writable, child
 from vae_ray.storage.mirror import Mirror, own_copy
-from vae_ray.trained import TrainedVAE
-from vae_ray.training.checkpoints import best_checkpoint, complete_checkpoints, resumable_checkpoints
+from vae_ray.training.checkpoints import resumable_checkpoints
 from vae_ray.training.damage import set_aside_damaged
 from vae_ray.training.fit import fit
 from vae_ray.training.group import Solo
-from vae_ray.version import VERSION
 
 logger = logging.getLogger(__name__)
 
@@ -45,38 +41,6 @@ PLACE_FIELDS = (
     *("run.checkpoint_every_steps", "training.nonfinite", "training.nonfinite_limit", "training.rollback_lr_factor"),
 )
 PLACE_SECTIONS = ("workers.",)
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What a run has come to; `to_dict` is the object that `vae-ray train --json` prints."""
-
-    run_dir: Path | str
-    """A path; of a storage that is a URI, the URI. So are the checkpoints."""
-    best_checkpoint: Path | str
-    last_checkpoint: Path | str
-    best_epoch: int
-    num_workers: int
-    nodes: list[str]
-    """Addresses of the machines of the workers that ended it, by rank."""
-    device: str
-    epochs: int
-    metrics: dict[str, float]
-    """Metrics of the best checkpoint, in nats: `train/nelbo`, `val/nelbo` if there is a validation split, ..."""
-    images_per_second: float
-    """Training images over training time, all workers and epochs together."""
-    seconds: dict[str, float]
-    """`startup` until the first step, `training` in the loop, `total`; of this call."""
-    versions: dict[str, str]
-    experiment: dict[str, Any]
-    history: list[dict[str, Any]]
-    """The lines of `metrics.jsonl`, one an epoch."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; without the history, which `metrics.jsonl` holds."""
-        fields = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
-        del fields["history"]
-        return fields
 
 
 def train(experiment: Experiment, *, resume: bool = False, quiet: bool = True) -> TrainResult:
@@ -93,7 +57,7 @@ def train(experiment: Experiment, *, resume: bool = False, quiet: bool = True) -
     preflight(experiment)
     with opened_run(experiment, resume=resume) as run:
         if resume and (summary := run.summary()):
-            return _result_from(summary, run.history())
+            return result_from(summary, run.history())
         with _writable(run):
             done_before, seconds_before = _settle(run)
         with _execution(experiment) as (device, execute):
@@ -286,66 +250,3 @@ def _comparable(old: Experiment, new: Experiment) -> tuple[Experiment, Experimen
     """Both with the old one's place, so that only what they compute is compared."""
     place = {key: value for key, value in old.flat().items() if key in PLACE_FIELDS or key.startswith(PLACE_SECTIONS)}
     return old, new.with_overrides(place)
-
-
-def summarise(
-    run: RunDirectory,
-    experiment: Experiment,
-    *,
-    device: torch.device,
-    started_at: float,
-    done_before: int,
-    seconds_before: float,
-) -> TrainResult:
-    """The result of a finished run, from its own files; evaluates the test split where no epoch did.
-
-    `done_before` epochs, and `seconds_before` of the next, were trained by earlier calls.
-    """
-    checkpoints = complete_checkpoints(run.checkpoints)
-    best = best_checkpoint(checkpoints)
-    metrics = {key: value for key, value in best.metrics.items() if "/" in key}
-    if "test/nelbo" not in metrics:
-        metrics |= TrainedVAE.load(run.located(best.path), device=device).evaluate("test")
-    history, last_attempt = run.history(), run.attempts()[-1]
-    mine = [line for line in history if line["epoch"] > done_before]
-    train_seconds = sum(line["seconds"] for line in history)  # of the lines that survived
-    num_images = sum(line["images_per_second"] * line["seconds"] for line in history)
-    return TrainResult(
-        run_dir=run.located(run.path),
-        best_checkpoint=run.located(best.path),
-        last_checkpoint=run.located(checkpoints[-1].path),
-        best_epoch=best.epoch,
-        num_workers=last_attempt["num_workers"],
-        nodes=last_attempt["nodes"],
-        device=device.type,
-        epochs=checkpoints[-1].epoch,
-        metrics=metrics,
-        images_per_second=num_images / train_seconds if train_seconds else 0.0,
-        seconds={
-            "startup": (mine[0]["started_at"] + seconds_before if mine else time.time()) - started_at,
-            "training": sum(line["seconds"] for line in mine) - seconds_before,
-            "total": time.time() - started_at,
-        },
-        versions=versions(),
-        experiment=experiment.to_dict(),
-        history=history,
-    )
-
-
-def _result_from(summary: dict[str, Any], history: list[dict[str, Any]]) -> TrainResult:
-    try:
-        keys = ("run_dir", "best_checkpoint", "last_checkpoint")
-        paths = {key: summary[key] if is_uri(summary[key]) else Path(summary[key]) for key in keys}
-        return TrainResult(**{**summary, **paths, "history": history})
-    except (KeyError, TypeError) as error:
-        raise UserError(f"summary.json: damaged ({error}); delete it and use --resume") from None
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide a run's numbers."""
-    packages = ("torch", "torchvision", "ray", "pyarrow", "safetensors")
-    return {
-        "python": platform.python_version(),
-        "vae_ray": VERSION,  # a package that travelled with a job has no metadata
-        **{name: importlib.metadata.version(name) for name in packages},
-    }

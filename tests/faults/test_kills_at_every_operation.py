@@ -20,7 +20,8 @@ from vae_ray.config import DataConfig, OptimConfig
 from vae_ray.data.arrow_store import open_split
 from vae_ray.data.sources import Digits
 from vae_ray.models.vae import build_vae
-from vae_ray.training.checkpoints import complete_checkpoints, prune_checkpoints, read_checkpoint, save_checkpoint
+from vae_ray.training.checkpoint_writing import prune_checkpoints, save_checkpoint
+from vae_ray.training.checkpoints import complete_checkpoints, read_checkpoint
 from vae_ray.training.optimization import build_optimizer
 from vae_ray.tuning.directory import SweepDirectory
 from vae_ray.tuning.leaderboard import write_best

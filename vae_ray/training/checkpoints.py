@@ -14,22 +14,17 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import io
 import json
 import os
-import shutil
 import stat
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import safetensors.torch
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from vae_ray.artifacts.durable_files import remove_directory, sync_directory, write_durably
-from vae_ray.artifacts.patient_files import patiently, reason
 from vae_ray.config import Experiment
 from vae_ray.errors import Damaged, UserError
 from vae_ray.models.vae import VAE, build_vae
@@ -41,7 +36,6 @@ from vae_ray.training.packages import (
     training_state_from,
     weights_from,
 )
-from vae_ray.version import VERSION
 
 FORMAT = "vae_ray checkpoint"
 FORMAT_VERSION = 2
@@ -56,10 +50,6 @@ MANIFEST, EXPERIMENT, WEIGHTS, TRAINING_STATE = (
 ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO)
 """Errors of a file that is not there or is none; any other may pass, as a storage that is away for a while."""
 MOST_PIXELS = 1 << 26
-
-
-class NotSaved(Exception):
-    """A checkpoint could not be written; the earlier ones are intact."""
 
 
 class Progress(NamedTuple):
@@ -206,80 +196,6 @@ def checkpoint_name(epoch: int, step: int | None = None) -> str:
     return f"epoch={epoch:04d}" if step is None else f"epoch={epoch:04d}-step={step:06d}"
 
 
-def save_checkpoint(
-    directory: Path,
-    *,
-    epoch: int,
-    model: VAE,
-    optimizer: Optimizer,
-    experiment: Experiment,
-    metrics: dict[str, float],
-    selection_metric: str,
-    step: int | None = None,
-    progress: Progress | None = None,
-) -> Checkpoint:
-    """Write `directory/epoch=NNNN` so that it either exists whole or not at all.
-
-    With `step` it is one inside the epoch, `directory/epoch=NNNN-step=NNNNNN`. While the storage is away it waits;
-    raises `NotSaved` if there is no room or no storage in the end, and leaves then what was there before.
-    """
-    state = io.BytesIO()
-    known = {key: value for key, value in (progress or Progress())._asdict().items() if value is not None}
-    torch.save({"optimizer": optimizer.state_dict(), "progress": known}, state)
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    contents = {
-        EXPERIMENT: json.dumps(experiment.to_dict(), indent=2).encode(),
-        WEIGHTS: safetensors.torch.save(weights),
-        TRAINING_STATE: state.getvalue(),
-    }
-    manifest = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "written_by": f"vae_ray {VERSION}",
-        "epoch": epoch,
-        "step": step,
-        "image_shape": list(model.image_shape),
-        "selection_metric": selection_metric,
-        "metrics": metrics,
-        "files": {
-            name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-            for name, content in contents.items()
-        },
-    }
-    contents[MANIFEST] = json.dumps(sealed(manifest), indent=2).encode()
-
-    final = directory / checkpoint_name(epoch, step)
-    try:
-        patiently(lambda: _write_whole(final, contents), where=directory)
-    except OSError as error:
-        why = reason(error, where=directory, needed_bytes=sum(map(len, contents.values())))
-        raise NotSaved(f"{final}: the checkpoint could not be written ({why})") from error
-    return read_checkpoint(final)
-
-
-def _write_whole(final: Path, contents: dict[str, bytes]) -> None:
-    partial = final.with_name(f".partial-{final.name}")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()  # without its parents: where they are missing the storage is away
-        for name, content in contents.items():
-            write_durably(partial / name, content)
-        remove_directory(final)  # an orphan of an attempt that this run repeats
-        os.replace(partial, final)
-        sync_directory(final.parent)
-    except OSError:
-        shutil.rmtree(partial, ignore_errors=True)  # it holds the space that others need
-        raise
-
-
-def copy_checkpoint(checkpoint: Checkpoint, directory: Path) -> None:
-    """Write a checkpoint's own files, each compared with its checksum, into a new `directory`."""
-    directory.mkdir(parents=True)
-    for name in checkpoint.files:
-        write_durably(directory / name, checkpoint.read(name))
-    write_durably(directory / MANIFEST, read_bytes(checkpoint.path / MANIFEST, follow_links=False))
-
-
 def read_checkpoint(path: str | Path) -> Checkpoint:
     """The checkpoint in directory `path`; raises `Damaged` if its manifest is missing or unusable.
 
@@ -394,19 +310,3 @@ def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
 def best_checkpoint(checkpoints: list[Checkpoint]) -> Checkpoint:
     """The one of lowest score; the earlier epoch on a tie."""
     return min(checkpoints, key=lambda checkpoint: (checkpoint.score, checkpoint.epoch))
-
-
-def prune_checkpoints(directory: Path, *, num_best: int) -> None:
-    """Delete all but the last and the `num_best` best checkpoints, and what killed writers left.
-
-    Of those inside epochs only one that is newer than all others is of use.
-    """
-    checkpoints = resumable_checkpoints(directory)
-    whole = [checkpoint for checkpoint in checkpoints if checkpoint.step is None]
-    by_score = sorted(whole, key=lambda checkpoint: (checkpoint.score, checkpoint.epoch))
-    kept = {checkpoint.path for checkpoint in [*by_score[:num_best], *whole[-1:], *checkpoints[-1:]]}
-    for checkpoint in checkpoints:
-        if checkpoint.path not in kept:
-            remove_directory(checkpoint.path)
-    for partial in directory.glob(".partial-*"):
-        shutil.rmtree(partial, ignore_errors=True)

@@ -27,14 +27,8 @@ from vae_ray.models.initialization import INITIALIZATIONS
 from vae_ray.models.vae import VAE, build_vae
 from vae_ray.schedules import scheduled
 from vae_ray.seeds import generator, stream
-from vae_ray.training.checkpoints import (
-    Checkpoint,
-    NotSaved,
-    Progress,
-    prune_checkpoints,
-    resumable_checkpoints,
-    save_checkpoint,
-)
+from vae_ray.training.checkpoint_writing import NotSaved, prune_checkpoints, save_checkpoint
+from vae_ray.training.checkpoints import Checkpoint, Progress, resumable_checkpoints
 from vae_ray.training.evaluation import evaluate_split
 from vae_ray.training.group import WorkerGroup, agreed, shards_of
 from vae_ray.training.interruptions import Interruptions

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vae_ray.errors import Damaged
-from vae_ray.runs import versions
+from vae_ray.results import versions
 from vae_ray.trained import TrainedVAE
 from vae_ray.tuning import leaderboard
 from vae_ray.tuning.directory import SweepDirectory

@@ -18,7 +18,8 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
-from vae_ray.training.checkpoints import Checkpoint, copy_checkpoint
+from vae_ray.training.checkpoint_writing import copy_checkpoint
+from vae_ray.training.checkpoints import Checkpoint
 from vae_ray.tuning.directory import SweepDirectory
 from vae_ray.tuning.records import TrialRecord
 

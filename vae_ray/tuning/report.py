@@ -23,7 +23,7 @@ from markupsafe import Markup
 
 from vae_ray.artifacts.durable_files import replace_durably
 from vae_ray.config import Experiment, preset_names
-from vae_ray.runs import versions
+from vae_ray.results import versions
 from vae_ray.training.checkpoints import checkpoint_name
 from vae_ray.tuning import charts
 from vae_ray.tuning.directory import SweepDirectory, json_lines
