@@ -58,7 +58,8 @@ def test_workers_at_a_uri_are_killed_with_their_driver_and_go_on(store: ObjectSt
 
 
 def test_a_sweep_at_a_uri_leaves_its_best_model_and_report_there(store: ObjectStore, tmp_path: Path) -> None:
-    options = ["--num-trials", "2", "--training.epochs", "2", "--storage", store.uri, "--name", "sweep"]
+    options = ["--num-trials", "2", "--training.epochs", "2", "--scheduler=none"]
+    options += ["--storage", store.uri, "--name", "sweep"]
     result = answer(command("sweep", "digits", *options))
     assert result["states"] == {"finished": 2}
     assert result["report"] == f"{store.uri}/sweep/report.html"
