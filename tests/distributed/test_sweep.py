@@ -112,7 +112,7 @@ def test_nothing_of_tune_is_left(swept: SweepResult) -> None:
     hidden = {path.name for path in swept.sweep_dir.iterdir() if path.name.startswith(".")}
     files = {"sweep.yaml", "trials.jsonl", "leaderboard.csv", "leaderboard.parquet", "report.html", "summary.json"}
     assert shown == {*files, "best", "trials"}
-    assert hidden <= {".driver.lock"}
+    assert hidden <= {".driver.lock", *(f".{name}.sums" for name in files)}
 
 
 def test_a_used_name_is_refused_and_resuming_a_finished_sweep_runs_nothing(swept: SweepResult) -> None:
