@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ def cluster() -> Iterator[None]:
     import vae_ray.distributed  # sets Ray's environment before Ray starts  # noqa: F401, I001
     import ray
 
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # as on a Ray that a run starts for itself
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()
@@ -39,9 +41,9 @@ def head() -> Iterator[heads.Head]:
         yield running
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def two_nodes(head: heads.Head) -> Iterator[heads.Head]:
-    """The same after a second node has joined it."""
+    """The same after a second node has joined it; not for jobs: both share a directory, of which each deletes parts."""
     with heads.second_node(head):
         yield head
 

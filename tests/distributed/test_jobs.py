@@ -56,7 +56,7 @@ def test_the_repository_is_a_small_upload(head: Head) -> None:
     assert job.returncode == 0, job.stdout + job.stderr
     lines = job.stdout.splitlines()
     assert {"vae_ray", "jobs"} <= set(lines)
-    assert {".git", ".venv", "runs", "tests", "docs"} & set(lines) == set()
+    assert {".git", ".venv", "tests", "docs"} & set(lines) == set()
     (size,) = (int(line.split()[1]) for line in lines if line.startswith("kilobytes "))
     assert size < 2000
 

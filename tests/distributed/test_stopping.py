@@ -9,21 +9,29 @@ import pytest
 
 from tests.distributed.conftest import digits
 from tests.faults.signalled import Training
-from vae_ray import train
+from vae_ray import TrainResult, train
 from vae_ray.training.checkpoints import resumable_checkpoints
 
 pytestmark = pytest.mark.ray
 
-LONG = {"training.epochs": 8, "training.global_batch_size": 4, "training.test_every_epochs": 0}
+LONG = {"training.epochs": 4, "training.global_batch_size": 8, "training.test_every_epochs": 0}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
+    """The run that nobody stops."""
+    return train(digits(tmp_path_factory.mktemp("undisturbed"), 2, name="undisturbed", **LONG))
 
 
 @pytest.mark.usefixtures("cluster")
 @pytest.mark.parametrize("by_a_terminal", [True, False], ids=["Ctrl-C", "SIGTERM"])
-def test_a_stopped_run_of_ray_workers_goes_on_to_the_same_bits(tmp_path: Path, by_a_terminal: bool) -> None:
+def test_a_stopped_run_of_ray_workers_goes_on_to_the_same_bits(
+    undisturbed: TrainResult, tmp_path: Path, by_a_terminal: bool
+) -> None:
     experiment = digits(tmp_path, 2, name="stopped", **LONG)
     training = Training(experiment, tmp_path)
     try:
-        training.wait_for_epoch(2)
+        training.wait_for_epoch(1)
         # a terminal sends Ctrl-C to all of the foreground's processes, Ray's and the workers included
         which = signal.SIGINT if by_a_terminal else signal.SIGTERM
         code, seconds, said = training.ends_after(which, whole_group=by_a_terminal)
@@ -34,12 +42,11 @@ def test_a_stopped_run_of_ray_workers_goes_on_to_the_same_bits(tmp_path: Path, b
     newest = resumable_checkpoints(training.run.checkpoints)[-1]
     assert newest.step is not None, said
     assert (
-        f"stopped after step {newest.step} of 321 of epoch {newest.epoch}; go on with --resume --name stopped" in said
+        f"stopped after step {newest.step} of 161 of epoch {newest.epoch}; go on with --resume --name stopped" in said
     )
     assert seconds < 10
 
     resumed = train(experiment, resume=True)
-    undisturbed = train(digits(tmp_path, 2, name="undisturbed", **LONG))
     for name in ("weights.safetensors", "training_state.pt"):
         assert (resumed.last_checkpoint / name).read_bytes() == (undisturbed.last_checkpoint / name).read_bytes()
     assert resumed.metrics == undisturbed.metrics

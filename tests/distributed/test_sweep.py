@@ -306,7 +306,7 @@ def test_a_second_driver_is_refused_while_the_first_runs(tmp_path: Path) -> None
 
     with once((tmp_path / "busy" / "trials.jsonl").exists, start_another):
         sweep(experiment, search=SPACE, num_trials=2)
-    assert refusals == ["run.name: sweep 'busy' is running right now; choose another --name"]
+    assert refusals == ["run.name: 'busy' is running right now; choose another --name"]
 
 
 def test_trials_of_two_workers_train_on_a_nested_group(tmp_path: Path, swept: SweepResult) -> None:
