@@ -70,7 +70,9 @@ def summarise(
     metrics = {key: value for key, value in best.metrics.items() if "/" in key}
     if "test/nelbo" not in metrics:
         metrics |= TrainedVAE.load(run.located(best.path), device=device).evaluate("test")
-    history, last_attempt = run.history(), run.attempts()[-1]
+    # where the storage did not take the attempts, what was asked for stands for what was had
+    last_attempt = ([{"num_workers": experiment.workers.most, "nodes": []}] + run.attempts())[-1]
+    history = run.history()
     mine = [line for line in history if line["epoch"] > done_before]
     train_seconds = sum(line["seconds"] for line in history)  # of the lines that survived
     num_images = sum(line["images_per_second"] * line["seconds"] for line in history)
@@ -79,7 +81,7 @@ def summarise(
         best_checkpoint=run.located(best.path),
         last_checkpoint=run.located(checkpoints[-1].path),
         best_epoch=best.epoch,
-        num_workers=last_attempt["num_workers"],
+        num_workers=last_attempt["num_workers"] if experiment.workers.most else 0,
         nodes=last_attempt["nodes"],
         device=device.type,
         epochs=checkpoints[-1].epoch,
