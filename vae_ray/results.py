@@ -71,7 +71,7 @@ def summarise(
     if "test/nelbo" not in metrics:
         metrics |= TrainedVAE.load(run.located(best.path), device=device).evaluate("test")
     # where the storage did not take the attempts, what was asked for stands for what was had
-    last_attempt = ([{"num_workers": experiment.workers.most, "nodes": []}] + run.attempts())[-1]
+    last_attempt = [{"num_workers": experiment.workers.most, "nodes": []}, *run.attempts()][-1]
     history = run.history()
     mine = [line for line in history if line["epoch"] > done_before]
     train_seconds = sum(line["seconds"] for line in history)  # of the lines that survived
