@@ -75,6 +75,7 @@ def promised(ended: Ended) -> list[int]:
     return [int(match[1]) for path in renamed if (match := re.search(r"/epoch=(\d+)$", path))]
 
 
+@pytest.mark.timeout(3600)  # in the full form every operation, twice
 def test_a_run_killed_at_any_file_operation_ends_with_the_bits_of_an_undisturbed_one(
     tmp_path: Path, fault_counts: Count
 ) -> None:
