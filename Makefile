@@ -21,7 +21,7 @@ lint: $(INSTALLED)
 types: $(INSTALLED)
 	$(BIN)/mypy
 
-unit: $(INSTALLED)  ## no Ray, about a minute
+unit: $(INSTALLED)  ## no Ray, some four minutes on two cores
 	$(BIN)/pytest -m "not ray and not system and not faults and not cluster"
 
 ray: $(INSTALLED)  ## real Ray workers
