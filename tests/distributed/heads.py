@@ -75,10 +75,13 @@ def head(*, token: bool = True, num_cpus: int = 2) -> Iterator[Head]:
 @contextlib.contextmanager
 def second_node(first: Head, *, num_cpus: int = 1) -> Iterator[None]:
     """Another node of that cluster, on the same machine."""
-    script = "import ray, sys; ray.init('auto', logging_level='ERROR'); sys.exit(len(ray.nodes()) < 2)"
-    with _node([f"--address={first.gcs}", f"--num-cpus={num_cpus}", "--node-ip-address=127.0.0.1"], first.environment):
+    name = f"second-{secrets.token_hex(4)}"
+    look = "import ray, sys; ray.init('auto', logging_level='ERROR'); "
+    look += "sys.exit((sys.argv[1], True) not in [(node['NodeName'], node['Alive']) for node in ray.nodes()])"
+    options = [f"--address={first.gcs}", f"--num-cpus={num_cpus}", "--node-ip-address=127.0.0.1", f"--node-name={name}"]
+    with _node(options, first.environment):
         deadline = time.monotonic() + 60
-        while first.run(sys.executable, "-c", script, RAY_ADDRESS=first.gcs).returncode:
+        while first.run(sys.executable, "-c", look, name, RAY_ADDRESS=first.gcs).returncode:
             assert time.monotonic() < deadline, "the second node did not join"
         yield
 

@@ -9,6 +9,7 @@ import pytest
 
 from tests.distributed.conftest import digits
 from vae_ray import TrainedVAE, TrainingFailed, TrainResult, UserError, train
+from vae_ray.artifacts.run_directory import RunDirectory
 
 pytestmark = pytest.mark.ray
 
@@ -58,10 +59,17 @@ def test_the_result_says_how_many_workers_computed_it(trained_by: Callable[[int]
 
 
 @pytest.mark.usefixtures("cluster")
-def test_a_loss_that_is_not_finite_fails_with_its_reason_and_keeps_no_checkpoint_of_it(tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_is_warned_of_and_fails_at_last_and_keeps_no_checkpoint_of_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    policy = {"optim.lr": 1e30, "training.nonfinite": "skip", "training.nonfinite_limit": 1}
     with pytest.raises(TrainingFailed, match=r"epoch 1, step \d+ of 21: the loss or its gradient is .*--optim\.lr"):
-        train(digits(tmp_path, 2, name="diverges", **{"optim.lr": 1e30}))
+        train(digits(tmp_path, 2, name="diverges", **policy), quiet=False)
     assert list((tmp_path / "diverges" / "checkpoints").glob("epoch=*")) == []
+    # what a worker warns of, people see in the driver's terminal
+    said = [line for line in capsys.readouterr().err.splitlines() if "skipped (1 of at most 1 times)" in line]
+    assert said == RunDirectory(tmp_path / "diverges").warnings()
+    assert len(said) == 1
 
 
 @pytest.mark.usefixtures("cluster")

@@ -102,7 +102,7 @@ def test_a_disk_full_for_some_epochs_costs_their_checkpoints_and_pictures_only(
 ) -> None:
     mine, filler = experiment(disk), Filler(disk)
     run = run_of(mine)
-    epochs = fit_epochs(mine, run.path, Solo(CPU))
+    epochs = fit_epochs(mine, run.path, Solo(CPU), keep_warnings=True)
     next(epochs)
     before = complete_checkpoints(run.checkpoints)
     filler.fill(leave_bytes=leave_bytes)
@@ -124,6 +124,7 @@ def test_a_disk_full_for_some_epochs_costs_their_checkpoints_and_pictures_only(
     assert " free" in not_saved[0]
     assert "training goes on" in not_saved[0]
     assert len(said) <= 3, "one of metrics, pictures or events, and one a checkpoint"
+    assert run.warnings() == said, "for the driver of a Ray worker"
 
 
 @pytest.mark.event("disk full")

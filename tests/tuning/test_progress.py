@@ -80,12 +80,14 @@ def test_off_a_terminal_every_end_is_one_line_and_the_sweep_another() -> None:
         run_epochs(view, "0000", 4, best=30.5, **{"optim.lr": 0.001, "model.latent_dim": 20})
         view.ended("0000", "finished", "", 4)
         run_epochs(view, "0001", 2, best=41.25)
+        view.warned("0001", "disk full: 5 bytes needed, 0 free; training goes on")
         view.ended("0001", "stopped", "", 2)
         run_epochs(view, "0002", 1, best=3.0)
         view.ended("0002", "diverged", "epoch 2: the loss is not finite; try a smaller --optim.lr", 1)
         view.ended("0003", "killed", "its process died", 0)
     assert written.getvalue().splitlines() == [
         "trial 0000  finished  val/nelbo 30.50  lr=0.001  latent_dim=20",
+        "trial 0001  disk full: 5 bytes needed, 0 free; training goes on",
         "trial 0001  stopped after epoch 2  val/nelbo 41.25",
         "trial 0002  diverged after epoch 1  epoch 2: the loss is not finite; try a smaller --optim.lr",
         "trial 0003  killed after epoch 0  its process died",

@@ -32,7 +32,7 @@ class ProgressView:
         self._last_shown = max((line["epoch"] for line in run.history()), default=0)
         self._read_bytes = 0
         self._next_fetch = 0.0
-        self._attempts_shown = len(run.attempts())
+        self._attempts_shown, self._warnings_shown = len(run.attempts()), len(run.warnings())
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="progress", daemon=True)
         self._bar = Progress(
@@ -69,10 +69,14 @@ class ProgressView:
         if mirror is not None and (is_last or time.monotonic() >= self._next_fetch):
             self._next_fetch = time.monotonic() + FETCH_SECONDS
             with contextlib.suppress(OSError):
-                mirror.fetch(lambda name: name in (self._run.metrics_file.name, self._run.attempts_file.name))
+                shown = (self._run.metrics_file, self._run.attempts_file, self._run.warnings_file)
+                mirror.fetch(lambda name: name in [file.name for file in shown])
 
     def _show(self) -> None:
         self._fetch(is_last=self._stop.is_set())
+        for warning in self._run.warnings()[self._warnings_shown :]:
+            self._warnings_shown += 1
+            self._console.print(warning, soft_wrap=True, markup=False, emoji=False)
         for attempt in self._run.attempts()[self._attempts_shown :]:
             self._attempts_shown += 1
             if self._attempts_shown > 1:

@@ -109,6 +109,11 @@ class RunDirectory:
         """One JSON object for each time that workers began or went on with the run."""
         return self.path / "attempts.jsonl"
 
+    @property
+    def warnings_file(self) -> Path:
+        """One JSON object for each warning of a Ray worker or trial; there is none without a warning."""
+        return self.path / "warnings.jsonl"
+
     def request_stop(self) -> None:
         """Ask whoever trains here to write a checkpoint and stop; raises `OSError`."""
         if self.mirror is not None:
@@ -189,6 +194,10 @@ class RunDirectory:
     def attempts(self) -> list[dict[str, Any]]:
         """The lines of `attempts.jsonl`, oldest first."""
         return sealed_lines(self.attempts_file)
+
+    def warnings(self) -> list[str]:
+        """What Ray workers or a trial have warned of, oldest first."""
+        return [str(line.get("warning")) for line in sealed_lines(self.warnings_file)]
 
     def append_attempt(self, **attempt: Any) -> None:
         """Write down that workers begin: `started_at`, `num_workers`, `nodes` and `pids` by rank, and from where on.

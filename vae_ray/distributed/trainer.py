@@ -163,7 +163,7 @@ def _train_worker(config: dict[str, Any]) -> tuple[str, str] | None:
 
     with contextlib.closing(RayWorkers()) as group:
         try:
-            for result in fit_epochs(experiment, location, group):
+            for result in fit_epochs(experiment, location, group, keep_warnings=True):
                 report(result)
         except tuple(AGREED.values()) as error:
             return type(error).__name__, str(error)

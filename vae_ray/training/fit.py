@@ -11,6 +11,7 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from vae_ray.artifacts.kept_warnings import kept_warnings
 from vae_ray.artifacts.run_directory import RunDirectory
 from vae_ray.config import Experiment
 from vae_ray.training.checkpoints import checkpoint_name
@@ -36,13 +37,15 @@ def fit(experiment: Experiment, location: str | Path, group: WorkerGroup) -> Non
         pass
 
 
-def fit_epochs(experiment: Experiment, location: str | Path, group: WorkerGroup) -> Generator[EpochResult, None, None]:
+def fit_epochs(
+    experiment: Experiment, location: str | Path, group: WorkerGroup, *, keep_warnings: bool = False
+) -> Generator[EpochResult, None, None]:
     """Train epoch by epoch, going on from the run's newest complete checkpoint; yields after each epoch.
 
     `location` is the run's directory or URI. All ranks iterate with equal arguments; rank 0 alone reads and writes the
     run. Whoever stops early closes the generator: that ends the run's files properly and lets go of its directory, and
     a later call goes on from there. Raises `Stopped` on all ranks, after a checkpoint, once there is a file `.stop` in
-    the run's directory.
+    the run's directory. `keep_warnings` leaves rank 0's in the run's directory too, for a driver elsewhere.
     """
     run = RunDirectory.at(location, role="writer") if group.rank == 0 else RunDirectory(Path(location))
     with contextlib.ExitStack() as stack:
@@ -51,6 +54,8 @@ def fit_epochs(experiment: Experiment, location: str | Path, group: WorkerGroup)
         def open_for_writing() -> None:
             if group.rank == 0:
                 stack.enter_context(run.open_for_writing())
+                if keep_warnings:
+                    stack.enter_context(kept_warnings(run.warnings_file))
                 set_aside_damaged(run)
 
         agreed(group, open_for_writing)

@@ -76,6 +76,10 @@ class SweepView:
             self._last_status = time.monotonic()
             self._console.print(self._status(), soft_wrap=True, markup=False, emoji=False)
 
+    def warned(self, name: str, warning: str) -> None:
+        """A trial has warned of something."""
+        self._console.print(f"trial {name}  {warning}", soft_wrap=True, markup=False, emoji=False)
+
     def ended(self, name: str, state: str, reason: str, epoch: int) -> None:
         """A trial has come to its end, in whatever state."""
         with self._lock:

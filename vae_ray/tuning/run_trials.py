@@ -82,7 +82,7 @@ def run_trials(
             quiet=quiet,
         ) as view,
     ):
-        watch = Watch(directory, view, lambda overrides: experiment.with_overrides(overrides).training.epochs)
+        watch = Watch(directory, view, lambda overrides: experiment.with_overrides(overrides).training.epochs, records)
         tuner = tune.Tuner(
             _trainable(directory, experiment, device),
             # Tune wants the keys of given configurations declared
@@ -105,7 +105,8 @@ def run_trials(
         for name in ("ray.tune", "ray.train"):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # failures are told once, by the view
         tuner.fit()
-    directory.fetch()
+        directory.fetch()
+        watch.all_ended()
     _clear_away(directory)
     if any(record.state == "pending" for record in read_trials(directory)):
         raise KeyboardInterrupt

@@ -107,7 +107,7 @@ class TrialLoop(tune.Trainable):  # type: ignore[misc]
         self._run.path.mkdir(parents=True, exist_ok=True)
         self._run.write_experiment(self._experiment)
         self._run.publish(self._run.experiment_file)
-        return fit_epochs(self._experiment, self._run.location, Solo(self._device))
+        return fit_epochs(self._experiment, self._run.location, Solo(self._device), keep_warnings=True)
 
     def _close(self) -> None:
         if self._epochs is not None:
