@@ -146,9 +146,10 @@ def _map(file: Path) -> Split | None:
         # The mapping lives as long as the arrays that point into it.
         table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
         table.validate(full=True)
-        # Written as one batch, so the only chunk is the whole column, still in the mapped file; no copy is made.
-        column, labels = table["pixels"].chunk(0), table["label"].chunk(0).to_numpy()
-        pixels = column.storage.flatten().to_numpy().reshape(-1, *column.type.shape)
+        # Written as one batch, so the only chunk is the whole column, still in the mapped file; no copy is made. (Nor
+        # does DLPack import pandas, as Arrow's to_numpy() does.)
+        column, labels = table["pixels"].chunk(0), np.from_dlpack(table["label"].chunk(0))
+        pixels = np.from_dlpack(column.storage.flatten()).reshape(-1, *column.type.shape)
         if pixels.dtype != np.uint8 or pixels.ndim != 4 or labels.dtype != np.int64 or len(labels) != len(pixels):
             raise ValueError(f"pixels {pixels.dtype} {pixels.shape}, labels {labels.dtype} {labels.shape}")
     except (pa.ArrowException, KeyError, IndexError, ValueError, AttributeError) as error:

@@ -1,4 +1,4 @@
-"""The worker group of Ray Train: rank, device, sums over workers and DDP with gradients that add up."""
+"""The worker group of Ray Train: rank, device, and sums over workers, those of gradients too."""
 
 import os
 from typing import cast
@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from vae_ray.distributed.gradient_sum import sum_after_backward
 from vae_ray.distributed.shared_memory import SharedMemorySum
 from vae_ray.training.group import Value
 
@@ -27,16 +28,14 @@ class RayWorkers:
     def wrap(self, model: nn.Module) -> nn.Module:
         if self.size == 1:
             return model
+        if self.device.type == "cpu":
+            sum_after_backward(model.parameters(), self._sum_on_cpus)
+            return model
         parallel = ray.train.torch.prepare_model(
             model,
-            parallel_strategy_kwargs={
-                "gradient_as_bucket_view": True,
-                "broadcast_buffers": False,  # the models have none
-                # one bucket: workers on CPUs have no second engine that could overlap sums with products
-                "bucket_cap_mb": 1024 if self.device.type == "cpu" else None,
-            },
+            parallel_strategy_kwargs={"gradient_as_bucket_view": True, "broadcast_buffers": False},  # there are none
         )
-        parallel.register_comm_hook(self, _sum_gradients)
+        parallel.register_comm_hook(None, _sum_bucket)
         return parallel
 
     def sum(self, values: Tensor) -> Tensor:
@@ -65,18 +64,14 @@ class RayWorkers:
             return False
         return ray.train.get_preemption_info() is not None
 
-    def sum_bucket(self, gradients: Tensor) -> torch.futures.Future[Tensor]:
-        """Sum one bucket of gradients over the group, in place."""
-        if self.device.type == "cpu" and self._one_node:
-            if self._shared_sum is None or self._shared_sum.capacity < gradients.numel():
-                self.close()
+    def _sum_on_cpus(self, gradients: Tensor) -> None:
+        """Sum all gradients over the group, in place."""
+        if self._one_node:
+            if self._shared_sum is None:
                 self._shared_sum = SharedMemorySum(self.rank, self.size, gradients.numel())
             self._shared_sum(gradients)
-            done: torch.futures.Future[Tensor] = torch.futures.Future()
-            done.set_result(gradients)
-            return done
-        work = dist.all_reduce(gradients, async_op=True)
-        return work.get_future().then(lambda future: future.value()[0])
+        else:
+            dist.all_reduce(gradients)
 
     def close(self) -> None:
         """Let go of shared memory."""
@@ -84,9 +79,10 @@ class RayWorkers:
 
 
 # Evaluated annotations: torch looks at them when the hook is registered.
-def _sum_gradients(
-    group: RayWorkers,
+def _sum_bucket(
+    _: None,
     bucket: dist.GradBucket,  # type: ignore[name-defined]
 ) -> torch.futures.Future[Tensor]:
     # DDP's own reduction divides by the number of workers; ours are already parts of the global mean.
-    return group.sum_bucket(bucket.buffer())
+    work = dist.all_reduce(bucket.buffer(), async_op=True)
+    return work.get_future().then(lambda future: future.value()[0])

@@ -71,8 +71,9 @@ def train_epoch(
             parameter.grad = None
         # The mean over the global batch: shards add up to it, whatever their sizes.
         loss = loss_sum / global_size
-        # Times 1, or NaN where the loss is not finite: that poisons the sum of gradients, so all workers know.
-        loss.backward(1 + 0 * loss.detach())
+        # Times 1, or NaN where the loss is not finite: that poisons the sum of gradients, so all workers know. (As an
+        # argument of backward() it would be checked with sympy, whose import takes longer than a short run.)
+        (loss * (1 + 0 * loss.detach())).backward()
         if apply_gradient(optimizer, lr=lr, grad_clip=grad_clip):
             sums.add(terms, loss_sum)
         else:

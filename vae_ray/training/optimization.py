@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable
 
@@ -12,10 +13,33 @@ from torch.optim import Optimizer
 from vae_ray.config import OptimConfig
 from vae_ray.schedules import scheduled
 
-OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
-    "adam": torch.optim.Adam,
-    "adamw": torch.optim.AdamW,
-}
+
+class WithoutCompiler(Optimizer):
+    """torch's optimizers as they are, without a start of torch's compiler.
+
+    torch marks these methods for `torch.compile`, and to do so imports it at their first call: 1,600 modules and three
+    seconds of a processor, in each process that trains. Nothing is compiled here; below are the methods themselves.
+    """
+
+    add_param_group = inspect.unwrap(Optimizer.add_param_group)
+    state_dict = inspect.unwrap(Optimizer.state_dict)
+    load_state_dict = inspect.unwrap(Optimizer.load_state_dict)
+    zero_grad = inspect.unwrap(Optimizer.zero_grad)
+
+
+class Adam(WithoutCompiler, torch.optim.Adam):
+    """Kingma & Ba 2014, arXiv:1412.6980."""
+
+    step = torch.no_grad()(inspect.unwrap(torch.optim.Adam.step))
+
+
+class AdamW(WithoutCompiler, torch.optim.AdamW):
+    """Loshchilov & Hutter 2017, arXiv:1711.05101."""
+
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+
+
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"adam": Adam, "adamw": AdamW}
 
 
 def build_optimizer(config: OptimConfig, parameters: Iterable[nn.Parameter]) -> Optimizer:
