@@ -1,8 +1,6 @@
 """`python -m vae_ray` is `vae-ray`."""
 
-import sys
-
-from vae_ray.cli import main
+from vae_ray.cli import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

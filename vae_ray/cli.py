@@ -11,12 +11,13 @@ import contextlib
 import difflib
 import json
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from vae_ray import commands
+from vae_ray import commands, signals
 from vae_ray.errors import Stopped, TrainingFailed, UserError
 
 FLAGS = {
@@ -30,6 +31,14 @@ FLAGS = {
 DESCRIPTION = "Train variational autoencoders on Ray: on a laptop, in local processes and on a cluster."
 
 
+def run(argv: Sequence[str] | None = None) -> NoReturn:
+    """A process of this command line: `main`, after whose answer a late signal changes the exit code no more."""
+    code = main(argv)
+    for each in signals.SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
+    sys.exit(code)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -41,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"--{next(iter(overrides))}: only {' and '.join(FLAGS)} take the Experiment's keys")
         options.overrides = overrides
         # libraries print to stdout as they please; ours is for the answer alone
-        with contextlib.redirect_stdout(sys.stderr):
+        with contextlib.redirect_stdout(sys.stderr), signals.sigterm_as_ctrl_c():
             answer = options.run(options)
     except UserError as error:
         return _fail(error, code=2)

@@ -8,10 +8,10 @@ import signal
 import threading
 from collections.abc import Iterator
 from types import FrameType
+from typing import TYPE_CHECKING
 
-import filelock
-
-from vae_ray.artifacts.run_directory import RunDirectory
+if TYPE_CHECKING:
+    from vae_ray.artifacts.run_directory import RunDirectory
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SAID = b"vae-ray: stopping after a checkpoint; once more to stop at once\n"
@@ -21,10 +21,10 @@ SAID = b"vae-ray: stopping after a checkpoint; once more to stop at once\n"
 def stopping(run: RunDirectory) -> Iterator[None]:
     """In its body the first signal asks those who train in `run` to stop; the second raises `KeyboardInterrupt`.
 
-    So does the first where nobody trains yet: there is nothing to save. Enter it after `ray.init`, which sets handlers
-    of its own. No effect outside the main thread, the only one that may set handlers.
+    So does the first where nobody trains yet: there is nothing to save. No effect outside the main thread, the only one
+    that may set handlers.
     """
-    if threading.current_thread() is not threading.main_thread():
+    if not _is_main_thread():
         yield
         return
     was_asked = False
@@ -49,10 +49,44 @@ def stopping(run: RunDirectory) -> Iterator[None]:
             signal.signal(each, handler)
 
 
+@contextlib.contextmanager
+def sigterm_as_ctrl_c() -> Iterator[None]:
+    """In its body SIGTERM does what SIGINT does."""
+    if not _is_main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def handlers_kept() -> Iterator[None]:
+    """After its body this process has its own handlers again: `ray.init` sets others, which abort at SIGTERM."""
+    if not _is_main_thread():
+        yield
+        return
+    before = {each: signal.getsignal(each) for each in SIGNALS}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            if callable(handler):
+                signal.signal(each, handler)
+
+
+def _is_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
 def _someone_trains(run: RunDirectory) -> bool:
     """Whether rank 0, in this process or in another, holds the run's directory; of a URI that is not known."""
     if run.mirror is not None:
         return True
+    import filelock  # here, because the command line imports this module before it knows what it will do
+
     try:
         with run.lock("writer").acquire(blocking=False):
             return False

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.distributed import heads
+from tests.storage.servers import ObjectStore
 from vae_ray import Experiment, TrainResult, train
 
 # 1281 = 20 * 64 + 1 training images: the last batch of an epoch leaves all workers but one an empty shard.
@@ -23,8 +24,8 @@ DIGITS = {
 
 
 @pytest.fixture(scope="session")
-def cluster() -> Iterator[None]:
-    """Ray with four logical CPUs, whatever the machine has: three workers must fit."""
+def cluster(store: ObjectStore) -> Iterator[None]:
+    """Ray with four logical CPUs, whatever the machine has: three workers must fit. Its workers may use `store`."""
     import vae_ray.distributed  # sets Ray's environment before Ray starts  # noqa: F401, I001
     import ray
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,21 +26,30 @@ class Ended(NamedTuple):
 
 
 class Training:
-    """`vae-ray train` of an experiment, with `--resume`."""
+    """`vae-ray train` of an experiment, or another `command`, with `--resume` and with more `environment`."""
 
-    def __init__(self, experiment: Experiment, directory: Path) -> None:
+    def __init__(
+        self, experiment: Experiment, directory: Path, *, command: Sequence[str] = ("train",), **environment: str
+    ) -> None:
         self.run = RunDirectory(Path(experiment.run.storage) / str(experiment.run.name))
         file = directory / "experiment.yaml"
         file.write_text(experiment.to_yaml())
-        command = [sys.executable, "-m", "vae_ray", "train", str(file), "--resume"]
+        name, *options = command
+        process = [sys.executable, "-m", "vae_ray", name, str(file), "--resume", *options]
         self._log = directory / "stderr.txt"
         with self._log.open("wb") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+            self.process = subprocess.Popen(
+                process, env={**os.environ, **environment}, stdout=log, stderr=log, start_new_session=True
+            )
 
-    def wait_for_epoch(self, epoch: int, *, timeout_seconds: float = 120) -> None:
+    def wait_for_epoch(self, epoch: int) -> None:
         """Return once some steps of that epoch are done."""
+        self.wait_until(lambda: self._epoch_begun() >= epoch)
+
+    def wait_until(self, condition: Callable[[], bool], *, timeout_seconds: float = 120) -> None:
+        """Return once `condition` holds; the process must live so long."""
         deadline = time.monotonic() + timeout_seconds
-        while self._epoch_begun() < epoch:
+        while not condition():
             assert self.process.poll() is None, self._log.read_text()
             assert time.monotonic() < deadline, self._log.read_text()
             time.sleep(0.01)

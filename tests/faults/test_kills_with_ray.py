@@ -1,6 +1,6 @@
 """Real Ray workers, killed and stopped at any moment: the group starts again and ends with the same bits.
 
-Kills of the driver are in tests/distributed/test_driver_kill.py, of whole nodes in tests/cluster.
+Kills of the driver are in tests/distributed/test_driver_ends.py, of whole nodes in tests/cluster.
 """
 
 from __future__ import annotations

@@ -44,4 +44,4 @@ def test_two_signals_end_a_run_at_once(long: Experiment, tmp_path: Path, which: 
     code, seconds, said = training.ends_after(which, which)
     assert code == 130
     assert seconds < 10
-    assert "interrupted; go on with --resume" in said
+    assert "go on with --resume" in said, "at once, or it had stopped already"

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 import ray
 import torch
 
+from vae_ray import signals
 from vae_ray.config import Experiment
 from vae_ray.distributed.autoscaling import possible_nodes
 from vae_ray.distributed.nodes import check_storage, room
@@ -60,13 +61,14 @@ def _init(*, is_local: bool, dashboard: bool) -> None:
         # one process fewer beside the workers: no one takes this machine's only node away
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     try:
-        ray.init(
-            address="local" if is_local else None,  # None reads RAY_ADDRESS
-            num_cpus=_num_cpus() if is_local else None,
-            include_dashboard=dashboard if is_local else None,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+        with signals.handlers_kept():
+            ray.init(
+                address="local" if is_local else None,  # None reads RAY_ADDRESS
+                num_cpus=_num_cpus() if is_local else None,
+                include_dashboard=dashboard if is_local else None,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
     except (ConnectionError, OSError, RuntimeError, ValueError) as error:
         address = os.environ.get("RAY_ADDRESS", "local")
         reason = " ".join(str(error).split())[:200]
