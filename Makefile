@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+TWO := --numprocesses=2 --dist=worksteal
 
 .PHONY: train sweep test lint types unit ray test-system test-cluster faults faults-short soak audit bench clean
 
@@ -21,8 +22,8 @@ lint: $(INSTALLED)
 types: $(INSTALLED)
 	$(BIN)/mypy
 
-unit: $(INSTALLED)  ## no Ray, some four minutes on two cores
-	$(BIN)/pytest -m "not ray and not system and not faults and not cluster"
+unit: $(INSTALLED)  ## no Ray, under three minutes on two cores
+	$(BIN)/pytest $(TWO) -m "not ray and not system and not faults and not cluster"
 
 ray: $(INSTALLED)  ## real Ray workers
 	$(BIN)/pytest -m "ray and not faults"
@@ -31,10 +32,10 @@ test-system: $(INSTALLED)  ## the HTML report in a real browser: needs Debian's 
 	$(BIN)/pytest -m system
 
 faults: $(INSTALLED)  ## every fault, with real kills and real Ray workers; prints the table and fails on a gap
-	VAE_RAY_FAULTS=full $(BIN)/pytest -m faults tests
+	VAE_RAY_FAULTS=full $(BIN)/pytest tests/faults
 
 faults-short: $(INSTALLED)  ## the same without Ray, and a sample of the kills: under five minutes on two cores
-	VAE_RAY_FAULTS=short $(BIN)/pytest -m "faults and not ray" tests
+	VAE_RAY_FAULTS=short $(BIN)/pytest $(TWO) -m "not ray" tests/faults
 
 MINUTES ?= 10
 soak: $(INSTALLED)  ## random kills for MINUTES minutes; `make soak MINUTES=60 SOAK=--ray` on Ray workers too
@@ -45,7 +46,7 @@ audit: $(INSTALLED)  ## known vulnerabilities of the pinned dependencies; needs 
 	$(BIN)/python -m tests.faults.audit
 
 test-cluster: $(INSTALLED)  ## Ray on hosts that are network namespaces: needs root, iproute2, openssh-server, rsync
-	$(BIN)/pytest -m cluster
+	$(BIN)/pytest --numprocesses=2 --dist=loadfile tests/cluster
 
 bench: $(INSTALLED)  ## the README's numbers; wants an idle machine and MNIST in ../shared/data
 	$(BIN)/python -m benchmarks.throughput

@@ -14,6 +14,8 @@ from tests.cluster.hosts import Host, Network, describe
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 GCS_PORT, DASHBOARD_PORT = 6379, 8265
+SOON_DEAD = {"RAY_health_check_period_ms": "1000", "RAY_health_check_failure_threshold": "3"}
+"""A node that is gone is found out after seconds; at Ray's defaults it takes some twenty."""
 # prints what the dashboard answers; the token comes from the environment as for every client
 GET = """
 import os, sys, urllib.request
@@ -77,7 +79,7 @@ class RayNodes:
             "--object-store-memory=100000000",
         ]
         command = ["ray", "start", "--block", *role, *options, *more]
-        host.start(*command, env=self.credentials, log=self.log(host))
+        host.start(*command, env={**self.credentials, **SOON_DEAD}, log=self.log(host))
         if host not in self.nodes:
             self.nodes.append(host)
 

@@ -82,7 +82,7 @@ def test_a_sweep_makes_nodes_come_and_idle_ones_go(network: Network) -> None:
     options = ["--num-trials=3", "--training.epochs=2", "--scheduler=none", "--storage", str(storage), "--name=grown"]
     log = network.shared / "sweep.log"
     user = {**cluster.credentials, "RAY_ADDRESS": f"{head.address}:{GCS_PORT}"}
-    sweep = head.start("python", "-m", "vae_ray", "sweep", "digits", *options, log=log, env=user)
+    sweep = head.start("python", str(REPOSITORY / "jobs" / "sweep.py"), "digits", *options, log=log, env=user)
     most = 1
     while sweep.poll() is None:
         most = max(most, cluster.num_alive())

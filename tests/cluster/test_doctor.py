@@ -106,11 +106,7 @@ def submit(two_nodes: RayNodes, *arguments: str) -> tuple[int, str, str]:
     return done.returncode, done.stdout, done.stderr
 
 
-def test_submit_trains_on_both_hosts_and_refuses_a_storage_that_they_do_not_share(two_nodes: RayNodes) -> None:
-    workers = ["train", "digits", "--workers.num", "2", "--training.epochs", "1"]
-    code, _, log = submit(two_nodes, *workers, "--storage", "/tmp/runs")
+def test_submit_refuses_a_storage_that_the_hosts_do_not_share(two_nodes: RayNodes) -> None:
+    code, _, log = submit(two_nodes, "train", "digits", "--workers.num", "2", "--storage", "/tmp/runs")
     assert code == 2, log
     assert "vae-ray: run.storage: got '/tmp/runs', which not all nodes of the cluster share" in log
-    code, answer, log = submit(two_nodes, *workers, "--storage", str(two_nodes.network.shared / "sent"), "--json")
-    assert code == 0, log
-    assert json.loads(answer)["status"] == "SUCCEEDED"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -32,7 +33,11 @@ def test_a_job_from_a_third_place_trains_mnist_on_both_nodes(two_nodes: RayNodes
         assert decoded, f"no worker has read MNIST on {host.name}"
     trained = TrainedVAE.load(storage / "mnist")
     assert trained.checkpoint.epoch == 1
-    assert trained.evaluate("test")["test/nelbo"] < 250
+    nelbo = trained.evaluate("test")["test/nelbo"]
+    assert nelbo < 250
+    job = succeeded(two_nodes.submit("python", "jobs/evaluate.py", str(storage / "mnist")))
+    (said,) = re.findall(r"^test/nelbo +([\d.]+) nats$", job.stdout, re.MULTILINE)
+    assert float(said) == pytest.approx(nelbo, abs=2e-3)
 
 
 def test_a_failing_job_returns_non_zero_and_says_why(two_nodes: RayNodes) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 import signal
@@ -16,6 +17,7 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RAY = str(Path(sys.executable).with_name("ray"))
@@ -45,6 +47,23 @@ class Head:
     def vae_ray(self, *arguments: str, cwd: Path = REPOSITORY, **environment: str) -> subprocess.CompletedProcess[str]:
         """The command line as a client."""
         return self.run(sys.executable, "-m", "vae_ray", *arguments, cwd=cwd, **environment)
+
+
+def doctor(head: Head, *arguments: str, **environment: str) -> tuple[int, Any]:
+    """Exit code and JSON answer of `vae-ray doctor` as a client."""
+    done = head.vae_ray("doctor", *arguments, "--python", sys.executable, "--json", **environment)
+    assert "Traceback" not in done.stderr
+    return done.returncode, json.loads(done.stdout)
+
+
+def levels(answer: Any) -> dict[str, str]:
+    """ok, warning or error of each subject."""
+    return {finding["subject"]: finding["level"] for finding in answer["findings"]}
+
+
+def text(answer: Any, subject: str) -> str:
+    """What it says of a subject."""
+    return str(next(finding["text"] for finding in answer["findings"] if finding["subject"] == subject))
 
 
 def free_port() -> int:

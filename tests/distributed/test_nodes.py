@@ -1,14 +1,15 @@
-"""Questions to two real nodes: what each answers, and whether they share a storage."""
+"""Questions to two real nodes: what each answers, whether they share a storage, and what `vae-ray doctor` says."""
 
 from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.distributed.heads import Head
+from tests.distributed.heads import Head, doctor, levels, text
 
 pytestmark = pytest.mark.ray
 
@@ -117,3 +118,18 @@ def test_a_directory_that_a_node_does_not_see_is_refused_with_its_address(answer
 
 def test_nothing_is_left_in_the_storage(answers: Any) -> None:
     assert answers["left"] == ["modules", "modules/only_here.py", "own", "shared"]
+
+
+@pytest.mark.parametrize("way", ["by a job", "as a node"])
+def test_a_healthy_cluster_of_two_nodes(two_nodes: Head, tmp_path: Path, way: str) -> None:
+    address = two_nodes.dashboard if way == "by a job" else two_nodes.gcs
+    code, answer = doctor(two_nodes, "--address", address, "--storage", str(tmp_path / "runs"))
+    assert code == 0
+    assert answer["healthy"] is True
+    assert "error" not in levels(answer).values()
+    expected = {"nodes", "versions", "vae_ray", "clocks", "token", "dashboard", "storage", "data cache", "/dev/shm"}
+    assert {subject for subject, level in levels(answer).items() if level == "ok"} >= expected
+    assert len(answer["nodes"]) == 2
+    assert sorted(node["resources"]["CPU"] for node in answer["nodes"]) == [1, 2]
+    assert "writable from every node" in text(answer, "storage")
+    assert not (tmp_path / "runs").exists()  # a question leaves nothing

@@ -5,8 +5,8 @@ A test says what it tried with the fixture `fault_counts`, or with `@pytest.mark
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,6 +29,11 @@ class Row:
     survived: int = 0
     lost: int = 0
     notes: list[str] = field(default_factory=list)
+
+    def add(self, *, tried: int, survived: int, lost: int, notes: Iterable[str] = ()) -> None:
+        """Count more cases."""
+        self.tried, self.survived, self.lost = self.tried + tried, self.survived + survived, self.lost + lost
+        self.notes += [note for note in notes if note and note not in self.notes]
 
 
 def rows() -> dict[str, Row]:
@@ -80,9 +85,7 @@ def fault_counts(request: pytest.FixtureRequest) -> Iterator[Count]:
     table, mine = request.config.stash.setdefault(TABLE, rows()), defaultdict(int)
 
     def count(event: str, *, tried: int, survived: int, lost: int = 0, note: str = "") -> None:
-        row = table[event]
-        row.tried, row.survived, row.lost = row.tried + tried, row.survived + survived, row.lost + lost
-        row.notes += [note] if note and note not in row.notes else []
+        table[event].add(tried=tried, survived=survived, lost=lost, notes=[note])
         mine["open"] += tried - survived - lost
         mine["lost"] += lost
 
@@ -98,7 +101,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     for mark in item.iter_markers("event"):
         if report.when == "call" and not report.skipped:
             row = item.config.stash.setdefault(TABLE, rows())[mark.args[0]]
-            row.tried, row.survived, row.lost = row.tried + 1, row.survived + report.passed, row.lost + report.failed
+            row.add(tried=1, survived=int(report.passed), lost=int(report.failed))
     return report
 
 
@@ -123,6 +126,18 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """A row without a case is a promise that nobody has tried."""
     table = session.config.stash.get(TABLE, rows())
+    if hasattr(session.config, "workeroutput"):  # one of pytest-xdist's processes: what it has counted is added below
+        session.config.workeroutput["faults"] = {event: asdict(row) for event, row in table.items()}
+        return
     wanted = [row for row in table.values() if FORM == "full" or (FORM == "short" and not row.needs_ray)]
     if exitstatus == 0 and (any(row.lost for row in table.values()) or any(not row.tried for row in wanted)):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Add what one of pytest-xdist's processes has counted."""
+    table = node.config.stash.setdefault(TABLE, rows())
+    for event, counted in getattr(node, "workeroutput", {}).get("faults", {}).items():
+        row = table[event]
+        row.add(tried=counted["tried"], survived=counted["survived"], lost=counted["lost"], notes=counted["notes"])

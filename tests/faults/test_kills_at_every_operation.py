@@ -86,7 +86,7 @@ def test_a_run_killed_at_any_file_operation_ends_with_the_bits_of_an_undisturbed
     expected = outcome(tmp_path / "whole" / "killed")
     assert {name for name, _ in reference.operations} >= {"open", "write", "fsync", "replace", "mkdir", "unlink"}
     survived = 0
-    cases = chosen(len(reference.operations), short_every=29)
+    cases = chosen(len(reference.operations), short_every=59)
     for number, torn in cases:
         storage = tmp_path / f"run-{number}-{torn}"
         sections = tiny(storage).to_dict()
@@ -134,7 +134,7 @@ def test_no_kill_while_a_checkpoint_is_written_and_others_deleted_loses_the_one_
         saved(str(before), epoch, score)
     shutil.copytree(before / "epoch=0002", before / "epoch=0003")  # says of itself that it is epoch 2
     operations = run(saved, str(shutil.copytree(before, tmp_path / "w")), 3, 4.0, below=tmp_path / "w", trace=trace)
-    cases, survived = chosen(len(operations.operations), short_every=1), 0
+    cases, survived = chosen(len(operations.operations), short_every=3), 0
     for number, torn in cases:
         directory = tmp_path / f"{number}-{torn}"
         shutil.copytree(before, directory)
@@ -164,7 +164,7 @@ def test_a_decoder_killed_at_any_file_operation_leaves_a_cache_that_the_next_one
 ) -> None:
     trace, decoded = tmp_path / "trace", {split: Digits().decode(split) for split in ("test", "train")}
     operations = run(cached, str(tmp_path / "whole"), below=tmp_path / "whole", trace=trace).operations
-    cases, survived = chosen(len(operations), short_every=2), 0
+    cases, survived = chosen(len(operations), short_every=5), 0
     for number, torn in cases:
         cache = tmp_path / f"{number}-{torn}"
         ended = run(cached, str(cache), below=cache, trace=trace, kill_at=number, torn=torn)
@@ -242,7 +242,7 @@ def test_best_of_a_sweep_is_whole_after_any_kill_and_the_next_report(tmp_path: P
     installed(str(before), old)
     copy = str(shutil.copytree(before, tmp_path / "whole"))
     operations = run(installed, copy, new, below=Path(copy), trace=trace).operations
-    cases, survived = chosen(len(operations), short_every=1), 0
+    cases, survived = chosen(len(operations), short_every=3), 0
     for number, torn in cases:
         sweep = shutil.copytree(before, tmp_path / f"{number}-{torn}")
         ended = run(installed, str(sweep), new, below=sweep, trace=trace, kill_at=number, torn=torn)
