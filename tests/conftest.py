@@ -10,7 +10,7 @@ from tests.storage.servers import ObjectStore
 from vae_ray import Experiment, TrainResult, train
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-MNIST_ROOT = REPOSITORY.parent / "shared" / "data"
+MNIST_ROOT = (REPOSITORY.parent / "shared" / "data").resolve()  # hosts of tests/cluster see no link in /tmp
 
 
 @pytest.fixture(scope="session", autouse=True)

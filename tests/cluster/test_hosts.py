@@ -20,7 +20,7 @@ OWNER = """
 import sys, time
 from pathlib import Path
 from tests.cluster.hosts import Network
-with Network(Path(sys.argv[1])) as network:
+with Network(Path(sys.argv[1]), seen=[Path(sys.prefix), Path(sys.base_prefix)]) as network:
     host = network.host("h1")
     host.start("sleep", "1234", log=Path(sys.argv[1], "log"))
     print(host.pid, flush=True)
