@@ -62,6 +62,8 @@ def fit_epochs(
         worker = Worker(experiment, run, group)
         worker.record_attempt()
         recorder = stack.enter_context(worker.recorder()) if group.rank == 0 else None
+        if group.rank == 0:
+            worker.prune()
         while worker.epochs_done < experiment.training.epochs:
             worker.stop_if_told()
             try:

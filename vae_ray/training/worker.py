@@ -284,7 +284,7 @@ class Worker:
                 logger.warning("%s; the checkpoint before it is intact", error)
 
     def _save(self, epoch: int, step: int | None, metrics: dict[str, float], progress: Progress) -> None:
-        """Write a checkpoint, and delete those that are no longer kept."""
+        """Write a checkpoint, then prune."""
         save_checkpoint(
             self.run.checkpoints,
             epoch=epoch,
@@ -296,6 +296,10 @@ class Worker:
             selection_metric=selection_metric(self.experiment),
             progress=progress,
         )
+        self.prune()
+
+    def prune(self) -> None:
+        """Delete the checkpoints that are no longer kept, also those that a kill left undeleted; rank 0 only."""
         with contextlib.suppress(OSError):  # the storage has just gone away: next time
             prune_checkpoints(self.run.checkpoints, num_best=self.experiment.run.checkpoints_kept)
         self.run.publish_soon()
