@@ -40,6 +40,18 @@ def two_nodes() -> Iterator[RayNodes]:
         cluster.end()
 
 
+@pytest.fixture
+def whole(two_nodes: RayNodes) -> Iterator[RayNodes]:
+    """Both nodes alive before and after a test."""
+    two_nodes.wait_until_alive(*two_nodes.nodes)
+    yield two_nodes
+    first, second = two_nodes.nodes
+    if not any("raylet" in line for line in second.processes()):
+        two_nodes.wait_until_alive(first)  # the dashboard learns late of a death
+        two_nodes.start(second)
+        two_nodes.wait_until_alive(first, second)
+
+
 def _network() -> Iterator[Network]:
     shared = Path(tempfile.mkdtemp(prefix="vae-ray-hosts-", dir="/tmp"))
     try:
