@@ -103,6 +103,17 @@ def with_pickle(content: bytes, data: bytes, *, compression: int = zipfile.ZIP_S
     return buffer.getvalue()
 
 
+def encrypted(content: bytes) -> bytes:
+    """The same zip, whose parts say that they are encrypted."""
+    marked = bytearray(content)
+    for signature, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        at = marked.find(signature)
+        while at >= 0:
+            marked[at + flags] |= 1
+            at = marked.find(signature, at + 1)
+    return bytes(marked)
+
+
 def header(entries: Any, *, body: bytes = b"", length: int | None = None) -> bytes:
     text = entries if isinstance(entries, bytes) else json.dumps(entries).encode()
     return struct.pack("<Q", len(text) if length is None else length) + text + body
@@ -139,6 +150,7 @@ STATES: dict[str, Callable[[Path, Path], bytes]] = {
     "an instance by the old way": lambda path, marker: with_pickle(
         (path / TRAINING_STATE).read_bytes(), b"(S'touch " + str(marker).encode() + b"'\nios\nsystem\n."
     ),
+    "encrypted parts": lambda path, marker: encrypted((path / TRAINING_STATE).read_bytes()),
     "one number seen as many": lambda path, marker: changed_state(
         path, lambda state: state["state"][0].update(exp_avg=torch.zeros(1).expand(1 << 16, 1 << 16))
     ),

@@ -84,7 +84,8 @@ def test_encoding_and_decoding_give_the_overrides_back(seed: int, number: int) -
 def test_whatever_is_drawn_lies_in_optuna_s_distributions(seed: int, number: int) -> None:
     params = encoded(SPACE, SPACE.draw(seed, number))
     # refuses what is outside, and names that are not known
-    optuna.trial.create_trial(value=0.0, params=params, distributions=distributions(SPACE))
+    trial = optuna.trial.create_trial(value=0.0, params=params, distributions=distributions(SPACE))
+    assert trial.params == params
 
 
 def test_distributions_have_the_ends_and_scales_of_the_domains() -> None:

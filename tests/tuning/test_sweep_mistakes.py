@@ -143,7 +143,9 @@ def test_a_mistake_is_one_line_though_a_validation_split_was_made(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """That images are set aside is told when a sweep starts, not when it does not."""
-    mistake(capsys, *searching("large_batch"), "--data.num-validation=0")
+    said = mistake(capsys, *searching("large_batch"), "--data.num-validation=0")
+    assert "training.global_batch_size" in said
+    assert "set aside" not in said
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs")

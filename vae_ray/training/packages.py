@@ -90,7 +90,7 @@ def _check_pickle(content: bytes) -> None:
             if sum(entry.file_size for entry in entries) > len(content):
                 raise ValueError("claims to hold more than it has")
             (pickled,) = [archive.read(name) for name in names if name.endswith("/data.pkl")]
-    except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError, struct.error) as error:
+    except (zipfile.BadZipFile, RuntimeError, EOFError, OSError, struct.error) as error:  # RuntimeError: encrypted
         raise ValueError(f"is not what torch.save writes ({error})") from None
     for opcode, argument, _ in pickletools.genops(pickled):
         if opcode.name in NAMING_OPCODES or (opcode.name == "GLOBAL" and argument not in PICKLED_NAMES):
