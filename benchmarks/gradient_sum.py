@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
-from vae_ray.distributed.shared_memory import SharedMemorySum
+from vae_ray.parallel.shared_memory import SharedMemorySum
 
 NUM_GRADIENTS = 711_924
 """Parameters of 784-400-100-(20, 20)-100-400-784."""

@@ -22,9 +22,9 @@ from pathlib import Path
 import torch
 
 from benchmarks import notebook_loop
-from vae_ray.config import Experiment
-from vae_ray.runs import train
-from vae_ray.training.host import FLOAT32_TOLERANCE, fastest_exact_precision, matmul_error
+from vae_ray.config.experiment import Experiment
+from vae_ray.runs.train import train
+from vae_ray.training.cpu_settings import FLOAT32_TOLERANCE, fastest_exact_precision, matmul_error
 
 IMAGES = 60_000
 # A dense layer of n x m weights costs 2nm flops forward, 2nm for its weights' gradient and 2nm for its

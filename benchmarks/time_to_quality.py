@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 from benchmarks import notebook_loop
-from vae_ray.config import Experiment
-from vae_ray.runs import train
+from vae_ray.config.experiment import Experiment
+from vae_ray.runs.train import train
 
 NOTEBOOK_EPOCHS = 10
 

@@ -10,7 +10,7 @@ from pathlib import Path
 # The package travels in the job's working directory; no install is needed on the cluster.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from vae_ray.cli import run
+from vae_ray.cli.main import run
 
 if __name__ == "__main__":
     run(["evaluate", *sys.argv[1:]])

@@ -14,10 +14,7 @@ import pytest
 import torch
 
 from vae_ray import Experiment, UserError
-from vae_ray.config import OptimConfig
-from vae_ray.models.vae import VAE, build_vae
-from vae_ray.training.checkpoint_writing import prune_checkpoints, save_checkpoint
-from vae_ray.training.checkpoints import (
+from vae_ray.checkpoints.loading import (
     EXPERIMENT,
     FORMAT_VERSION,
     MANIFEST,
@@ -25,12 +22,15 @@ from vae_ray.training.checkpoints import (
     WEIGHTS,
     Checkpoint,
     Progress,
+    all_checkpoints,
     best_checkpoint,
     complete_checkpoints,
     read_checkpoint,
-    resumable_checkpoints,
     sealed,
 )
+from vae_ray.checkpoints.saving import prune_checkpoints, save_checkpoint
+from vae_ray.config.experiment import OptimConfig
+from vae_ray.models.vae import VAE, build_vae
 from vae_ray.training.optimization import build_optimizer
 
 SHAPE = (1, 4, 5)
@@ -360,7 +360,7 @@ def test_checkpoints_inside_epochs_are_ordered_among_the_others_and_never_the_be
         save(tmp_path, epoch=epoch)
     for epoch, step in [(10, 3), (11, 2_000_000), (11, 7)]:
         save_inside(tmp_path, epoch=epoch, step=step)
-    order = [found.path.name.removeprefix("epoch=00") for found in resumable_checkpoints(tmp_path)]
+    order = [found.path.name.removeprefix("epoch=00") for found in all_checkpoints(tmp_path)]
     assert order == ["09", "10-step=000003", "10", "11-step=000007", "11-step=2000000"]
     assert [found.epoch for found in complete_checkpoints(tmp_path)] == [9, 10]
 

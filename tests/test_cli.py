@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from vae_ray import Experiment, TrainedVAE, TrainResult
-from vae_ray.artifacts.image_grids import png_bytes, square_grid
-from vae_ray.cli import main
+from vae_ray.cli.main import main
+from vae_ray.run_files.image_grids import png_bytes, square_grid
 
 
 def one_object(text: str) -> Any:
@@ -65,7 +65,7 @@ def test_progress_of_a_resumed_run_shows_the_epochs_that_it_trains(
 def test_what_a_library_prints_does_not_get_into_the_answer(
     quick: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("vae_ray.runs.preflight", lambda experiment: print("Downloading ..."))
+    monkeypatch.setattr("vae_ray.runs.train.preflight", lambda experiment: print("Downloading ..."))
     assert main(["train", experiment_file(quick, tmp_path), "--dry-run", "--json"]) == 0
     out, err = capsys.readouterr()
     assert set(one_object(out)) == {"experiment"}
@@ -171,7 +171,7 @@ def test_help_is_quick() -> None:
 
 LIGHT = """
 import contextlib, io, sys
-from vae_ray.cli import main
+from vae_ray.cli.main import main
 for arguments in ARGUMENTS:
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         with contextlib.suppress(SystemExit):
@@ -197,7 +197,7 @@ def test_a_mistyped_key_or_preset_imports_no_heavy_library() -> None:
 
 USING_A_MODEL = """
 import sys
-from vae_ray.cli import main
+from vae_ray.cli.main import main
 run, out = sys.argv[1:]
 assert main(["generate", run, "--num", "4", "--out", out, "--json"]) == 0
 assert main(["evaluate", run, "--json"]) == 0

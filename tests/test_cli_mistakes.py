@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vae_ray import Experiment, TrainResult
-from vae_ray.cli import main
+from vae_ray.cli.main import main
 
 HERE = "--workers.num=0"  # so that nothing needs Ray
 
@@ -161,7 +161,7 @@ def test_an_interrupt_is_exit_code_130(
     def interrupted(*args: Any, **options: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("vae_ray.runs.train", interrupted)
+    monkeypatch.setattr("vae_ray.runs.train.train", interrupted)
     assert main(["train", experiment_file(quick, tmp_path)]) == 130
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from vae_ray import Experiment, UserError
-from vae_ray.config import NAME_PATTERN, FieldDoc, differing_fields, field_docs, preset_names
+from vae_ray.config.experiment import NAME_PATTERN, FieldDoc, differing_fields, field_docs, preset_names
 from vae_ray.data.sources import SOURCES
-from vae_ray.likelihoods import LIKELIHOODS
 from vae_ray.models.initialization import INITIALIZATIONS
+from vae_ray.models.likelihoods import LIKELIHOODS
 from vae_ray.models.vae import NETWORKS
-from vae_ray.schedules import SCHEDULES
 from vae_ray.training.optimization import OPTIMIZERS
+from vae_ray.training.schedules import SCHEDULES
 
 FIELDS = list(field_docs())
 NUMBERS = [field.key for field in FIELDS if field.type in ("INT", "FLOAT")]

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from vae_ray import Experiment, UserError
-from vae_ray.config import DataConfig
+from vae_ray.config.experiment import DataConfig
 from vae_ray.data.arrow_store import Split, open_split
 from vae_ray.data.sources import SOURCES, Digits, Images
 from vae_ray.data.splits import Splits
@@ -168,7 +168,7 @@ def test_a_cache_that_cannot_be_written_is_refused_with_its_key(tmp_path: Path) 
 EIGHT_PROCESSES = """
 import os, sys, time
 import torch
-from vae_ray.config import DataConfig
+from vae_ray.config.experiment import DataConfig
 from vae_ray.data.arrow_store import open_split
 from vae_ray.data.sources import SOURCES, Digits
 

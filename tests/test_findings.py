@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from vae_ray.distributed.findings import GIB, Finding, judge
+from vae_ray.cluster.checks import GIB, Finding, run_checks
 from vae_ray.distributed.nodes import NodeAnswer
 
 PLENTY = {"path": "/x", "writable": True, "free": 50 * GIB, "total": 100 * GIB}
@@ -45,7 +45,7 @@ def wrong(found: list[Finding]) -> list[tuple[str, str]]:
 
 
 def test_healthy_nodes_are_all_ok() -> None:
-    found = judge(answers(), {"a": 0.0, "b": 0.4})
+    found = run_checks(answers(), {"a": 0.0, "b": 0.4})
     assert wrong(found) == []
     assert {"nodes", "versions", "vae_ray", "gpus", "memory", "/dev/shm", "disk", "data cache", "clocks"} == {
         finding.subject for finding in found
@@ -71,7 +71,7 @@ def test_healthy_nodes_are_all_ok() -> None:
 def test_what_is_wrong_is_named_with_its_node_and_what_to_do(
     changes: dict[str, Any], level: str, subject: str, said: str
 ) -> None:
-    found = judge(answers(**changes), {})
+    found = run_checks(answers(**changes), {})
     assert wrong(found) == [(level, subject)]
     (finding,) = (finding for finding in found if finding.level != "ok")
     assert said in finding.text
@@ -84,18 +84,18 @@ def test_what_is_wrong_is_named_with_its_node_and_what_to_do(
     [(1.5, "ok", "agree"), (-30.0, "warning", "30 s behind"), (400.0, "error", "10.0.0.2 is 400 s ahead")],
 )
 def test_clocks_that_disagree_are_a_finding(offset: float, level: str, said: str) -> None:
-    finding = judge(answers(), {"a": 0.0, "b": offset})[-1]
+    finding = run_checks(answers(), {"a": 0.0, "b": offset})[-1]
     assert (finding.subject, finding.level) == ("clocks", level)
     assert said in finding.text
 
 
 def test_a_node_that_gave_no_facts_is_an_error_and_the_others_are_judged() -> None:
     silent = NodeAnswer("c", "10.0.0.3", {"CPU": 4.0}, error="no answer within 30 s")
-    found = judge([*answers(), silent], {})
+    found = run_checks([*answers(), silent], {})
     assert wrong(found) == [("error", "nodes")]
     assert "10.0.0.3 gave no facts (no answer within 30 s)" in found[0].text
     assert len(found) > 5
 
 
 def test_a_cluster_without_nodes_is_an_error() -> None:
-    assert wrong(judge([], {})) == [("error", "nodes")]
+    assert wrong(run_checks([], {})) == [("error", "nodes")]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from vae_ray.distributed.gradient_sum import sum_after_backward
+from vae_ray.parallel.gradient_sum import sum_after_backward
 
 
 def network() -> nn.Module:

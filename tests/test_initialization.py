@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from vae_ray.config import ModelConfig
+from vae_ray.config.experiment import ModelConfig
 from vae_ray.models.initialization import DECODER_OUTPUT_GAIN, INITIALIZATIONS
 from vae_ray.models.vae import VAE, build_vae
 

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributions import Normal
 
-from vae_ray.config import ModelConfig
-from vae_ray.likelihoods import LIKELIHOODS, Likelihood
+from vae_ray.config.experiment import ModelConfig
+from vae_ray.models.likelihoods import LIKELIHOODS, Likelihood
 
 SHAPE = (3, 2, 5, 4)
 CONFIG = ModelConfig(gaussian_scale=0.3)

@@ -10,13 +10,14 @@ from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
 from vae_ray import Experiment, TrainingFailed, train
-from vae_ray.config import ModelConfig, OptimConfig
+from vae_ray.config.experiment import ModelConfig, OptimConfig
 from vae_ray.data.batches import Batch, Shards, evaluation_batches, training_batches
-from vae_ray.likelihoods import LIKELIHOODS
+from vae_ray.evaluation.elbo import evaluate
+from vae_ray.evaluation.metrics import TermSums
+from vae_ray.models.likelihoods import LIKELIHOODS
 from vae_ray.models.vae import VAE, build_vae
-from vae_ray.objective import ElboTerms, beta_weighted_loss
-from vae_ray.training.loop import StepSettings, evaluate, train_epoch
-from vae_ray.training.metrics import TermSums
+from vae_ray.objectives.elbo import ElboTerms, beta_weighted_loss
+from vae_ray.training.loop import StepSettings, train_epoch
 from vae_ray.training.optimization import build_optimizer
 
 CPU = torch.device("cpu")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vae_ray.config import ModelConfig
+from vae_ray.config.experiment import ModelConfig
 from vae_ray.models.vae import NETWORKS, VAE, build_vae
 
 SHAPES = [(1, 8, 8), (3, 5, 7), (2, 1, 9)]

@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributions import Independent, MultivariateNormal, Normal, kl_divergence
 
-from vae_ray.likelihoods import Gaussian
+from vae_ray.evaluation.metrics import TermSums
+from vae_ray.models.latents import DiagonalGaussian
+from vae_ray.models.likelihoods import Gaussian
 from vae_ray.models.vae import Forward
-from vae_ray.objective import ElboTerms, beta_weighted_loss, elbo_terms
-from vae_ray.posterior import DiagonalGaussian
-from vae_ray.training.metrics import TermSums
+from vae_ray.objectives.elbo import ElboTerms, beta_weighted_loss, elbo_terms
 
 TERMS = ElboTerms(distortion=torch.tensor([1.0, 2.0, 3.5]), rate=torch.tensor([10.0, 20.0, 40.0]))
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributions import Independent, Normal, kl_divergence
 
-from vae_ray.posterior import DiagonalGaussian
+from vae_ray.models.latents import DiagonalGaussian
 
 
 def random_posterior(*, batch: int = 5, latent_dim: int = 3, dtype: torch.dtype = torch.float64) -> DiagonalGaussian:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from vae_ray import TrainResult
-from vae_ray.cli import main
-from vae_ray.config import field_docs, preset_names
+from vae_ray.cli.main import main
+from vae_ray.config.experiment import field_docs, preset_names
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from vae_ray import Experiment, TrainedVAE, TrainResult, UserError, train
-from vae_ray.artifacts.run_directory import RunDirectory
+from vae_ray.run_files.run_directory import RunDirectory
 
 PICTURES = ("samples", "reconstructions", "traversals")
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vae_ray.schedules import SCHEDULES, scheduled
+from vae_ray.training.schedules import SCHEDULES, scheduled
 
 NUM_STEPS, WARMUP_STEPS, PEAK = 50, 7, 0.25
 

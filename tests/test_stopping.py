@@ -13,11 +13,11 @@ from torch import nn
 
 from tests.thread_workers import ThreadWorkers, on_threads
 from vae_ray import Experiment, Stopped, TrainResult, train
-from vae_ray.artifacts.run_directory import RunDirectory
-from vae_ray.training import interruptions
+from vae_ray.parallel.group import SingleProcess
+from vae_ray.run_files.run_directory import RunDirectory
+from vae_ray.training import stop_requests as interruptions
 from vae_ray.training.fit import fit
-from vae_ray.training.group import Solo
-from vae_ray.training.interruptions import Interruption, Interruptions
+from vae_ray.training.stop_requests import Requests, StopRequests
 
 EPOCHS, STEPS_PER_EPOCH = 2, 14
 """1,338 images in batches of 100, the last smaller."""
@@ -40,7 +40,7 @@ def ask_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interruptions, "PREEMPTION_SECONDS", 0.0)
 
 
-class Counting(Solo):
+class Counting(SingleProcess):
     """Alone, and calls `at` in every training step, with how many there have been."""
 
     def __init__(self, at: Callable[[int], None]) -> None:
@@ -103,7 +103,7 @@ def test_a_run_asked_to_stop_before_its_first_step_has_nothing_to_save(whole: Tr
     run = run_of(small)
     run.stop_file.touch()
     with pytest.raises(Stopped, match="stopped after epoch 0 of 2"):
-        fit(small, run.path, Solo(torch.device("cpu")))
+        fit(small, run.path, SingleProcess(torch.device("cpu")))
     assert list(run.checkpoints.iterdir()) == []
     train(small, resume=True)
     assert_same(run.path, whole.run_dir)
@@ -159,16 +159,16 @@ def test_workers_stopped_inside_an_epoch_go_on(small: Experiment, num_workers_af
 def test_workers_agree_on_what_rank_0_alone_sees(tmp_path: Path) -> None:
     run, elsewhere = RunDirectory(tmp_path), RunDirectory(tmp_path / "nothing here")
 
-    def steps_until_told(group: ThreadWorkers) -> tuple[int, Interruption]:
-        asked = Interruptions(run if group.rank == 0 else elsewhere, group)
+    def steps_until_told(group: ThreadWorkers) -> tuple[int, Requests]:
+        asked = StopRequests(run if group.rank == 0 else elsewhere, group)
         for num_steps in range(10_000):
             if num_steps == 50 and group.rank == 0:
                 run.stop_file.touch()
-            if any(told := asked.after_step()):
-                return num_steps, told
+            if any(tooltip_columns := asked.after_step()):
+                return num_steps, tooltip_columns
         raise AssertionError("never told")
 
-    (steps, told), *others = on_threads(3, steps_until_told)
-    assert told == Interruption(stop=True)
-    assert others == [(steps, told)] * 2
+    (steps, tooltip_columns), *others = on_threads(3, steps_until_told)
+    assert tooltip_columns == Requests(stop=True)
+    assert others == [(steps, tooltip_columns)] * 2
     assert steps >= 50

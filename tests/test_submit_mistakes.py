@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.test_cli import heavy_libraries_after
-from vae_ray.cli import main
+from vae_ray.cli.main import main
 
 STORED = ["--storage", "/shared/runs"]
 

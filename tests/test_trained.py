@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from vae_ray import TrainedVAE, TrainResult, UserError, train
-from vae_ray.config import Experiment
+from vae_ray.config.experiment import Experiment
 from vae_ray.data.splits import Splits
-from vae_ray.trained import INTERPOLATIONS, Method
+from vae_ray.inference import INTERPOLATIONS, Method
 
 
 @pytest.fixture(scope="module")

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from vae_ray.config import ModelConfig
-from vae_ray.likelihoods import LIKELIHOODS
+from vae_ray.config.experiment import ModelConfig
+from vae_ray.models.latents import DiagonalGaussian
+from vae_ray.models.likelihoods import LIKELIHOODS
+from vae_ray.models.traversal import traverse
 from vae_ray.models.vae import VAE, build_vae
-from vae_ray.posterior import DiagonalGaussian
-from vae_ray.traversal import traverse
 
 SHAPE = (1, 3, 5)
 CONFIG = ModelConfig(hidden=(7,), latent_dim=4)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from vae_ray.distributed import upload
-from vae_ray.distributed.upload import collect
+from vae_ray.cluster import upload
+from vae_ray.cluster.upload import collect
 from vae_ray.errors import UserError
 
 
@@ -36,7 +36,9 @@ def test_the_package_travels_whole_and_small() -> None:
 def test_what_travels_runs_where_nothing_is_installed(tmp_path: Path) -> None:
     collect().write(tmp_path / "upload.zip")
     zipfile.ZipFile(tmp_path / "upload.zip").extractall(tmp_path / "job")
-    code = "import vae_ray, sys; print(vae_ray.__file__); from vae_ray.cli import main; sys.exit(main(['presets']))"
+    code = (
+        "import vae_ray, sys; print(vae_ray.__file__); from vae_ray.cli.main import main; sys.exit(main(['presets']))"
+    )
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path / "job", env=environment, capture_output=True, text=True, timeout=60

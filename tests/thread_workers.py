@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from vae_ray.errors import Diverged, Stopped
 from vae_ray.models.vae import VAE, build_vae
 from vae_ray.training import fit as training_fit
-from vae_ray.training import worker as training_worker
-from vae_ray.training.host import tuned_host
+from vae_ray.training import trainer as training_worker
+from vae_ray.training.cpu_settings import cpu_settings
 
 
 class Meeting:
@@ -61,13 +61,13 @@ class ThreadWorkers:
             self._then()
         return total
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         values = list(self._exchanged(value))
         self._meeting.barrier.wait()
         return values
 
-    def share(self, value: Any) -> Any:
-        return self.gather(value)[0]
+    def broadcast(self, value: Any) -> Any:
+        return self.all_gather(value)[0]
 
     def _exchanged(self, value: Any) -> list[Any]:
         """What all have given; nobody may change it before the next barrier."""
@@ -94,7 +94,7 @@ def on_threads(size: int, work: Callable[[ThreadWorkers], Any]) -> list[Any]:
 
     # What belongs to the process is not for threads to change under each other: the precision of products, and the
     # generator from which torch draws new weights.
-    untuned = patch.object(training_fit, "tuned_host", lambda **_: contextlib.nullcontext())
+    untuned = patch.object(training_fit, "cpu_settings", lambda **_: contextlib.nullcontext())
     building = threading.Lock()
 
     def build_alone(*args: Any, **kwargs: Any) -> VAE:
@@ -102,5 +102,5 @@ def on_threads(size: int, work: Callable[[ThreadWorkers], Any]) -> list[Any]:
             return build_vae(*args, **kwargs)
 
     one_by_one = patch.object(training_worker, "build_vae", build_alone)
-    with tuned_host(num_threads=1), untuned, one_by_one, ThreadPoolExecutor(size) as threads:
+    with cpu_settings(num_threads=1), untuned, one_by_one, ThreadPoolExecutor(size) as threads:
         return list(threads.map(one, range(size)))

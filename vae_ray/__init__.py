@@ -12,26 +12,26 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vae_ray.config import Experiment as Experiment
+    from vae_ray.config.experiment import Experiment as Experiment
     from vae_ray.errors import Stopped as Stopped
     from vae_ray.errors import TrainingFailed as TrainingFailed
     from vae_ray.errors import UserError as UserError
-    from vae_ray.results import TrainResult as TrainResult
-    from vae_ray.runs import train as train
-    from vae_ray.trained import TrainedVAE as TrainedVAE
-    from vae_ray.tuning.conclusion import SweepResult as SweepResult
+    from vae_ray.inference import TrainedVAE as TrainedVAE
+    from vae_ray.runs.results import TrainResult as TrainResult
+    from vae_ray.runs.train import train as train
+    from vae_ray.tuning.summary import SweepResult as SweepResult
     from vae_ray.tuning.sweep import sweep as sweep
 
 _HOME_OF = {
-    "Experiment": "vae_ray.config",
-    "SweepResult": "vae_ray.tuning.conclusion",
-    "TrainResult": "vae_ray.results",
-    "TrainedVAE": "vae_ray.trained",
+    "Experiment": "vae_ray.config.experiment",
+    "SweepResult": "vae_ray.tuning.summary",
+    "TrainResult": "vae_ray.runs.results",
+    "TrainedVAE": "vae_ray.inference",
     "Stopped": "vae_ray.errors",
     "TrainingFailed": "vae_ray.errors",
     "UserError": "vae_ray.errors",
     "sweep": "vae_ray.tuning.sweep",
-    "train": "vae_ray.runs",
+    "train": "vae_ray.runs.train",
 }
 
 __all__ = [

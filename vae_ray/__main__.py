@@ -1,6 +1,6 @@
 """`python -m vae_ray` is `vae-ray`."""
 
-from vae_ray.cli import run
+from vae_ray.cli.main import run
 
 if __name__ == "__main__":
     run()

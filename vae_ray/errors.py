@@ -9,7 +9,7 @@ class UserError(Exception):
     """
 
 
-class Damaged(UserError):
+class CorruptFile(UserError):
     """A file whose content is not what was written, or cannot be what it should be; the message begins with its name.
 
     Other copies may be good: whoever finds one of several damaged warns, sets it aside and takes the next.

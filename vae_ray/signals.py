@@ -11,7 +11,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from vae_ray.artifacts.run_directory import RunDirectory
+    from vae_ray.run_files.run_directory import RunDirectory
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SAID = b"vae-ray: stopping after a checkpoint; once more to stop at once\n"

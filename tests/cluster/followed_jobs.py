@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from tests.cluster.ray_nodes import REPOSITORY, RayNodes, wait_until
-from vae_ray.artifacts.run_directory import RunDirectory
+from vae_ray.run_files.run_directory import RunDirectory
 
 EPOCHS = 16
 # epochs of half a second or more, saved several times in each

@@ -10,7 +10,7 @@ import pytest
 
 from tests.cluster.followed_jobs import EPOCHS, Job
 from tests.cluster.ray_nodes import RayNodes, succeeded
-from vae_ray.artifacts.run_directory import RunDirectory
+from vae_ray.run_files.run_directory import RunDirectory
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(420)]
 

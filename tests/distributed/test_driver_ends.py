@@ -13,8 +13,8 @@ from tests.distributed.conftest import digits
 from tests.faults.signalled import Training
 from tests.storage.servers import ObjectStore
 from vae_ray import Experiment, TrainedVAE, TrainResult, train
-from vae_ray.storage.locations import child, is_uri, open_filesystem
-from vae_ray.training.checkpoints import resumable_checkpoints
+from vae_ray.checkpoints.loading import all_checkpoints
+from vae_ray.storage.locations import is_uri, join_location, open_filesystem
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster")]
 
@@ -31,7 +31,7 @@ def content(checkpoint: Path | str, name: str) -> bytes:
     """A file of a checkpoint in a directory or at a URI."""
     if not is_uri(checkpoint):
         return Path(checkpoint, name).read_bytes()
-    filesystem, path = open_filesystem(child(str(checkpoint), name), key="run.storage")
+    filesystem, path = open_filesystem(join_location(str(checkpoint), name), key="run.storage")
     with filesystem.open_input_stream(path) as stream:
         return bytes(stream.read())
 
@@ -57,7 +57,7 @@ def test_a_run_stopped_by_ctrl_c_goes_on_to_the_same_bits(undisturbed: TrainResu
         training.process.kill()
     assert code == 130, said
     assert said.count("stopping after a checkpoint; once more to stop at once") == 1
-    newest = resumable_checkpoints(training.run.checkpoints)[-1]
+    newest = all_checkpoints(training.run.checkpoints)[-1]
     assert newest.step is not None, said
     assert (
         f"stopped after step {newest.step} of 161 of epoch {newest.epoch}; go on with --resume --name stopped" in said

@@ -21,7 +21,7 @@ def vector(rank: int, call: int, length: int) -> torch.Tensor:
 
 
 def sum_many_times(rank: int, size: int, directory: str) -> None:
-    from vae_ray.distributed.shared_memory import SharedMemorySum
+    from vae_ray.parallel.shared_memory import SharedMemorySum
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{directory}/meet", rank=rank, world_size=size)

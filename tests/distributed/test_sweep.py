@@ -17,8 +17,8 @@ import pytest
 
 from tests.distributed.conftest import digits
 from vae_ray import SweepResult, TrainedVAE, UserError, sweep, train
-from vae_ray.artifacts.run_directory import RunDirectory
-from vae_ray.cli import main
+from vae_ray.cli.main import main
+from vae_ray.run_files.run_directory import RunDirectory
 from vae_ray.tuning.directory import SweepDirectory
 from vae_ray.tuning.schedulers import rungs
 

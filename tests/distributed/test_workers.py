@@ -9,7 +9,7 @@ import pytest
 
 from tests.distributed.conftest import digits
 from vae_ray import TrainedVAE, TrainingFailed, TrainResult, UserError, train
-from vae_ray.artifacts.run_directory import RunDirectory
+from vae_ray.run_files.run_directory import RunDirectory
 
 pytestmark = pytest.mark.ray
 

@@ -27,7 +27,14 @@ torch.set_num_threads(1)
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
-    ["tests.faults.file_operations", "vae_ray.runs", "tensorboardX", "sklearn.datasets", "PIL.ImageFont", "pyarrow.ipc"]
+    [
+        "tests.faults.file_operations",
+        "vae_ray.runs.train",
+        "tensorboardX",
+        "sklearn.datasets",
+        "PIL.ImageFont",
+        "pyarrow.ipc",
+    ]
 )
 TIMEOUT_SECONDS = 120
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vae_ray import Experiment
-from vae_ray.artifacts.run_directory import RunDirectory
+from vae_ray.run_files.run_directory import RunDirectory
 
 
 class Ended(NamedTuple):

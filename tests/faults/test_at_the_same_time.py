@@ -16,7 +16,7 @@ from tests.conftest import digits_in_this_process
 from tests.faults.conftest import Count
 from tests.faults.file_operations import SERVER
 from vae_ray import Experiment
-from vae_ray.config import DataConfig
+from vae_ray.config.experiment import DataConfig
 from vae_ray.data.arrow_store import open_split
 from vae_ray.data.sources import SOURCES, Digits, Images
 
@@ -94,8 +94,8 @@ def test_of_two_runs_with_one_name_at_the_same_time_the_second_is_refused(
     assert (second.returncode, out) == (2, "")
     assert err.strip().count("\n") == 0
     assert "'digits-in-process'" in err
-    answer, told = first.communicate(timeout=200)
-    assert first.returncode == 0, told
+    answer, tooltip_columns = first.communicate(timeout=200)
+    assert first.returncode == 0, tooltip_columns
     assert json.loads(answer)["epochs"] == 30
     lines = [json.loads(line)["epoch"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert lines == list(range(1, 31))

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from tests.faults.conftest import Count
 from vae_ray import Experiment, UserError
-from vae_ray.cli import main
-from vae_ray.config import FieldDoc, field_docs
+from vae_ray.cli.main import main
+from vae_ray.config.experiment import FieldDoc, field_docs
 from vae_ray.tuning.settings import settings as sweep_settings
 from vae_ray.tuning.space import SearchSpace
 

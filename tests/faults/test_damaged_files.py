@@ -16,10 +16,10 @@ from tests.faults.conftest import Count
 from tests.faults.damage import damages, fresh_copy
 from tests.faults.test_kills_at_every_operation import outcome, tiny
 from vae_ray import Experiment, TrainedVAE, UserError, train
-from vae_ray.artifacts.run_directory import RunDirectory
-from vae_ray.config import DataConfig
+from vae_ray.checkpoints.loading import complete_checkpoints, read_checkpoint
+from vae_ray.config.experiment import DataConfig
 from vae_ray.data.arrow_store import open_split
-from vae_ray.training.checkpoints import complete_checkpoints, read_checkpoint
+from vae_ray.run_files.run_directory import RunDirectory
 from vae_ray.tuning.directory import SweepDirectory
 
 pytestmark = pytest.mark.faults
@@ -129,8 +129,8 @@ def test_damaged_raw_files_are_refused_by_name_or_are_other_data(
             assert "MNIST" in str(error), what
             assert "\n" not in str(error)
         else:
-            held = (opened.pixels if "images" in prefix else opened.labels.byte()).numpy().tobytes()
-            assert held == file.read_bytes()[-len(held) :], what
+            exclusive_run = (opened.pixels if "images" in prefix else opened.labels.byte()).numpy().tobytes()
+            assert exclusive_run == file.read_bytes()[-len(exclusive_run) :], what
         tried += 1
     fault_counts("damaged file", tried=tried, survived=tried, note="raw files")
 
@@ -204,7 +204,7 @@ def test_damaged_lines_of_metrics_are_left_out_with_a_warning_and_no_other(
             assert all(line in whole for line in found), what
             if "flipped" in what:
                 assert len(found) >= len(whole) - 2, what  # a flipped line end takes two lines with it
-            copy.forget_after(len(whole))  # what a resumed run does
+            copy.truncate_to_epoch(len(whole))  # what a resumed run does
             assert found == whole or "metrics.jsonl" in caplog.text, what
         tried += 1
     fault_counts("damaged file", tried=tried, survived=tried, note="metrics.jsonl")

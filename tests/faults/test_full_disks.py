@@ -21,11 +21,11 @@ import torch
 from tests.conftest import digits_in_this_process
 from tests.faults.conftest import FORM
 from vae_ray import Experiment, TrainingFailed, UserError, train
-from vae_ray.artifacts import patient_files
-from vae_ray.artifacts.run_directory import RunDirectory
-from vae_ray.training.checkpoints import complete_checkpoints, read_checkpoint
+from vae_ray.checkpoints.loading import complete_checkpoints, read_checkpoint
+from vae_ray.parallel.group import SingleProcess
+from vae_ray.run_files.run_directory import RunDirectory
+from vae_ray.storage import retry as patient_files
 from vae_ray.training.fit import fit_epochs
-from vae_ray.training.group import Solo
 
 pytestmark = pytest.mark.faults
 
@@ -103,7 +103,7 @@ def test_a_disk_full_for_some_epochs_costs_their_checkpoints_and_pictures_only(
 ) -> None:
     mine, filler = experiment(disk), Filler(disk)
     run = run_of(mine)
-    epochs = fit_epochs(mine, run.path, Solo(CPU), keep_warnings=True)
+    epochs = fit_epochs(mine, run.path, SingleProcess(CPU), keep_warnings=True)
     next(epochs)
     before = complete_checkpoints(run.checkpoints)
     filler.fill(leave_bytes=leave_bytes)
@@ -132,7 +132,7 @@ def test_a_disk_full_for_some_epochs_costs_their_checkpoints_and_pictures_only(
 def test_a_disk_full_at_the_end_fails_the_run_and_keeps_what_was_saved(disk: Path, undisturbed: RunDirectory) -> None:
     mine, filler = experiment(disk), Filler(disk)
     run = run_of(mine)
-    epochs = fit_epochs(mine, run.path, Solo(CPU))
+    epochs = fit_epochs(mine, run.path, SingleProcess(CPU))
     for _ in range(3):
         next(epochs)
     filler.fill()
@@ -152,7 +152,7 @@ def test_checkpoints_inside_epochs_on_a_full_disk_cost_nothing_but_a_warning(
 ) -> None:
     mine, filler = experiment(disk, **{"run.checkpoint_every_steps": 10}), Filler(disk)
     run = run_of(mine)
-    epochs = fit_epochs(mine, run.path, Solo(CPU))
+    epochs = fit_epochs(mine, run.path, SingleProcess(CPU))
     next(epochs)
     filler.fill()
     next(epochs)
@@ -168,7 +168,7 @@ def test_tensorboard_events_of_a_full_disk_are_written_later(disk: Path) -> None
 
     mine, filler = experiment(disk), Filler(disk)
     run = run_of(mine)
-    epochs = fit_epochs(mine, run.path, Solo(CPU))
+    epochs = fit_epochs(mine, run.path, SingleProcess(CPU))
     next(epochs)
     filler.fill()
     next(epochs)
@@ -212,7 +212,7 @@ def test_storage_that_is_away_for_a_while_costs_nothing(
 ) -> None:
     mine = experiment(tmp_path)
     run = run_of(mine)
-    epochs = fit_epochs(mine, run.path, Solo(CPU))
+    epochs = fit_epochs(mine, run.path, SingleProcess(CPU))
     next(epochs)
     thread = away_for(run, seconds)
     assert len(list(epochs)) == 4

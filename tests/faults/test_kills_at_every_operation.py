@@ -15,13 +15,13 @@ import torch
 from tests.faults.conftest import FORM, Count
 from tests.faults.file_operations import Ended, run
 from vae_ray import Experiment, TrainedVAE, train
-from vae_ray.artifacts.run_directory import RunDirectory
-from vae_ray.config import DataConfig, OptimConfig
+from vae_ray.checkpoints.loading import complete_checkpoints, read_checkpoint
+from vae_ray.checkpoints.saving import prune_checkpoints, save_checkpoint
+from vae_ray.config.experiment import DataConfig, OptimConfig
 from vae_ray.data.arrow_store import open_split
 from vae_ray.data.sources import Digits
 from vae_ray.models.vae import build_vae
-from vae_ray.training.checkpoint_writing import prune_checkpoints, save_checkpoint
-from vae_ray.training.checkpoints import complete_checkpoints, read_checkpoint
+from vae_ray.run_files.run_directory import RunDirectory
 from vae_ray.training.optimization import build_optimizer
 from vae_ray.tuning.directory import SweepDirectory
 from vae_ray.tuning.leaderboard import write_best
@@ -194,7 +194,7 @@ def journalled(path: str) -> None:
     run_directory.path.mkdir(parents=True, exist_ok=True)
     for epoch in (1, 2):
         run_directory.append_metrics({"epoch": epoch, "val/nelbo": 0.1})
-    run_directory.forget_after(1)
+    run_directory.truncate_to_epoch(1)
     run_directory.write_summary({"epochs": 1})
 
 

@@ -19,7 +19,7 @@ import pytest
 
 from tests.faults.conftest import Count
 from vae_ray import Experiment
-from vae_ray.artifacts.run_directory import RunDirectory
+from vae_ray.run_files.run_directory import RunDirectory
 
 pytestmark = [pytest.mark.faults, pytest.mark.ray]
 

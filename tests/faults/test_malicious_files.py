@@ -28,8 +28,8 @@ from tests.faults.test_damaged_files import sweep_in
 from tests.faults.test_kills_at_every_operation import saved
 from tests.test_checkpoints import rewritten
 from vae_ray import Experiment, TrainedVAE, UserError
-from vae_ray.cli import main
-from vae_ray.training.checkpoints import MANIFEST, TRAINING_STATE, WEIGHTS, read_checkpoint, sealed
+from vae_ray.checkpoints.loading import MANIFEST, TRAINING_STATE, WEIGHTS, read_checkpoint, sealed
+from vae_ray.cli.main import main
 from vae_ray.training.optimization import build_optimizer
 from vae_ray.tuning.records import read_trials
 from vae_ray.tuning.space import SearchSpace
@@ -315,7 +315,7 @@ MERGES = b"a: &a {x: 1}\n" + b"".join(
 )
 YAMLS: dict[str, bytes] = {
     "a Python call": b"run: !!python/object/apply:os.system ['touch was-here']",
-    "a Python object": b"run: !!python/object:vae_ray.config.RunConfig {}",
+    "a Python object": b"run: !!python/object:vae_ray.config.experiment.RunConfig {}",
     "a Python name": b"run: !!python/name:os.system",
     "a Python module": b"run: !!python/module:os",
     "a tag of its own": b"run: !mine {}",
@@ -451,7 +451,7 @@ def test_a_pickle_beside_the_raw_files_is_never_opened(
     tmp_path: Path, fault_counts: Count, mnist_raw: Callable[[Path], None]
 ) -> None:
     """torchvision's reader prefers MNIST/processed/*.pt to the raw files."""
-    from vae_ray.config import DataConfig
+    from vae_ray.config.experiment import DataConfig
     from vae_ray.data.arrow_store import open_split
 
     mnist_raw(tmp_path / "MNIST" / "raw")

@@ -16,15 +16,16 @@ from torch import Tensor
 from tests.test_stopping import Counting, assert_same, fitted, numbers, run_of
 from tests.thread_workers import ThreadWorkers, on_threads
 from vae_ray import Experiment, train
-from vae_ray.artifacts.run_directory import RunDirectory
-from vae_ray.config import OptimConfig
+from vae_ray.checkpoints.loading import all_checkpoints
+from vae_ray.config.experiment import OptimConfig
 from vae_ray.data.batches import Shards, training_batches
 from vae_ray.data.splits import Splits
 from vae_ray.errors import Diverged
-from vae_ray.training import interruptions, loop
-from vae_ray.training.checkpoints import resumable_checkpoints
+from vae_ray.parallel.group import SingleProcess
+from vae_ray.run_files.run_directory import RunDirectory
+from vae_ray.training import loop
+from vae_ray.training import stop_requests as interruptions
 from vae_ray.training.fit import fit
-from vae_ray.training.group import Solo
 from vae_ray.training.optimization import apply_gradient, build_optimizer
 
 STEPS_PER_EPOCH = 14
@@ -59,7 +60,7 @@ def spoiled(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
 
 
 def weights(run: RunDirectory) -> bytes:
-    return (resumable_checkpoints(run.checkpoints)[-1].path / "weights.safetensors").read_bytes()
+    return (all_checkpoints(run.checkpoints)[-1].path / "weights.safetensors").read_bytes()
 
 
 # --- the check ------------------------------------------------------------------------------------------
@@ -109,9 +110,9 @@ def test_stop_names_the_step_keeps_the_batch_and_makes_no_update(
     run, step = run_of(small), STEPS_PER_EPOCH + 14  # the last batch of epoch 2, the smaller one
     made = spoiled(step, value=value)
     with pytest.raises(Diverged, match=r"^epoch 2, step 14 of 14: the loss or its gradient is not finite; .*optim\.lr"):
-        fit(small, run.path, Solo(CPU))
+        fit(small, run.path, SingleProcess(CPU))
     assert made[-1] == step
-    assert [checkpoint.position for checkpoint in resumable_checkpoints(run.checkpoints)] == [(1, 0)]
+    assert [checkpoint.position for checkpoint in all_checkpoints(run.checkpoints)] == [(1, 0)]
     (file,) = run.nonfinite.iterdir()
     assert file.name == "epoch=0002-step=000014.safetensors"
     splits = Splits.open(small)
@@ -171,7 +172,7 @@ def test_skip_leaves_the_batch_out_and_goes_on(
 ) -> None:
     run = run_of(small)
     made = spoiled(3, 20)
-    fit(small.with_overrides({"training.nonfinite": "skip"}), run.path, Solo(CPU))
+    fit(small.with_overrides({"training.nonfinite": "skip"}), run.path, SingleProcess(CPU))
     assert len(made) == 2 * STEPS_PER_EPOCH
     for line in numbers(run.path):
         assert 0 < line["train/loss"] < 100
@@ -189,7 +190,7 @@ def test_skipping_is_allowed_as_often_as_the_limit_says(small: Experiment, spoil
     spoiled(3, 5, 7)
     limited = small.with_overrides({"training.nonfinite": "skip", "training.nonfinite_limit": 2})
     with pytest.raises(Diverged, match=r"epoch 1, step 7 of 14: .*2 times before \(training\.nonfinite_limit\)"):
-        fit(limited, run.path, Solo(CPU))
+        fit(limited, run.path, SingleProcess(CPU))
 
 
 def test_a_run_that_stopped_can_go_on_by_skipping(small: Experiment, spoiled: Callable[..., list[int]]) -> None:
@@ -197,7 +198,7 @@ def test_a_run_that_stopped_can_go_on_by_skipping(small: Experiment, spoiled: Ca
     run = run_of(small)
     spoiled(20)
     with pytest.raises(Diverged):
-        fit(small, run.path, Solo(CPU))
+        fit(small, run.path, SingleProcess(CPU))
     spoiled(6)
     result = train(small.with_overrides({"training.nonfinite": "skip"}), resume=True)
     assert result.epochs == 2
@@ -216,7 +217,7 @@ def test_rollback_goes_on_from_the_last_checkpoint_with_a_smaller_learning_rate(
     small = small.with_overrides({**overrides, "training.nonfinite": "rollback"})
     run = run_of(small)
     made = spoiled(8)
-    fit(small, run.path, Solo(CPU))
+    fit(small, run.path, SingleProcess(CPU))
     assert len(made) == 2 * STEPS_PER_EPOCH + 3  # steps 6 to 8 were made twice
     lines = list(numbers(run.path))
     assert [line["lr"] for line in lines] == [2.5e-3, 2.5e-3]
@@ -224,7 +225,7 @@ def test_rollback_goes_on_from_the_last_checkpoint_with_a_smaller_learning_rate(
     halved = RunDirectory(run.path.parent / "halved")
     slower = small.with_overrides({"optim.lr": 2.5e-3})
     stop_after_the_fifth(small, halved)
-    fit(slower, halved.path, Solo(CPU))
+    fit(slower, halved.path, SingleProcess(CPU))
     assert weights(run) == weights(halved)
     assert [line["train/loss"] for line in lines] == [line["train/loss"] for line in numbers(halved.path)]
 
@@ -239,16 +240,16 @@ def stop_after_the_fifth(experiment: Experiment, run: RunDirectory) -> None:
 
     with pytest.raises(InterruptedError):
         fit(experiment, run.path, Counting(look))
-    (checkpoint,) = resumable_checkpoints(run.checkpoints)
+    (checkpoint,) = all_checkpoints(run.checkpoints)
     assert checkpoint.position == (0, 5)
 
 
 def test_rollback_without_a_checkpoint_begins_again(small: Experiment, spoiled: Callable[..., list[int]]) -> None:
     small = small.with_overrides({"training.nonfinite": "rollback", "training.rollback_lr_factor": 1.0})
     undisturbed, run = run_of(small.with_overrides({"run.name": "undisturbed"})), run_of(small)
-    fit(small, undisturbed.path, Solo(CPU))
+    fit(small, undisturbed.path, SingleProcess(CPU))
     made = spoiled(4)
-    fit(small, run.path, Solo(CPU))
+    fit(small, run.path, SingleProcess(CPU))
     assert len(made) == 2 * STEPS_PER_EPOCH + 4
     assert weights(run) == weights(undisturbed)
     assert list(numbers(run.path)) == list(numbers(undisturbed.path))
@@ -261,7 +262,7 @@ def test_what_rollbacks_left_of_the_learning_rate_survives_a_resume(
     small = small.with_overrides({"training.nonfinite": "rollback", "optim.schedule": "constant"})
     undisturbed, run = run_of(small.with_overrides({"run.name": "undisturbed"})), run_of(small)
     spoiled(17)
-    fit(small, undisturbed.path, Solo(CPU))
+    fit(small, undisturbed.path, SingleProcess(CPU))
 
     spoiled(17)
     stops = Counting(lambda n: run.stop_file.touch() if n == 22 else None)
@@ -269,7 +270,7 @@ def test_what_rollbacks_left_of_the_learning_rate_survives_a_resume(
         fit(small, run.path, stops)
     run.stop_file.unlink()
     spoiled()
-    fit(small, run.path, Solo(CPU))
+    fit(small, run.path, SingleProcess(CPU))
     assert_same(run.path, undisturbed.path)
     assert [line["lr"] for line in numbers(run.path)] == [5e-3, 2.5e-3]
 
@@ -294,10 +295,10 @@ def test_rollbacks_end_with_the_limit(small: Experiment, spoiled: Callable[..., 
     run = run_of(small)
     spoiled(*range(1, 1000))
     with pytest.raises(Diverged, match=r"epoch 1, step 1 of 14: .*3 times before"):
-        fit(small.with_overrides({"training.nonfinite": "rollback"}), run.path, Solo(CPU))
+        fit(small.with_overrides({"training.nonfinite": "rollback"}), run.path, SingleProcess(CPU))
 
 
 def test_nothing_not_finite_leaves_no_directory(small: Experiment) -> None:
     run = run_of(small)
-    fit(small, run.path, Solo(CPU))
+    fit(small, run.path, SingleProcess(CPU))
     assert not Path(run.nonfinite).exists()

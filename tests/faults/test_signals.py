@@ -9,7 +9,7 @@ import pytest
 
 from tests.faults.signalled import Training
 from vae_ray import Experiment
-from vae_ray.training.checkpoints import resumable_checkpoints
+from vae_ray.checkpoints.loading import all_checkpoints
 
 pytestmark = [pytest.mark.faults, pytest.mark.event("signals")]
 
@@ -32,7 +32,7 @@ def test_one_signal_ends_a_run_after_a_checkpoint_inside_the_epoch(
     assert code == 130
     assert seconds < 10
     assert said.count(SAID) == 1
-    newest = resumable_checkpoints(training.run.checkpoints)[-1]
+    newest = all_checkpoints(training.run.checkpoints)[-1]
     assert newest.step is not None, said
     assert f"vae-ray: stopped after step {newest.step} of 669 of epoch {newest.epoch}; go on with --resume" in said
 

@@ -12,8 +12,8 @@ import torch
 
 from tests.faults.conftest import Count
 from vae_ray import Experiment, TrainedVAE, UserError, train
-from vae_ray.cli import main
-from vae_ray.training.checkpoints import FORMAT_VERSION, MANIFEST, read_checkpoint, sealed
+from vae_ray.checkpoints.loading import FORMAT_VERSION, MANIFEST, read_checkpoint, sealed
+from vae_ray.cli.main import main
 from vae_ray.training.optimization import build_optimizer
 
 pytestmark = pytest.mark.faults

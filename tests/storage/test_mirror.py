@@ -11,7 +11,7 @@ import pytest
 
 from vae_ray.errors import TrainingFailed
 from vae_ray.storage import mirror as mirror_module
-from vae_ray.storage.mirror import Mirror, copy_path, own_copy
+from vae_ray.storage.mirror import Mirror, copy_path, working_copy
 
 
 def files(directory: Path) -> dict[str, bytes]:
@@ -73,7 +73,7 @@ def test_a_push_that_breaks_off_leaves_no_manifest_without_its_files_and_is_made
     write(pair.directory, checkpoints__e__manifest_json="{}", **dict.fromkeys(names, "content"))
     real, done = Mirror._push_file, []
 
-    def breaks_off(self: Mirror, name: str, stamp: mirror_module.Stamp) -> None:
+    def breaks_off(self: Mirror, name: str, stamp: mirror_module.FileStat) -> None:
         if len(done) >= fails_at:
             raise OSError("the network is down")
         done.append(name)
@@ -90,28 +90,28 @@ def test_a_push_that_breaks_off_leaves_no_manifest_without_its_files_and_is_made
 
 def test_a_fetch_brings_what_is_wanted_and_later_only_what_has_changed(pair: Mirror, there: Path) -> None:
     write(there, light="1", weights_safetensors="w")
-    pair.fetch(lambda name: name == "light")
+    pair.pull(lambda name: name == "light")
     assert files(pair.directory) == {"light": b"1"}
     here = pair.directory / "light"
     inode = here.stat().st_ino
-    pair.fetch()
+    pair.pull()
     assert here.stat().st_ino == inode, "unchanged, so not copied"
     (there / "light").write_text("22")
-    pair.fetch()
+    pair.pull()
     assert here.read_text() == "22"
 
 
 def test_another_process_s_copy_knows_what_it_has(pair: Mirror, there: Path) -> None:
     write(there, raw="bytes")
-    pair.fetch()
+    pair.pull()
     inode = (pair.directory / "raw").stat().st_ino
-    Mirror(pair.directory, pair.uri).fetch()
+    Mirror(pair.directory, pair.uri).pull()
     assert (pair.directory / "raw").stat().st_ino == inode
 
 
 def test_what_was_fetched_is_not_pushed_back(pair: Mirror, there: Path) -> None:
     write(there, metrics="theirs")
-    pair.fetch()
+    pair.pull()
     (there / "metrics").write_text("newer, by another writer")
     pair.push()
     assert files(there)["metrics"] == b"newer, by another writer"
@@ -119,9 +119,9 @@ def test_what_was_fetched_is_not_pushed_back(pair: Mirror, there: Path) -> None:
 
 def test_what_is_gone_there_goes_here_too(pair: Mirror, there: Path) -> None:
     write(there, checkpoints__old__manifest_json="{}", stays="s")
-    pair.fetch()
+    pair.pull()
     (there / "checkpoints" / "old" / "manifest.json").unlink()
-    pair.fetch()
+    pair.pull()
     assert files(pair.directory) == {"stays": b"s"}
 
 
@@ -165,7 +165,7 @@ def test_a_copy_is_one_process_s_own_and_goes_with_it(tmp_path: Path, monkeypatc
     paths = {copy_path(uri, "writer") for _ in range(3)}
     assert len(paths) == 3
     mirror = Mirror(copy_path(uri, "writer"), uri)
-    with own_copy(mirror):
+    with working_copy(mirror):
         assert mirror.directory.is_dir()
     assert not mirror.directory.exists()
 
@@ -189,7 +189,7 @@ def test_copies_of_dead_processes_are_cleared_away_but_not_what_they_could_not_s
 
 def test_a_deleted_checkpoint_goes_with_the_files_that_were_never_fetched(pair: Mirror, there: Path) -> None:
     write(there, checkpoints__old__manifest_json="{}", checkpoints__old__weights="heavy", checkpoints__new__weights="w")
-    pair.fetch(lambda name: name.endswith("manifest.json"))
+    pair.pull(lambda name: name.endswith("manifest.json"))
     (pair.directory / "checkpoints" / "old" / "manifest.json").unlink()
     pair.push()
     assert files(there) == {"checkpoints/new/weights": b"w"}

@@ -15,9 +15,9 @@ import pytest
 from tests.conftest import digits_in_this_process
 from tests.storage.servers import ObjectStore, filesystem
 from vae_ray import Experiment, TrainedVAE, TrainResult, UserError, train
-from vae_ray.artifacts.run_directory import RunDirectory
-from vae_ray.cli import main
+from vae_ray.cli.main import main
 from vae_ray.errors import Stopped
+from vae_ray.run_files.run_directory import RunDirectory
 
 PACKAGE = {"manifest.json", "experiment.json", "weights.safetensors", "training_state.pt"}
 
@@ -152,7 +152,7 @@ def test_a_store_that_is_not_there_is_refused_within_seconds(
 def test_raw_data_at_a_uri_are_copied_once_to_this_node(
     store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mnist_root: Path
 ) -> None:
-    from vae_ray.config import DataConfig
+    from vae_ray.config.experiment import DataConfig
     from vae_ray.data.arrow_store import open_split
 
     raw = mnist_root / "MNIST" / "raw"

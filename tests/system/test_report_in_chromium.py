@@ -137,12 +137,12 @@ def test_a_hostile_text_is_read_and_never_run(browser: Browser, sweep: SweepDire
         assert reasons.count(HOSTILE) == 2
         # also where Vega writes it: the tooltip of the trial whose name is hostile
         ends = page.locator("#chart-curves-0 .ends_marks path")
-        told = []
+        tooltip_columns = []
         for number in range(ends.count()):
             ends.nth(number).hover(force=True)
             page.wait_for_selector("#tip", state="visible")
-            told.append(page.locator("#tip").inner_text())
-        assert sum(STOPPED in text for text in told) == 1
+            tooltip_columns.append(page.locator("#tip").inner_text())
+        assert sum(STOPPED in text for text in tooltip_columns) == 1
         assert page.locator("#tip img, #tip script").count() == 0
         assert_quiet(seen, sweep)
 
@@ -176,10 +176,10 @@ def test_pointing_at_a_line_names_its_trial(browser: Browser, sweep: SweepDirect
             )
             page.mouse.move(*place)
             page.wait_for_selector("#tip", state="visible")
-            told = page.locator("#tip").inner_text()
-            assert any(name in told for name in WITH_HISTORY)
-            assert "model.latent_dim" in told
-            assert "val/nelbo" in told
+            tooltip_columns = page.locator("#tip").inner_text()
+            assert any(name in tooltip_columns for name in WITH_HISTORY)
+            assert "model.latent_dim" in tooltip_columns
+            assert "val/nelbo" in tooltip_columns
 
 
 @pytest.mark.parametrize("kind", PICTURE_KINDS)

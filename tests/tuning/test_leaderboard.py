@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 
 from tests.tuning.test_records import end, propose, small_sweep, train_trial
 from vae_ray import TrainedVAE
-from vae_ray.artifacts.run_directory import RunDirectory
-from vae_ray.training.checkpoints import Checkpoint
+from vae_ray.checkpoints.loading import Checkpoint
+from vae_ray.run_files.run_directory import RunDirectory
 from vae_ray.tuning import leaderboard
-from vae_ray.tuning.conclusion import conclude
 from vae_ray.tuning.directory import SweepDirectory
 from vae_ray.tuning.leaderboard import pareto_front, ranked
 from vae_ray.tuning.records import FAILURES, TrialRecord, read_trials
 from vae_ray.tuning.settings import METRICS
+from vae_ray.tuning.summary import summarize_sweep
 
 RATE_DISTORTION = ("val/rate", "val/distortion")
 SMALL_BETA, MIDDLE_BETA, LARGE_BETA, FAILED, PROPOSED = (f"{number:04d}" for number in range(5))
@@ -268,7 +268,7 @@ def test_a_sweep_whose_trials_all_failed_has_no_best(directory: SweepDirectory, 
     shutil.copytree(directory.trial(FAILED).path, failed.trial(FAILED).path)
     propose(failed, FAILED, **{"objective.beta": 1.0})
     end(failed, FAILED, "failed", REASON, epoch=1)
-    result = conclude(failed, started_at=0.0)
+    result = summarize_sweep(failed, started_at=0.0)
     assert (result.best, result.num_failed, result.pareto_front) == ({}, 1, [])
     assert not failed.best.exists()
     (row,) = pyarrow.parquet.read_table(failed.leaderboard_parquet).to_pylist()

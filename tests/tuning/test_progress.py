@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from vae_ray import Experiment
-from vae_ray.artifacts.run_directory import RunDirectory
-from vae_ray.training.checkpoints import EXPERIMENT, Checkpoint
+from vae_ray.checkpoints.loading import EXPERIMENT, Checkpoint
+from vae_ray.run_files.run_directory import RunDirectory
 from vae_ray.tuning import progress
 from vae_ray.tuning.progress import MOST_ROWS, NUM_BEST, SweepView
 from vae_ray.tuning.records import FAILURES, TrialRecord

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from ray.tune.search import Searcher
 
 from vae_ray import Experiment
-from vae_ray.artifacts.run_directory import RunDirectory
-from vae_ray.training.checkpoints import Checkpoint
+from vae_ray.checkpoints.loading import Checkpoint
+from vae_ray.run_files.run_directory import RunDirectory
 from vae_ray.tuning.directory import SweepDirectory
 from vae_ray.tuning.proposals import OptunaProposals, decoded, distributions, encoded, propose_all
 from vae_ray.tuning.records import FAILURES, TrialRecord
@@ -62,7 +62,7 @@ def proposed_in(directory: SweepDirectory) -> dict[str, dict[str, Any]]:
     return {entry["trial"]: entry["overrides"] for entry in directory.journal() if entry["event"] == "proposed"}
 
 
-def told(proposals: OptunaProposals) -> list[tuple[str, list[float] | None]]:
+def tooltip_columns(proposals: OptunaProposals) -> list[tuple[str, list[float] | None]]:
     """State and values of every trial that Optuna knows of and that has ended."""
     return [(trial.state.name, trial.values) for trial in proposals._study.trials if trial.state.is_finished()]
 
@@ -150,7 +150,7 @@ def test_optuna_is_told_the_best_epoch_and_not_the_last(directory: SweepDirector
     for epoch, nelbo in enumerate((30.0, 20.0, 25.0), start=1):
         proposals.on_trial_result("a", result(epoch, nelbo))
     proposals.on_trial_complete("a", result(3, 25.0))
-    assert told(proposals) == [("COMPLETE", [20.0])]
+    assert tooltip_columns(proposals) == [("COMPLETE", [20.0])]
 
 
 def test_the_last_epoch_counts_though_tune_reports_it_only_with_the_end(directory: SweepDirectory) -> None:
@@ -161,7 +161,7 @@ def test_the_last_epoch_counts_though_tune_reports_it_only_with_the_end(director
     proposals.on_trial_complete("a", result(2, 20.0))
     proposals.suggest("b")
     proposals.on_trial_complete("b", result(1, 40.0))
-    assert told(proposals) == [("COMPLETE", [20.0]), ("COMPLETE", [40.0])]
+    assert tooltip_columns(proposals) == [("COMPLETE", [20.0]), ("COMPLETE", [40.0])]
 
 
 def test_two_metrics_are_told_of_the_epoch_of_the_smallest_sum(directory: SweepDirectory) -> None:
@@ -171,7 +171,7 @@ def test_two_metrics_are_told_of_the_epoch_of_the_smallest_sum(directory: SweepD
         line = result(epoch, rate + distortion, **{"val/rate": rate, "val/distortion": distortion})
         proposals.on_trial_result("a", line)
     proposals.on_trial_complete("a", line)
-    assert told(proposals) == [("COMPLETE", [6.0, 20.0])]
+    assert tooltip_columns(proposals) == [("COMPLETE", [6.0, 20.0])]
     assert suggested(proposals, "b")[TRIAL] == "0001"
 
 
@@ -184,7 +184,7 @@ def test_a_trial_that_failed_teaches_nothing_and_stops_nothing(directory: SweepD
     proposals.on_trial_result("a", result(1, 1.0, **dict.fromkeys(FRONT, 0.5)))
     proposals.on_trial_complete("a", None, error=True)
     proposals.on_trial_complete("b", None, error=True)
-    assert [values for state, values in told(proposals) if state == "COMPLETE"] == []
+    assert [values for state, values in tooltip_columns(proposals) if state == "COMPLETE"] == []
     assert suggested(proposals, "c")[TRIAL] == "0002"
 
 
@@ -193,7 +193,7 @@ def test_a_trial_that_was_taken_up_again_failing_teaches_nothing(directory: Swee
     proposals.suggest("a")
     proposals.on_trial_result("a", result(1, 1.0))
     proposals.on_trial_complete("a", None, error=True)
-    assert told(proposals) == []
+    assert tooltip_columns(proposals) == []
     assert suggested(proposals, "b")[TRIAL] == "0001"
 
 
@@ -211,7 +211,7 @@ def test_optuna_knows_what_earlier_trials_came_to(directory: SweepDirectory, met
         record_of(6, "finished"),
     ]
     proposals = OptunaProposals(directory, chosen(9, metric=metrics), seed=0, records=records)
-    assert told(proposals) == [("COMPLETE", [known[metric] for metric in metrics]) for known in values[:2]]
+    assert tooltip_columns(proposals) == [("COMPLETE", [known[metric] for metric in metrics]) for known in values[:2]]
     assert [suggested(proposals, name)[TRIAL] for name in "abc"] == ["0002", "0007", "0008"]
 
 
@@ -224,7 +224,7 @@ def test_a_trial_that_was_taken_up_again_is_told_when_it_ends(
     line = result(1, 30.0, **{"val/rate": 10.0, "val/distortion": 20.0})
     proposals.on_trial_result("a", line)
     proposals.on_trial_complete("a", line)
-    assert told(proposals) == [("COMPLETE", [line[metric] for metric in metrics])]
+    assert tooltip_columns(proposals) == [("COMPLETE", [line[metric] for metric in metrics])]
 
 
 def test_what_a_trial_did_before_it_was_taken_up_again_counts(directory: SweepDirectory) -> None:
@@ -234,7 +234,7 @@ def test_what_a_trial_did_before_it_was_taken_up_again_counts(directory: SweepDi
     proposals.suggest("a")
     proposals.on_trial_result("a", result(3, 30.0))
     proposals.on_trial_complete("a", result(4, 25.0))
-    assert told(proposals) == [("COMPLETE", [20.0])]
+    assert tooltip_columns(proposals) == [("COMPLETE", [20.0])]
 
 
 def test_from_one_seed_and_the_same_records_comes_the_same_suggestion(tmp_path: Path) -> None:

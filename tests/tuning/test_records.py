@@ -16,10 +16,10 @@ import torch
 
 from tests.conftest import digits_in_this_process
 from vae_ray import Experiment, UserError
-from vae_ray.artifacts.run_directory import RunDirectory
 from vae_ray.errors import Diverged
+from vae_ray.parallel.group import SingleProcess
+from vae_ray.run_files.run_directory import RunDirectory
 from vae_ray.training.fit import fit_epochs
-from vae_ray.training.group import Solo
 from vae_ray.tuning.directory import SweepDirectory
 from vae_ray.tuning.records import (
     FAILURE_FILE,
@@ -84,7 +84,7 @@ def train_trial(directory: SweepDirectory, name: str, *, epochs: int, **override
     with (
         contextlib.suppress(Diverged),
         recorded_failure(run),
-        contextlib.closing(fit_epochs(experiment, run.path, Solo(torch.device("cpu")))) as training,
+        contextlib.closing(fit_epochs(experiment, run.path, SingleProcess(torch.device("cpu")))) as training,
     ):
         for _ in range(epochs - max((line["epoch"] for line in run.history()), default=0)):
             next(training)

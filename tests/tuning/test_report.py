@@ -23,17 +23,17 @@ from hypothesis import strategies as st
 
 from tests.conftest import digits_in_this_process
 from vae_ray import Experiment
-from vae_ray.artifacts.image_grids import png_bytes, square_grid
-from vae_ray.config import preset_names
+from vae_ray.config.experiment import preset_names
 from vae_ray.errors import UserError
+from vae_ray.parallel.group import SingleProcess
+from vae_ray.run_files.image_grids import png_bytes, square_grid
 from vae_ray.training.fit import fit_epochs
-from vae_ray.training.group import Solo
 from vae_ray.tuning import leaderboard
-from vae_ray.tuning.charts import learning_curves, parallel_coordinates, rate_distortion
 from vae_ray.tuning.directory import SweepDirectory
 from vae_ray.tuning.records import TrialRecord, read_trials
-from vae_ray.tuning.report import reproduction, write_report
-from vae_ray.tuning.scales import even_ticks, log_ticks, trimmed
+from vae_ray.tuning.report.charts import learning_curves, parallel_coordinates, rate_distortion
+from vae_ray.tuning.report.page import reproduction, write_report
+from vae_ray.tuning.report.scales import even_ticks, log_ticks, trimmed
 from vae_ray.tuning.space import SearchSpace
 
 HOSTILE = "</script><script>alert('text')</script>"
@@ -76,7 +76,9 @@ def build_sweep(path: Path, *, trials: dict[str, Any] = TRIALS, **description: A
             {"trial": name, "event": "ended", "epoch": epochs, "state": state, "reason": reason},
         )
         if epochs:
-            training = fit_epochs(base.with_overrides(overrides), directory.trial(name).path, Solo(torch.device("cpu")))
+            training = fit_epochs(
+                base.with_overrides(overrides), directory.trial(name).path, SingleProcess(torch.device("cpu"))
+            )
             for _ in range(epochs):
                 next(training)
             training.close()
@@ -240,7 +242,7 @@ def test_a_stopped_trial_says_which_part_of_its_command_it_is(html: str) -> None
 def test_curves_are_the_recorded_metrics_and_end_where_the_trials_did(
     records: list[TrialRecord], table: list[dict[str, Any]]
 ) -> None:
-    spec = learning_curves(records, table, "val/nelbo", told=["val/nelbo"], rungs=[1])
+    spec = learning_curves(records, table, "val/nelbo", tooltip_columns=["val/nelbo"], rungs=[1])
     assert spec is not None
     drawn = {(point["trial"], point["epoch"]): point["value"] for point in spec["data"]["values"]}
     assert drawn == {(record.name, line["epoch"]): line["val/nelbo"] for record in records for line in record.history}
@@ -257,7 +259,7 @@ def test_the_plane_holds_the_best_checkpoints_and_their_pareto_front(
     records: list[TrialRecord], table: list[dict[str, Any]]
 ) -> None:
     experiments = {record.name: record.best.experiment() for record in records if record.best is not None}
-    spec = rate_distortion(table, experiments, ["val/nelbo"], told=["val/nelbo"])
+    spec = rate_distortion(table, experiments, ["val/nelbo"], tooltip_columns=["val/nelbo"])
     assert spec is not None
     points = {point["trial"]: point for point in spec["data"]["values"]}
     assert points.keys() == experiments.keys()
@@ -281,7 +283,7 @@ def test_the_plane_holds_the_best_checkpoints_and_their_pareto_front(
 
 
 def test_parallel_coordinates_place_every_ranked_trial_on_every_axis(table: list[dict[str, Any]]) -> None:
-    spec = parallel_coordinates(table, SearchSpace.from_dict(SEARCH), ["val/nelbo"], told=[])
+    spec = parallel_coordinates(table, SearchSpace.from_dict(SEARCH), ["val/nelbo"], tooltip_columns=[])
     assert spec is not None
     places = {(point["trial"], point["axis"]): point["at"] for point in spec["data"]["values"]}
     assert len(places) == 3 * 3
@@ -300,10 +302,10 @@ def test_under_pbt_the_lineage_is_told_instead_of_a_command(tmp_path: Path) -> N
     (heir.path / "lineage.jsonl").write_text(json.dumps(step) + '\n{"cut sho')
     page = Page(reported(directory))
     assert sum(text.startswith("vae-ray train") for text in page.text("pre")) == 1
-    told = " ".join(" ".join(page.text("li")).split())
-    assert "began with model.latent_dim = 2, objective.beta = 1" in told
-    assert f"after epoch {heir_best.epoch} it took over the weights of trial 0000 and went on with " in told
-    assert "objective.beta = 0.75" in told
+    tooltip_columns = " ".join(" ".join(page.text("li")).split())
+    assert "began with model.latent_dim = 2, objective.beta = 1" in tooltip_columns
+    assert f"after epoch {heir_best.epoch} it took over the weights of trial 0000 and went on with " in tooltip_columns
+    assert "objective.beta = 0.75" in tooltip_columns
     # what it took over looks as it did where it came from
     samples = [picture["src"] for picture in page.all("img") if picture["alt"] == "samples of trial 0001"]
     expected = (donor.images / "samples" / f"epoch={heir_best.epoch:04d}.png").read_bytes()
@@ -350,7 +352,7 @@ def test_numbers_that_are_none_are_left_out(records: list[TrialRecord], table: l
         else record
         for record in records
     ]
-    spec = learning_curves(broken, table, "val/nelbo", told=["val/nelbo"], rungs=[])
+    spec = learning_curves(broken, table, "val/nelbo", tooltip_columns=["val/nelbo"], rungs=[])
     assert spec is not None
     assert "0003" not in {point["trial"] for point in spec["data"]["values"]}
     json.dumps(spec, allow_nan=False)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from vae_ray.tuning.scales import MOST_TICKS, color_scale, even_ticks, log_ticks, size_scale
+from vae_ray.tuning.report.scales import MOST_TICKS, color_scale, even_ticks, log_ticks, size_scale
 
 NUMBERS = st.floats(1e-12, 1e12)
 

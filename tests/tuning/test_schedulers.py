@@ -13,9 +13,16 @@ from hypothesis import strategies as st
 from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
 
 from vae_ray import Experiment
-from vae_ray.artifacts.run_directory import RunDirectory
+from vae_ray.run_files.run_directory import RunDirectory
 from vae_ray.tuning.records import TrialRecord
-from vae_ray.tuning.schedulers import ASHA_REDUCTION_FACTOR, SCHEDULERS, Scheduling, Setting, _within, rungs
+from vae_ray.tuning.schedulers import (
+    ASHA_REDUCTION_FACTOR,
+    SCHEDULERS,
+    ReplayedScheduler,
+    SchedulerSpec,
+    _within,
+    rungs,
+)
 from vae_ray.tuning.settings import PBT_KEYS
 from vae_ray.tuning.space import Range, SearchSpace
 from vae_ray.tuning.trial import TRIAL
@@ -52,8 +59,8 @@ class Event(NamedTuple):
     decision: str
 
 
-def setting(epochs: int = EPOCHS) -> Setting:
-    return Setting(METRIC, epochs, SPACE)
+def setting(epochs: int = EPOCHS) -> SchedulerSpec:
+    return SchedulerSpec(METRIC, epochs, SPACE)
 
 
 def record_of(name: str, history: list[dict[str, Any]], *, state: str = "pending") -> TrialRecord:
@@ -92,7 +99,7 @@ def undisturbed(seed: int) -> list[Event]:
         name = min(running, key=lambda name: running[name][1]["started_at"] + running[name][1]["seconds"])
         trial, line = running[name]
         now = line["started_at"] + line["seconds"]
-        events.append(Event(name, line, told(scheduler, trial, line)))
+        events.append(Event(name, line, tooltip_columns(scheduler, trial, line)))
         if events[-1].decision == TrialScheduler.STOP:
             del running[name]
         else:
@@ -100,7 +107,7 @@ def undisturbed(seed: int) -> list[Event]:
     return events
 
 
-def told(scheduler: TrialScheduler, trial: Trial, line: dict[str, Any]) -> str:
+def tooltip_columns(scheduler: TrialScheduler, trial: Trial, line: dict[str, Any]) -> str:
     """The decision on one epoch, with what Tune does after it."""
     decision: str = scheduler.on_trial_result(None, trial, line)
     if decision == TrialScheduler.STOP:
@@ -108,7 +115,7 @@ def told(scheduler: TrialScheduler, trial: Trial, line: dict[str, Any]) -> str:
     return decision
 
 
-def first_other_decision(scheduling: Scheduling, events: list[Event], cut: int) -> Event | None:
+def first_other_decision(scheduling: ReplayedScheduler, events: list[Event], cut: int) -> Event | None:
     """Where a restored sweep's scheduler, told the events from `cut` on, first decides otherwise; None if nowhere.
 
     Unfinished trials come back as new ones of Tune's.
@@ -118,7 +125,7 @@ def first_other_decision(scheduling: Scheduling, events: list[Event], cut: int) 
     for name in sorted(trials.keys() - ended):
         scheduling.scheduler.on_trial_add(None, trials[name])
     return next(
-        (e for e in events[cut:] if told(scheduling.scheduler, trials[e.name], e.line) != e.decision),
+        (e for e in events[cut:] if tooltip_columns(scheduling.scheduler, trials[e.name], e.line) != e.decision),
         None,
     )
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from vae_ray import Experiment, UserError
-from vae_ray.config import field_docs
+from vae_ray.config.experiment import field_docs
 from vae_ray.tuning.schedulers import SCHEDULERS
 from vae_ray.tuning.settings import (
     DEFAULT_NUM_TRIALS,
@@ -65,7 +65,7 @@ def test_with_two_metrics_every_trial_runs_to_the_end() -> None:
     [("val/rate", "val/rate"), ("val/rate,val/distortion", "val/nelbo"), ("train/rate,train/nelbo", "train/nelbo")],
 )
 def test_people_follow_one_number(metric: str, shown: str) -> None:
-    assert chosen(metric=metric).shown_metric == shown
+    assert chosen(metric=metric).display_metric == shown
 
 
 def test_a_grid_has_as_many_trials_as_points() -> None:

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from vae_ray import Experiment, UserError
-from vae_ray.config import field_docs, preset_names
-from vae_ray.tuning.space import KINDS, SWEEP_KEYS, Range, SearchSpace, Values, search_names
+from vae_ray.config.experiment import field_docs, preset_names
+from vae_ray.tuning.space import DOMAIN_TYPES, SWEEP_KEYS, Range, SearchSpace, Values, search_names
 
 ALMOST_ONE = math.nextafter(1, 0)
 """The largest number that `random()` returns."""
@@ -39,7 +39,7 @@ def drawn(domain: dict[str, Any], num: int, *, key: str = "optim.lr") -> list[An
 
 
 def range_of(kind: str, low: float, high: float) -> Range:
-    domain = KINDS[kind]([low, high])
+    domain = DOMAIN_TYPES[kind]([low, high])
     assert isinstance(domain, Range)
     return domain
 
@@ -258,7 +258,7 @@ MISTAKES: list[tuple[str, object, list[str]]] = [
     ("unknown key", {"optim.lrr": {"choice": [1]}}, ["'optim.lrr'", "did you mean 'optim.lr'"]),
     ("a key without its section", {"latent_dim": {"choice": [1]}}, ["did you mean 'model.latent_dim'"]),
     ("a number for a key", {3: {"choice": [1]}}, ["'3'"]),
-    ("unknown kind", {"optim.lr": {"normal": [0, 1]}}, ["optim.lr", "{'normal': [0, 1]}", *KINDS]),
+    ("unknown kind", {"optim.lr": {"normal": [0, 1]}}, ["optim.lr", "{'normal': [0, 1]}", *DOMAIN_TYPES]),
     ("two kinds", {"optim.lr": {"choice": [1], "grid": [1]}}, ["optim.lr", "should be one of"]),
     ("no kind", {"optim.lr": {}}, ["optim.lr: got {}", "should be one of"]),
     ("a bare value", {"optim.lr": 0.1}, ["optim.lr: got 0.1", "should be one of", "choice: [1, 2]"]),

@@ -14,7 +14,7 @@ import torch
 
 from tests.tuning.test_records import small_sweep
 from vae_ray import Experiment, TrainResult, UserError
-from vae_ray.cli import main
+from vae_ray.cli.main import main
 from vae_ray.tuning.settings import settings
 from vae_ray.tuning.sweep import preflighted
 

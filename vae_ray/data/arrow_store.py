@@ -20,11 +20,11 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from vae_ray.config import DataConfig
+from vae_ray.config.experiment import DataConfig
 from vae_ray.data.sources import SOURCES, Images, Source
-from vae_ray.errors import Damaged, UserError
-from vae_ray.reading import parse_json, read_bytes
+from vae_ray.errors import CorruptFile, UserError
 from vae_ray.storage.locations import cache_root, directory_of, is_uri
+from vae_ray.storage.reading import parse_json, read_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ def _is_intact(file: Path) -> bool:
         raise UserError(f"{file}: is a directory, a pipe or a device where the decoded images belong; remove it")
     try:
         expected = parse_json(read_bytes(_sidecar(file)))["sha256"]
-    except (OSError, ValueError, KeyError, TypeError, Damaged):
+    except (OSError, ValueError, KeyError, TypeError, CorruptFile):
         expected = "a readable " + _sidecar(file).name
     with file.open("rb") as stream:
         found = hashlib.file_digest(stream, "sha256").hexdigest()

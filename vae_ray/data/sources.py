@@ -21,9 +21,9 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from vae_ray.config import DataConfig
+from vae_ray.config.experiment import DataConfig
 from vae_ray.errors import UserError
-from vae_ray.storage.locations import answered, child, is_uri
+from vae_ray.storage.locations import is_uri, join_location, with_timeout
 from vae_ray.storage.mirror import Mirror
 
 logger = logging.getLogger(__name__)
@@ -110,10 +110,10 @@ class TorchvisionMNIST:
     def _fetch(self, uri: str, names: set[str]) -> None:
         """Copy the raw files from `uri` to this node; the copy it has serves while the URI does not answer."""
         raw = self.root / self.class_name / "raw"
-        mirror = Mirror(raw, child(uri, self.class_name, "raw"), key="data.root")
+        mirror = Mirror(raw, join_location(uri, self.class_name, "raw"), key="data.root")
         try:
-            answered(mirror.listing)
-            mirror.fetch(lambda name: name in names)
+            with_timeout(mirror.listing)
+            mirror.pull(lambda name: name in names)
         except OSError as error:
             reason = " ".join(str(error).split())[:200]
             if not all((raw / name).is_file() for name in names):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vae_ray.config import Experiment
+from vae_ray.config.experiment import Experiment
 from vae_ray.data.arrow_store import Split, open_split
 from vae_ray.errors import UserError
 from vae_ray.seeds import generator

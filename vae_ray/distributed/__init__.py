@@ -9,20 +9,20 @@ from typing import TYPE_CHECKING, Any
 from vae_ray.distributed import environment
 
 if TYPE_CHECKING:
-    from vae_ray.distributed.cluster import check_local_resources as check_local_resources
-    from vae_ray.distributed.cluster import connection as connection
-    from vae_ray.distributed.trainer import clear_state as clear_state
-    from vae_ray.distributed.trainer import fit as fit
-    from vae_ray.distributed.trainer import ray_state as ray_state
+    from vae_ray.distributed.connection import check_local_resources as check_local_resources
+    from vae_ray.distributed.connection import connection as connection
+    from vae_ray.distributed.launch import clear_state as clear_state
+    from vae_ray.distributed.launch import fit as fit
+    from vae_ray.distributed.launch import ray_state as ray_state
 
 environment.set_defaults()  # before a room below imports ray
 
 _HOME_OF = {
-    "check_local_resources": "vae_ray.distributed.cluster",
-    "clear_state": "vae_ray.distributed.trainer",
-    "connection": "vae_ray.distributed.cluster",
-    "fit": "vae_ray.distributed.trainer",
-    "ray_state": "vae_ray.distributed.trainer",
+    "check_local_resources": "vae_ray.distributed.connection",
+    "clear_state": "vae_ray.distributed.launch",
+    "connection": "vae_ray.distributed.connection",
+    "fit": "vae_ray.distributed.launch",
+    "ray_state": "vae_ray.distributed.launch",
 }
 
 __all__ = ["check_local_resources", "clear_state", "connection", "fit", "ray_state"]

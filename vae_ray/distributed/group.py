@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from vae_ray.distributed.gradient_sum import sum_after_backward
-from vae_ray.distributed.shared_memory import SharedMemorySum
-from vae_ray.training.group import Value
+from vae_ray.parallel.gradient_sum import sum_after_backward
+from vae_ray.parallel.group import Value
+from vae_ray.parallel.shared_memory import SharedMemorySum
 
 
 class RayWorkers:
@@ -44,14 +44,14 @@ class RayWorkers:
             dist.all_reduce(values)
         return values
 
-    def share(self, value: Value) -> Value:
+    def broadcast(self, value: Value) -> Value:
         if self.size == 1:
             return value
         values = [value if self.rank == 0 else None]
         dist.broadcast_object_list(values, src=0, device=self.device)
         return cast(Value, values[0])
 
-    def gather(self, value: Value) -> list[Value]:
+    def all_gather(self, value: Value) -> list[Value]:
         if self.size == 1:
             return [value]
         values: list[Value | None] = [None] * self.size

@@ -8,8 +8,8 @@ from types import TracebackType
 
 import ray
 
-from vae_ray.config import Experiment
-from vae_ray.distributed.nodes import room
+from vae_ray.config.experiment import Experiment
+from vae_ray.distributed.nodes import max_workers_fitting
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +21,7 @@ class NodeWatch:
 
     def __init__(self, experiment: Experiment, *, uses_gpu: bool) -> None:
         workers = experiment.workers
-        self._least = workers.least
+        self._least = workers.min
         self._each: dict[str, float] = {"CPU": workers.cpus, **({"GPU": workers.gpus} if uses_gpu else {})}
         self._alive = self._look()
         self._is_short = False
@@ -52,7 +52,7 @@ class NodeWatch:
         for address in sorted(alive.keys() - self._alive.keys()):
             logger.warning("node %s has joined the cluster", address)
         self._alive = alive
-        num_fitting = room(list(alive.values()), self._each)
+        num_fitting = max_workers_fitting(list(alive.values()), self._each)
         if num_fitting < self._least and not self._is_short:
             logger.warning(
                 "workers.num: waiting for nodes: the cluster has room for %d of %d workers. Training goes on from the "

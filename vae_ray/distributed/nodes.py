@@ -47,12 +47,12 @@ def on_every_node(
     """
     nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in but]
     asked = [_ask(node["NodeID"], function, arguments) for node in nodes]
-    answered, _ = ray.wait(asked, num_returns=len(asked), timeout=timeout_seconds) if asked else ([], [])
+    with_timeout, _ = ray.wait(asked, num_returns=len(asked), timeout=timeout_seconds) if asked else ([], [])
     answers = []
     for node, reference in zip(nodes, asked, strict=True):
         result: Any = None
         error: str | None = f"no answer within {timeout_seconds:g} s"
-        if reference in answered:
+        if reference in with_timeout:
             result, error = _outcome(reference)
         else:
             ray.cancel(reference, force=True)
@@ -60,12 +60,12 @@ def on_every_node(
     return answers
 
 
-def room(nodes: Sequence[Mapping[str, float]], each: Mapping[str, float]) -> int:
+def max_workers_fitting(nodes: Sequence[Mapping[str, float]], each: Mapping[str, float]) -> int:
     """How many workers that need `each` all nodes together have room for; a worker's resources are of one node."""
     return sum(int(min(node.get(kind, 0) // amount for kind, amount in each.items())) for node in nodes)
 
 
-def check_storage(directory: Path) -> None:
+def check_shared_storage(directory: Path) -> None:
     """Raise `UserError`, naming the nodes, unless all nodes of the cluster share `directory` and can write there.
 
     The driver leaves a marker that every other node must read, and reads the one that each of them leaves. Where

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vae_ray.config import ModelConfig
-from vae_ray.models.mlp import mlp
-from vae_ray.posterior import DiagonalGaussian
+from vae_ray.config.experiment import ModelConfig
+from vae_ray.models.latents import DiagonalGaussian
+from vae_ray.models.networks.mlp import mlp
 
 Factory = Callable[[ModelConfig, tuple[int, int, int]], tuple[nn.Module, nn.Module]]
 

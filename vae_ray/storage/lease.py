@@ -18,7 +18,7 @@ from collections.abc import Iterator
 import pyarrow.fs
 
 from vae_ray.errors import UserError
-from vae_ray.storage.mirror import Mirror, Stamp, process_lives
+from vae_ray.storage.mirror import FileStat, Mirror, process_lives
 
 PREFIX = ".driver-"
 RENEWAL_SECONDS = 5.0
@@ -75,10 +75,10 @@ def _wait_for_others(mirror: Mirror, own: str, *, name: str) -> None:
             mirror.delete(claim)
 
 
-def _claims(mirror: Mirror) -> dict[str, Stamp]:
+def _claims(mirror: Mirror) -> dict[str, FileStat]:
     selector = pyarrow.fs.FileSelector(mirror.path_of(), allow_not_found=True)
     return {
-        info.base_name: Stamp(info.size, info.mtime_ns or 0)
+        info.base_name: FileStat(info.size, info.mtime_ns or 0)
         for info in mirror.filesystem.get_file_info(selector)
         if info.base_name.startswith(PREFIX)
     }

@@ -35,7 +35,7 @@ def directory_of(location: str | Path) -> Path:
     return Path(plain).expanduser().absolute()
 
 
-def child(location: str | Path, *names: str) -> str:
+def join_location(location: str | Path, *names: str) -> str:
     """The location below `location`; what follows a `?` in a URI stays at its end."""
     if not is_uri(location):
         return str(Path(location, *names))
@@ -66,7 +66,7 @@ def open_filesystem(uri: str, *, key: str) -> tuple[pyarrow.fs.FileSystem, str]:
             "them in the environment of every node (for s3: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)"
         )
     try:
-        filesystem, path = answered(lambda: pyarrow.fs.FileSystem.from_uri(uri))  # asks for a bucket's region
+        filesystem, path = with_timeout(lambda: pyarrow.fs.FileSystem.from_uri(uri))  # asks for a bucket's region
     except (OSError, ValueError, NotImplementedError) as error:  # pyarrow's ArrowInvalid is a ValueError
         raise UserError(
             f"{key}: got {uri!r}, which cannot be used ({' '.join(str(error).split())[:200]}); should be a directory "
@@ -103,7 +103,7 @@ def _write_probe(filesystem: pyarrow.fs.FileSystem, path: str, *, shown: str, ke
         filesystem.delete_file(probe)
 
     try:
-        answered(write_and_delete)
+        with_timeout(write_and_delete)
     except OSError as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
@@ -112,7 +112,7 @@ def _write_probe(filesystem: pyarrow.fs.FileSystem, path: str, *, shown: str, ke
         ) from None
 
 
-def answered(action: Callable[[], Answer], *, seconds: float = ANSWER_SECONDS) -> Answer:
+def with_timeout(action: Callable[[], Answer], *, seconds: float = ANSWER_SECONDS) -> Answer:
     """What `action` returns or raises; raises `TimeoutError` if it takes longer: file systems wait much longer."""
     outcome: list[Answer] = []
     failure: list[BaseException] = []

@@ -41,7 +41,7 @@ LONGEST_WAIT_SECONDS = 15.0
 WATCH_SECONDS = 0.5
 
 
-class Stamp(NamedTuple):
+class FileStat(NamedTuple):
     """What tells that a file has changed."""
 
     num_bytes: int
@@ -71,17 +71,17 @@ def process_lives(pid: int) -> bool:
 
 
 @contextlib.contextmanager
-def own_copy(mirror: Mirror) -> Iterator[None]:
+def working_copy(mirror: Mirror) -> Iterator[None]:
     """Begin with a copy of what lies at the mirror's URI (without what only models need), and delete it at the end."""
     mirror.directory.mkdir(parents=True)
     try:
-        mirror.fetch(is_light)
+        mirror.pull(is_small_file)
         yield
     finally:
         shutil.rmtree(mirror.directory, ignore_errors=True)
 
 
-def is_light(name: str) -> bool:
+def is_small_file(name: str) -> bool:
     """Whether a file is needed to know what a run has come to: not weights and optimizer states, not events."""
     return not name.endswith(HEAVY) and EVENTS not in name.split("/")
 
@@ -92,7 +92,7 @@ class Mirror:
     def __init__(self, directory: Path, uri: str, *, key: str = "run.storage") -> None:
         self.directory, self.uri = directory, uri
         self._filesystem, self._path = open_filesystem(uri, key=key)
-        self._here: dict[str, Stamp] = {}
+        self._here: dict[str, FileStat] = {}
         """Of each file that is equal on both sides, the stamp here."""
         self._fetched: set[str] = set()
         self._lock = threading.Lock()
@@ -110,17 +110,17 @@ class Mirror:
         """The path of `name` in the file system."""
         return f"{self._path}/{name}" if name else self._path
 
-    def listing(self) -> dict[str, Stamp]:
+    def listing(self) -> dict[str, FileStat]:
         """All files there."""
         selector = pyarrow.fs.FileSelector(self._path, recursive=True, allow_not_found=True)
         prefix = len(self._path) + 1
         return {
-            info.path[prefix:]: Stamp(info.size, info.mtime_ns or 0)
+            info.path[prefix:]: FileStat(info.size, info.mtime_ns or 0)
             for info in self._filesystem.get_file_info(selector)
             if info.type == pyarrow.fs.FileType.File and not _is_hidden(info.path[prefix:])
         }
 
-    def fetch(self, wanted: Callable[[str], bool] = lambda name: True) -> None:
+    def pull(self, wanted: Callable[[str], bool] = lambda name: True) -> None:
         """Copy here all files that are `wanted`, exist there and have changed; raises `OSError`."""
         with self._lock:
             there = self.listing()
@@ -131,11 +131,11 @@ class Mirror:
                 self._fetched.discard(name)
                 self._here.pop(name, None)
 
-    def _has(self, name: str, stamp: Stamp) -> bool:
+    def _has(self, name: str, stamp: FileStat) -> bool:
         file = self.directory / name
         return file.exists() and _stamp(file) == stamp
 
-    def _fetch_file(self, name: str, stamp: Stamp) -> None:
+    def _fetch_file(self, name: str, stamp: FileStat) -> None:
         file = self.directory / name
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_name(f".partial-{file.name}")
@@ -166,7 +166,7 @@ class Mirror:
                     if name.endswith(COMMIT_FILE):  # with what was never fetched of its directory
                         self._delete_directory(name.rpartition("/")[0])
 
-    def _push_file(self, name: str, stamp: Stamp) -> None:
+    def _push_file(self, name: str, stamp: FileStat) -> None:
         try:
             source = (self.directory / name).open("rb")
         except FileNotFoundError:  # deleted meanwhile: a checkpoint that is no longer kept
@@ -214,7 +214,7 @@ class Mirror:
         except FileNotFoundError:
             return None
 
-    def has_soon(self, name: str) -> bool:
+    def seen_remotely(self, name: str) -> bool:
         """Whether there is a file of that name there, as a thread of the mirror's own saw it last; never waits."""
         if self._watching is None:
             self._watching = threading.Thread(target=self._watch, args=(name,), name="mirror watch", daemon=True)
@@ -227,8 +227,8 @@ class Mirror:
                 if self.read(name) is not None:
                     self._seen.set()
 
-    def _files_here(self) -> dict[str, Stamp]:
-        found: dict[str, Stamp] = {}
+    def _files_here(self) -> dict[str, FileStat]:
+        found: dict[str, FileStat] = {}
         for folder, folders, files in os.walk(self.directory):
             folders[:] = [name for name in folders if not name.startswith(".")]
             for file in files:
@@ -301,6 +301,6 @@ def _is_hidden(name: str) -> bool:
     return any(part.startswith(".") for part in name.split("/"))
 
 
-def _stamp(file: Path) -> Stamp:
+def _stamp(file: Path) -> FileStat:
     status = file.stat()
-    return Stamp(status.st_size, status.st_mtime_ns)
+    return FileStat(status.st_size, status.st_mtime_ns)

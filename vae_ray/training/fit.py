@@ -11,15 +11,15 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vae_ray.artifacts.kept_warnings import kept_warnings
-from vae_ray.artifacts.run_directory import RunDirectory
-from vae_ray.config import Experiment
-from vae_ray.training.checkpoints import checkpoint_name
-from vae_ray.training.damage import set_aside_damaged
-from vae_ray.training.group import WorkerGroup, agreed
-from vae_ray.training.host import tuned_host
+from vae_ray.checkpoints.loading import checkpoint_name
+from vae_ray.checkpoints.quarantine import quarantine_corrupt_checkpoints
+from vae_ray.config.experiment import Experiment
+from vae_ray.parallel.group import WorkerGroup, raise_on_all_ranks
+from vae_ray.run_files.run_directory import RunDirectory
+from vae_ray.run_files.warning_log import warning_log
+from vae_ray.training.cpu_settings import cpu_settings
 from vae_ray.training.nonfinite import RollBack
-from vae_ray.training.worker import Worker
+from vae_ray.training.trainer import Worker
 
 
 class EpochResult(NamedTuple):
@@ -49,23 +49,23 @@ def fit_epochs(
     """
     run = RunDirectory.at(location, role="writer") if group.rank == 0 else RunDirectory(Path(location))
     with contextlib.ExitStack() as stack:
-        stack.enter_context(tuned_host(num_threads=experiment.workers.cpus))
+        stack.enter_context(cpu_settings(num_threads=experiment.workers.cpus))
 
         def open_for_writing() -> None:
             if group.rank == 0:
                 stack.enter_context(run.open_for_writing())
                 if keep_warnings:
-                    stack.enter_context(kept_warnings(run.warnings_file))
-                set_aside_damaged(run)
+                    stack.enter_context(warning_log(run.warnings_file))
+                quarantine_corrupt_checkpoints(run)
 
-        agreed(group, open_for_writing)
+        raise_on_all_ranks(group, open_for_writing)
         worker = Worker(experiment, run, group)
         worker.record_attempt()
         recorder = stack.enter_context(worker.recorder()) if group.rank == 0 else None
         if group.rank == 0:
             worker.prune()
         while worker.epochs_done < experiment.training.epochs:
-            worker.stop_if_told()
+            worker.stop_if_requested()
             try:
                 line = worker.run_epoch(recorder)
             except RollBack:

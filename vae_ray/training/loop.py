@@ -5,19 +5,18 @@ Nothing here knows of Ray, of files or of splits.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from vae_ray.data.batches import Batch
 from vae_ray.errors import Diverged
-from vae_ray.likelihoods import Likelihood
-from vae_ray.objective import beta_weighted_loss, elbo_terms
-from vae_ray.training.metrics import TermSums
+from vae_ray.evaluation.elbo import autocast
+from vae_ray.evaluation.metrics import TermSums
+from vae_ray.models.likelihoods import Likelihood
+from vae_ray.objectives.elbo import beta_weighted_loss, elbo_terms
 from vae_ray.training.optimization import apply_gradient
 
 
@@ -30,13 +29,6 @@ class StepSettings(NamedTuple):
 
 def _diverge(index: int) -> None:
     raise Diverged(f"step {index + 1}: the loss or its gradient is not finite")
-
-
-def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """The context in which the model runs forward, for `training.precision`."""
-    if precision == "bfloat16":
-        return torch.autocast(device.type, dtype=torch.bfloat16)
-    return contextlib.nullcontext()
 
 
 def train_epoch(
@@ -79,22 +71,3 @@ def train_epoch(
         else:
             on_nonfinite(index)
         after_step(index + 1)
-
-
-@torch.inference_mode()
-def evaluate(
-    model: nn.Module,
-    batches: Iterable[Batch],
-    *,
-    likelihood: Likelihood,
-    beta: float,
-    sums: TermSums,
-    precision: str = "float32",
-) -> None:
-    """Add the terms of every example to `sums`: one sampled z each, over the unwrapped model."""
-    model.eval()
-    for x, eps, _ in batches:
-        with autocast(precision, x.device):
-            forward = model(x, eps)
-        terms = elbo_terms(forward, x, likelihood)
-        sums.add(terms, beta_weighted_loss(terms, beta))

@@ -22,13 +22,13 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from vae_ray.artifacts.durable_files import replace_durably
-from vae_ray.artifacts.run_directory import RunDirectory
-from vae_ray.config import Experiment
+from vae_ray.checkpoints.loading import checkpoint_name
+from vae_ray.config.experiment import Experiment
 from vae_ray.data.batches import training_noise, training_order
 from vae_ray.data.splits import Splits
+from vae_ray.run_files.run_directory import RunDirectory
 from vae_ray.seeds import generator
-from vae_ray.training.checkpoints import checkpoint_name
+from vae_ray.storage.atomic import atomic_write
 from vae_ray.training.loop import StepSettings
 
 
@@ -61,4 +61,4 @@ def save_batch(
         },
     )
     file.parent.mkdir(exist_ok=True)
-    replace_durably(file, content)
+    atomic_write(file, content)

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from vae_ray.config import OptimConfig
-from vae_ray.schedules import scheduled
+from vae_ray.config.experiment import OptimConfig
+from vae_ray.training.schedules import scheduled
 
 
 class WithoutCompiler(Optimizer):

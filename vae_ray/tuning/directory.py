@@ -15,15 +15,15 @@ from typing import Any
 
 import yaml
 
-from vae_ray.artifacts.durable_files import replace_durably
-from vae_ray.artifacts.run_directory import RunDirectory
-from vae_ray.artifacts.seals import append_sealed, read_sealed, replace_sealed, sealed_lines
-from vae_ray.config import NAME_PATTERN
-from vae_ray.errors import Damaged, UserError
-from vae_ray.reading import parse_json, parse_yaml, read_bytes, shown
-from vae_ray.storage.locations import child, directory_of, is_uri
-from vae_ray.storage.mirror import Mirror, copy_path, is_light
-from vae_ray.trained import BEST
+from vae_ray.config.experiment import NAME_PATTERN
+from vae_ray.errors import CorruptFile, UserError
+from vae_ray.inference import BEST
+from vae_ray.run_files.run_directory import RunDirectory
+from vae_ray.storage.atomic import atomic_write
+from vae_ray.storage.checksums import append_sealed, read_sealed, replace_sealed, sealed_lines
+from vae_ray.storage.locations import directory_of, is_uri, join_location
+from vae_ray.storage.mirror import Mirror, copy_path, is_small_file
+from vae_ray.storage.reading import parse_json, parse_yaml, read_bytes, shown
 
 TRIALS = "trials"
 """Directory of the trials' run directories inside a sweep's."""
@@ -55,17 +55,17 @@ class SweepDirectory:
         """The directory or URI by which everyone else finds this sweep."""
         return str(self.path) if self.mirror is None else self.mirror.uri
 
-    def located(self, path: Path) -> Path | str:
+    def public_path(self, path: Path) -> Path | str:
         """Where everyone else finds the file or directory `path` of this sweep."""
-        return path if self.mirror is None else child(self.mirror.uri, *path.relative_to(self.path).parts)
+        return path if self.mirror is None else join_location(self.mirror.uri, *path.relative_to(self.path).parts)
 
-    def fetch(self, whole: Path | None = None) -> None:
+    def pull(self, whole: Path | None = None) -> None:
         """Bring the copy of a URI up to date, with models only inside `whole`; nothing to do for a directory."""
         if self.mirror is not None:
             prefix = "\0" if whole is None else f"{whole.relative_to(self.path).as_posix()}/"
-            self.mirror.fetch(lambda name: is_light(name) or name.startswith(prefix))
+            self.mirror.pull(lambda name: is_small_file(name) or name.startswith(prefix))
 
-    def publish(self, *files: Path) -> None:
+    def push(self, *files: Path) -> None:
         """Copy these files to where everyone sees them, all that changed without any named; not for a directory."""
         if self.mirror is not None:
             self.mirror.push([file.relative_to(self.path).as_posix() for file in files] or None)
@@ -101,10 +101,10 @@ class SweepDirectory:
         return self.path / BEST
 
     def trial(self, name: str) -> RunDirectory:
-        """The run directory of a trial; raises `Damaged` for a name, or a link, that leads out of the sweep."""
+        """The run directory of a trial; raises `CorruptFile` for a name, or a link, that leads out of the sweep."""
         run = RunDirectory(self.path / TRIALS / name)
         if not isinstance(name, str) or not re.fullmatch(NAME_PATTERN, name) or run.path.is_symlink():
-            raise Damaged(f"{self.path}: trial {shown(name)} would lie outside of the sweep")
+            raise CorruptFile(f"{self.path}: trial {shown(name)} would lie outside of the sweep")
         return run
 
     def description(self) -> dict[str, Any]:
@@ -117,16 +117,16 @@ class SweepDirectory:
             raise UserError(f"{self.description_file}: cannot be read: {' '.join(str(error).split())}") from None
         needed = {"experiment", "search", "metrics", "num_trials", "scheduler", "searcher"}
         if not isinstance(content, dict) or not needed <= content.keys():
-            raise Damaged(f"{self.description_file}: damaged, it does not describe a sweep")
+            raise CorruptFile(f"{self.description_file}: damaged, it does not describe a sweep")
         return content
 
     def write_description(self, content: dict[str, Any]) -> None:
         text = yaml.safe_dump(content, sort_keys=False, default_flow_style=None)
         replace_sealed(self.description_file, text.encode())
-        self.publish(self.description_file)
+        self.push(self.description_file)
 
     def write_summary(self, summary: dict[str, Any]) -> None:
-        replace_durably(self.summary_file, (json.dumps(summary, indent=2) + "\n").encode())
+        atomic_write(self.summary_file, (json.dumps(summary, indent=2) + "\n").encode())
 
     def journal(self) -> list[dict[str, Any]]:
         """The journal's entries, oldest first."""
@@ -135,7 +135,7 @@ class SweepDirectory:
     def append_to_journal(self, *entries: dict[str, Any]) -> None:
         """Add entries so that they survive a kill and a power cut."""
         append_sealed(self.journal_file, entries)
-        self.publish(self.journal_file)
+        self.push(self.journal_file)
 
 
 def json_lines(file: Path) -> list[dict[str, Any]]:

@@ -18,8 +18,8 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
-from vae_ray.training.checkpoint_writing import copy_checkpoint
-from vae_ray.training.checkpoints import Checkpoint
+from vae_ray.checkpoints.loading import Checkpoint
+from vae_ray.checkpoints.saving import copy_checkpoint
 from vae_ray.tuning.directory import SweepDirectory
 from vae_ray.tuning.records import TrialRecord
 
@@ -114,7 +114,7 @@ def write_leaderboard(table: Sequence[dict[str, Any]], directory: SweepDirectory
 def write_best(winner: Checkpoint, directory: SweepDirectory) -> None:
     """Copy the winner's checkpoint to `best/`; a reader finds the old one or the new one, for a moment neither.
 
-    Raises `Damaged` if it is not what was written.
+    Raises `CorruptFile` if it is not what was written.
     """
     partial, old = directory.path / ".partial-best", directory.path / ".old-best"
     for leftover in (partial, old):

@@ -41,7 +41,7 @@ def _proposed(name: str, overrides: dict[str, Any]) -> dict[str, Any]:
     return {"trial": name, "event": "proposed", "overrides": overrides}
 
 
-class Population(BasicVariantGenerator):  # type: ignore[misc]
+class FixedConfigurations(BasicVariantGenerator):  # type: ignore[misc]
     """Given configurations, whose search counts as going on until all have ended.
 
     Tune keeps the process of a paused trial for the next one only while it expects more trials; PBT pauses all of

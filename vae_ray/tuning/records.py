@@ -10,12 +10,12 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from vae_ray.artifacts.run_directory import RunDirectory
-from vae_ray.config import NAME_PATTERN, Experiment
-from vae_ray.errors import Damaged
-from vae_ray.reading import parse_json, read_bytes, shown
-from vae_ray.storage.locations import child
-from vae_ray.training.checkpoints import Checkpoint, best_checkpoint, complete_checkpoints
+from vae_ray.checkpoints.loading import Checkpoint, best_checkpoint, complete_checkpoints
+from vae_ray.config.experiment import NAME_PATTERN, Experiment
+from vae_ray.errors import CorruptFile
+from vae_ray.run_files.run_directory import RunDirectory
+from vae_ray.storage.locations import join_location
+from vae_ray.storage.reading import parse_json, read_bytes, shown
 from vae_ray.tuning.directory import TRIALS, SweepDirectory, json_lines
 from vae_ray.tuning.space import SWEEP_KEYS
 
@@ -81,7 +81,7 @@ def read_trials(directory: SweepDirectory) -> list[TrialRecord]:
     ended: dict[str, dict[str, Any]] = {}
     for entry in directory.journal():
         if not _is_entry(entry):
-            raise Damaged(f"{directory.journal_file}: damaged, {shown(entry)} is nothing that a sweep writes")
+            raise CorruptFile(f"{directory.journal_file}: damaged, {shown(entry)} is nothing that a sweep writes")
         if entry["event"] == "proposed":
             proposed.setdefault(entry["trial"], entry["overrides"])
         else:
@@ -126,7 +126,7 @@ def _read_trial(
 
 def trial_experiment(base: Experiment, sweep: str, name: str, overrides: dict[str, Any]) -> Experiment:
     """What the trial of that name, of the sweep at that location, trains."""
-    place = {"run.name": name, "run.storage": child(sweep, TRIALS)}
+    place = {"run.name": name, "run.storage": join_location(sweep, TRIALS)}
     return base.with_overrides({**overrides, **place})
 
 
@@ -135,5 +135,5 @@ def read_failure(run: RunDirectory) -> dict[str, str]:
     try:
         content = parse_json(read_bytes(run.path / FAILURE_FILE))
         return {"state": str(content["state"]), "reason": str(content["reason"])}
-    except (OSError, ValueError, KeyError, TypeError, Damaged):
+    except (OSError, ValueError, KeyError, TypeError, CorruptFile):
         return {}

@@ -19,19 +19,19 @@ from ray import tune
 from ray.tune.search import BasicVariantGenerator
 
 from vae_ray import distributed
-from vae_ray.config import Experiment
+from vae_ray.config.experiment import Experiment
 from vae_ray.distributed.autoscaling import possible_nodes
-from vae_ray.distributed.nodes import room
+from vae_ray.distributed.nodes import max_workers_fitting
 from vae_ray.seeds import stream
-from vae_ray.storage.locations import child
+from vae_ray.storage.locations import join_location
+from vae_ray.tuning.callbacks import JournalCallback
 from vae_ray.tuning.directory import TRIALS, SweepDirectory
 from vae_ray.tuning.progress import SweepView
-from vae_ray.tuning.proposals import OptunaProposals, Population, propose_all
+from vae_ray.tuning.proposals import FixedConfigurations, OptunaProposals, propose_all
 from vae_ray.tuning.records import TrialRecord, read_trials
-from vae_ray.tuning.schedulers import SCHEDULERS, Setting
+from vae_ray.tuning.schedulers import SCHEDULERS, SchedulerSpec
 from vae_ray.tuning.settings import SweepSettings
 from vae_ray.tuning.trial import TRIAL, TrialLoop, train_group
-from vae_ray.tuning.watch import Watch
 
 TUNE_STATE = ".tune"
 """What Tune keeps for itself in a sweep's directory while it runs; a new one at every start."""
@@ -53,7 +53,7 @@ def run_trials(
     seed = experiment.run.seed
     if chosen.searcher != "optuna":
         propose_all(directory, chosen, seed=seed)
-    setting = Setting(chosen.metrics[0], _most_epochs(experiment, chosen), chosen.space)
+    setting = SchedulerSpec(chosen.metrics[0], _most_epochs(experiment, chosen), chosen.space)
     known = read_trials(directory)
     scheduling = SCHEDULERS[chosen.scheduler](setting, known)
     for record in known:
@@ -75,14 +75,16 @@ def run_trials(
         distributed.ray_state(directory.location, TUNE_STATE) as storage,
         SweepView(
             directory.name,
-            metric=chosen.shown_metric,
+            metric=chosen.display_metric,
             num_trials=chosen.num_trials,
             epochs=setting.epochs,
             records=records,
             quiet=quiet,
         ) as view,
     ):
-        watch = Watch(directory, view, lambda overrides: experiment.with_overrides(overrides).training.epochs, records)
+        watch = JournalCallback(
+            directory, view, lambda overrides: experiment.with_overrides(overrides).training.epochs, records
+        )
         tuner = tune.Tuner(
             _trainable(directory, experiment, device),
             # Tune wants the keys of given configurations declared
@@ -92,7 +94,7 @@ def run_trials(
                 scheduler=scheduling.scheduler,
                 num_samples=num_to_run,
                 trial_name_creator=lambda trial: trial.config[TRIAL],
-                reuse_actors=experiment.workers.most == 1,
+                reuse_actors=experiment.workers.max == 1,
             ),
             run_config=tune.RunConfig(
                 name=f"{directory.name}-{secrets.token_hex(4)}",
@@ -105,7 +107,7 @@ def run_trials(
         for name in ("ray.tune", "ray.train"):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # failures are told once, by the view
         tuner.fit()
-        directory.fetch()
+        directory.pull()
         watch.all_ended()
     _clear_away(directory)
     if any(record.state == "pending" for record in read_trials(directory)):
@@ -121,14 +123,14 @@ def _search(
         return {"search_alg": proposals, "max_concurrent_trials": limit}
     pending = [{TRIAL: record.name, **record.current} for record in records if record.state == "pending"]
     if chosen.scheduler == "pbt":
-        return {"search_alg": Population(pending)}
+        return {"search_alg": FixedConfigurations(pending)}
     return {"search_alg": BasicVariantGenerator(points_to_evaluate=pending, max_concurrent=limit)}
 
 
 def _clear_away(directory: SweepDirectory) -> None:
     """Delete what a nested TorchTrainer leaves when its trial is stopped early."""
     for record in read_trials(directory):
-        distributed.clear_state(child(directory.location, TRIALS, record.name))
+        distributed.clear_state(join_location(directory.location, TRIALS, record.name))
 
 
 def _reopened(record: TrialRecord) -> TrialRecord:
@@ -139,14 +141,14 @@ def _reopened(record: TrialRecord) -> TrialRecord:
 def _most_epochs(experiment: Experiment, chosen: SweepSettings) -> int:
     """Epochs of the longest trial."""
     domain = chosen.space.domains.get("training.epochs")
-    return max(domain.probes()) if domain is not None else experiment.training.epochs
+    return max(domain.boundary_values()) if domain is not None else experiment.training.epochs
 
 
 def _concurrency(experiment: Experiment, device: torch.device, max_concurrent: int | None) -> int:
     """How many trials the cluster, as far as it may grow, can run at once: none holds what another waits for."""
     workers = experiment.workers
     each = {"CPU": workers.cpus, **({"GPU": workers.gpus} if device.type == "cuda" else {})}
-    fitting = room(possible_nodes(), each) // workers.most
+    fitting = max_workers_fitting(possible_nodes(), each) // workers.max
     return max(1, min(fitting, max_concurrent or fitting))
 
 
@@ -154,7 +156,7 @@ def _trainable(directory: SweepDirectory, experiment: Experiment, device: torch.
     """What Tune runs for a trial, with what it may hold."""
     parameters = {"sweep": directory.location, "experiment": experiment.to_dict(), "device": device.type}
     workers = experiment.workers
-    if workers.most > 1:
+    if workers.max > 1:
         # The trial's own process only waits for its workers. It must hold something, and not a part of a CPU that
         # they need: on two CPUs a trial of two workers would wait for ever.
         return tune.with_resources(tune.with_parameters(train_group, **parameters), {HEAD_NODE: 0.001})

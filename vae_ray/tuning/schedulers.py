@@ -27,7 +27,7 @@ PBT_EXPLOITS = 5
 """How often in a run the population is compared and the worst copy the best."""
 
 
-class Scheduling(NamedTuple):
+class ReplayedScheduler(NamedTuple):
     """A scheduler that knows what earlier drivers saw."""
 
     scheduler: TrialScheduler
@@ -35,7 +35,7 @@ class Scheduling(NamedTuple):
     """Trials that it would have stopped at their last line: a driver can be killed between the two."""
 
 
-class Setting(NamedTuple):
+class SchedulerSpec(NamedTuple):
     """What a scheduler needs to know of its sweep."""
 
     metric: str
@@ -43,9 +43,9 @@ class Setting(NamedTuple):
     space: SearchSpace
 
 
-def asha(setting: Setting, records: Sequence[TrialRecord]) -> Scheduling:
+def asha(setting: SchedulerSpec, records: Sequence[TrialRecord]) -> ReplayedScheduler:
     """Asynchronous successive halving (Li et al. 2020, arXiv:1810.05934), with the rungs as the records fill them."""
-    scheduler = _NamedAsha(
+    scheduler = ReplayableASHA(
         time_attr="epoch",
         metric=setting.metric,
         mode="min",
@@ -53,7 +53,7 @@ def asha(setting: Setting, records: Sequence[TrialRecord]) -> Scheduling:
         grace_period=rungs(setting.epochs)[0],
         reduction_factor=ASHA_REDUCTION_FACTOR,
     )
-    return Scheduling(scheduler, scheduler.replay(records))
+    return ReplayedScheduler(scheduler, scheduler.replay(records))
 
 
 def rungs(epochs: int) -> list[int]:
@@ -69,7 +69,7 @@ def rungs(epochs: int) -> list[int]:
     return found or [1]
 
 
-class _NamedAsha(AsyncHyperBandScheduler):  # type: ignore[misc]
+class ReplayableASHA(AsyncHyperBandScheduler):  # type: ignore[misc]
     """ASHA that knows trials by our names, which outlive Tune's."""
 
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
@@ -102,7 +102,7 @@ class _Named(NamedTuple):
     trial_id: str
 
 
-def pbt(setting: Setting, records: Sequence[TrialRecord]) -> Scheduling:
+def pbt(setting: SchedulerSpec, records: Sequence[TrialRecord]) -> ReplayedScheduler:
     """Population based training (Jaderberg et al. 2017, arXiv:1711.09846), synchronous: all compare at one epoch."""
     mutations: dict[str, Any] = {}
     for key, domain in setting.space.domains.items():
@@ -110,7 +110,7 @@ def pbt(setting: Setting, records: Sequence[TrialRecord]) -> Scheduling:
             mutations[key] = list(domain.values)
         else:
             mutations[key] = (tune.loguniform if domain.log else tune.uniform)(domain.low, domain.high)
-    scheduler = _SteadfastPbt(
+    scheduler = FaultTolerantPBT(
         time_attr="epoch",
         metric=setting.metric,
         mode="min",
@@ -120,10 +120,10 @@ def pbt(setting: Setting, records: Sequence[TrialRecord]) -> Scheduling:
         log_config=False,
         synch=True,
     )
-    return Scheduling(scheduler)
+    return ReplayedScheduler(scheduler)
 
 
-class _SteadfastPbt(PopulationBasedTraining):  # type: ignore[misc]
+class FaultTolerantPBT(PopulationBasedTraining):  # type: ignore[misc]
     """Synchronous PBT that goes on without a trial that failed; Ray's own waits for it for ever."""
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
@@ -150,12 +150,12 @@ def _within(config: dict[str, Any], space: SearchSpace) -> dict[str, Any]:
     return {**config, **bounded}
 
 
-def run_to_the_end(setting: Setting, records: Sequence[TrialRecord]) -> Scheduling:
+def run_to_the_end(setting: SchedulerSpec, records: Sequence[TrialRecord]) -> ReplayedScheduler:
     """Every trial runs all its epochs."""
-    return Scheduling(FIFOScheduler())
+    return ReplayedScheduler(FIFOScheduler())
 
 
-SCHEDULERS: dict[str, Callable[[Setting, Sequence[TrialRecord]], Scheduling]] = {
+SCHEDULERS: dict[str, Callable[[SchedulerSpec, Sequence[TrialRecord]], ReplayedScheduler]] = {
     "asha": asha,
     "none": run_to_the_end,
     "pbt": pbt,

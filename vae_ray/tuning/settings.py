@@ -30,7 +30,7 @@ class SweepSettings:
     searcher: str
 
     @property
-    def shown_metric(self) -> str:
+    def display_metric(self) -> str:
         """The one number by which people follow the sweep."""
         return self.metrics[0] if len(self.metrics) == 1 else f"{self.metrics[0].partition('/')[0]}/nelbo"
 

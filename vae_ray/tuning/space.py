@@ -18,12 +18,12 @@ from typing import Any
 
 from scipy.stats import qmc
 
-from vae_ray.config import Experiment
+from vae_ray.config.experiment import Experiment
 from vae_ray.errors import UserError
-from vae_ray.reading import parse_yaml, read_bytes, shown
 from vae_ray.seeds import stream
+from vae_ray.storage.reading import parse_yaml, read_bytes, shown
 
-SEARCH_DIR = Path(__file__).parents[1] / "searches"
+SEARCH_DIR = Path(__file__).parents[1] / "config" / "searches"
 SIGNIFICANT_DIGITS = 4
 """Sampled numbers are rounded, so that they can be read, compared and typed."""
 
@@ -33,16 +33,16 @@ SWEEP_KEYS = ("run.name", "run.storage", "workers.", "data.root", "data.cache_di
 
 @dataclass(frozen=True)
 class Values:
-    """A finite set of values; `crossed` ones are gone through in turn instead of drawn."""
+    """A finite set of values; `is_grid` ones are gone through in turn instead of drawn."""
 
     values: tuple[Any, ...]
-    crossed: bool
+    is_grid: bool
 
     def at(self, u: float) -> Any:
         """The value at `u` in [0, 1)."""
         return self.values[int(u * len(self.values))]
 
-    def probes(self) -> Sequence[Any]:
+    def boundary_values(self) -> Sequence[Any]:
         """Values that are valid if, and only if, all are."""
         return self.values
 
@@ -70,7 +70,7 @@ class Range:
             return min(max(round(value), int(self.low)), int(self.high))
         return min(max(float(f"{value:.{SIGNIFICANT_DIGITS}g}"), self.low), self.high)
 
-    def probes(self) -> Sequence[Any]:
+    def boundary_values(self) -> Sequence[Any]:
         """Values that are valid if, and only if, all are: both ends and, where there is one, a fraction."""
         inside = self.at(0.382)
         if not self.integer and float(inside).is_integer():
@@ -85,12 +85,12 @@ def _between(low: float, high: float, u: float) -> float:
     return low + (high - low) * u
 
 
-def _values(arguments: Any, *, crossed: bool) -> Values:
+def _values(arguments: Any, *, is_grid: bool) -> Values:
     if not isinstance(arguments, list) or not arguments:
         raise ValueError("should be a list of values, for example [2, 10, 20]")
     if any(arguments.index(value) != position for position, value in enumerate(arguments)):
         raise ValueError("names a value twice")
-    return Values(tuple(arguments), crossed)
+    return Values(tuple(arguments), is_grid)
 
 
 def _range(arguments: Any, *, log: bool = False, integer: bool = False) -> Range:
@@ -110,9 +110,9 @@ def _range(arguments: Any, *, log: bool = False, integer: bool = False) -> Range
     return Range(low, high, log=log, integer=integer)
 
 
-KINDS: dict[str, Callable[[Any], Domain]] = {
-    "choice": lambda values: _values(values, crossed=False),
-    "grid": lambda values: _values(values, crossed=True),
+DOMAIN_TYPES: dict[str, Callable[[Any], Domain]] = {
+    "choice": lambda values: _values(values, is_grid=False),
+    "grid": lambda values: _values(values, is_grid=True),
     "uniform": _range,
     "loguniform": lambda ends: _range(ends, log=True),
     "int": lambda ends: _range(ends, integer=True),
@@ -153,14 +153,14 @@ class SearchSpace:
             name = _canonical(str(key))
             if name in domains:
                 raise UserError(f"search: {name}: stands there twice; name it once")
-            if not isinstance(value, Mapping) or len(value) != 1 or next(iter(value)) not in KINDS:
+            if not isinstance(value, Mapping) or len(value) != 1 or next(iter(value)) not in DOMAIN_TYPES:
                 raise UserError(
-                    f"search: {name}: got {shown(value)}, should be one of {', '.join(KINDS)} with its values; "
+                    f"search: {name}: got {shown(value)}, should be one of {', '.join(DOMAIN_TYPES)} with its values; "
                     f"for example {{{name}: {{choice: [1, 2]}}}}"
                 )
             ((kind, arguments),) = value.items()
             try:
-                domains[name] = KINDS[kind](arguments)
+                domains[name] = DOMAIN_TYPES[kind](arguments)
             except ValueError as error:
                 raise UserError(f"search: {name}: {kind}: got {shown(arguments)}, {error}") from None
         return cls(domains, {_canonical(str(key)): dict(value) for key, value in content.items()})
@@ -174,20 +174,22 @@ class SearchSpace:
                     f"search: {key}: cannot be searched, it says where a trial runs and not what it computes"
                 )
             try:
-                read = [_scalar(experiment.with_overrides({key: value}).flat()[key]) for value in domain.probes()]
+                read = [
+                    _scalar(experiment.with_overrides({key: value}).flat()[key]) for value in domain.boundary_values()
+                ]
             except UserError as error:
                 raise UserError(f"search: {error}") from None
             if isinstance(domain, Values):
                 if len(set(read)) < len(read):
                     raise UserError(f"search: {key}: got {list(domain.values)!r}, names a value twice")
-                domain = Values(tuple(read), domain.crossed)
+                domain = Values(tuple(read), domain.is_grid)
             domains[key] = domain
         return SearchSpace(domains, self.source)
 
-    def probes(self) -> Iterator[dict[str, Any]]:
+    def boundary_values(self) -> Iterator[dict[str, Any]]:
         """Overrides that between them hold every value, or end of a range, once."""
         for key, domain in self.domains.items():
-            for value in domain.probes():
+            for value in domain.boundary_values():
                 yield {key: value}
 
     def draw(self, seed: int, number: int) -> dict[str, Any]:
@@ -196,10 +198,10 @@ class SearchSpace:
         A scrambled Sobol sequence: each draw is uniform, and few of them already cover the space evenly, where
         independent ones clump (Bousquet et al. 2017, arXiv:1706.03200).
         """
-        crossed = {key: domain for key, domain in self.domains.items() if isinstance(domain, Values) and domain.crossed}
-        points = list(itertools.product(*(domain.values for domain in crossed.values())))
-        drawn = dict(zip(crossed, points[number % len(points)], strict=True))
-        spread = sorted(self.domains.keys() - crossed.keys())
+        is_grid = {key: domain for key, domain in self.domains.items() if isinstance(domain, Values) and domain.is_grid}
+        points = list(itertools.product(*(domain.values for domain in is_grid.values())))
+        drawn = dict(zip(is_grid, points[number % len(points)], strict=True))
+        spread = sorted(self.domains.keys() - is_grid.keys())
         if spread:
             sequence = qmc.Sobol(len(spread), rng=stream(seed, "search"))
             if number:

@@ -16,16 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from vae_ray import distributed
-from vae_ray.config import Experiment, differing_fields
+from vae_ray.config.experiment import Experiment, differing_fields
 from vae_ray.data.arrow_store import open_split
 from vae_ray.errors import UserError
-from vae_ray.runs import PLACE_FIELDS, held, is_taken, preflight, resolved, run_location
+from vae_ray.runs.train import PLACE_FIELDS, exclusive_run, is_taken, preflight, run_location, with_absolute_paths
 from vae_ray.storage.locations import absolute
-from vae_ray.storage.mirror import own_copy
-from vae_ray.tuning.conclusion import SweepResult, conclude
+from vae_ray.storage.mirror import working_copy
 from vae_ray.tuning.directory import SweepDirectory
 from vae_ray.tuning.run_trials import run_trials
 from vae_ray.tuning.settings import SweepSettings, settings
+from vae_ray.tuning.summary import SweepResult, summarize_sweep
 
 logger = logging.getLogger(__name__)
 
@@ -67,34 +67,34 @@ def sweep(
         num_trials=num_trials,
         scheduler=scheduler,
         searcher=searcher,
-        workers_per_trial=experiment.workers.most,
+        workers_per_trial=experiment.workers.max,
     )
     if max_concurrent is not None:
         _check_max_concurrent(max_concurrent, chosen.scheduler)
     num_validation = experiment.data.num_validation
     chosen, experiment = preflighted(chosen, experiment)
-    with opened_sweep(experiment, chosen, resume=resume) as directory:
-        _tell(set_aside=experiment.data.num_validation if not num_validation else 0, chosen=chosen)
-        with distributed.connection(experiment, dashboard=experiment.workers.most > 1) as device:
+    with open_sweep(experiment, chosen, resume=resume) as directory:
+        _tell(num_set_aside=experiment.data.num_validation if not num_validation else 0, chosen=chosen)
+        with distributed.connection(experiment, dashboard=experiment.workers.max > 1) as device:
             run_trials(directory, experiment, chosen, device=device, max_concurrent=max_concurrent, quiet=quiet)
-        return conclude(directory, started_at=started_at)
+        return summarize_sweep(directory, started_at=started_at)
 
 
-def _tell(*, set_aside: int, chosen: SweepSettings) -> None:
+def _tell(*, num_set_aside: int, chosen: SweepSettings) -> None:
     """Say what the user may not expect."""
-    if set_aside:
-        logger.warning("data.num_validation: %d training images are set aside to compare trials by", set_aside)
+    if num_set_aside:
+        logger.warning("data.num_validation: %d training images are set aside to compare trials by", num_set_aside)
     for key in sorted(INCOMPARABLE & chosen.space.domains.keys()):
         logger.warning("search: %s: nats of different values measure different things; do not trust the ranking", key)
 
 
 def _base_experiment(experiment: Experiment, workers_per_trial: int | None) -> Experiment:
     """The experiment that trials vary: named, with absolute paths and at least one worker."""
-    workers = experiment.workers.most if workers_per_trial is None else workers_per_trial
+    workers = experiment.workers.max if workers_per_trial is None else workers_per_trial
     if workers < 0:
         raise UserError(f"workers_per_trial: got {workers}, should be at least 1; for example --workers-per-trial 1")
     name = experiment.run.name or f"sweep-{experiment.data.source}-{datetime.now():%Y%m%d-%H%M%S-%f}"[:-3]
-    return resolved(experiment.with_overrides({"workers.num": max(1, workers), "run.name": name}))
+    return with_absolute_paths(experiment.with_overrides({"workers.num": max(1, workers), "run.name": name}))
 
 
 def _check_max_concurrent(max_concurrent: int, scheduler: str) -> None:
@@ -115,7 +115,7 @@ def preflighted(chosen: SweepSettings, experiment: Experiment) -> tuple[SweepSet
         experiment = experiment.with_overrides({"data.num_validation": min(MOST_VALIDATION_IMAGES, num_images // 10)})
     space = chosen.space.checked(experiment)
     preflight(experiment)
-    for overrides in space.probes():
+    for overrides in space.boundary_values():
         if chosen.metrics[0].startswith("val/") and overrides.get("data.num_validation") == 0:
             raise UserError(f"search: data.num_validation: got 0, but trials are compared by {chosen.metrics[0]}")
         if next(iter(overrides)).startswith(("data.", "training.global_batch_size")):
@@ -127,7 +127,7 @@ def preflighted(chosen: SweepSettings, experiment: Experiment) -> tuple[SweepSet
 
 
 @contextlib.contextmanager
-def opened_sweep(experiment: Experiment, chosen: SweepSettings, *, resume: bool) -> Iterator[SweepDirectory]:
+def open_sweep(experiment: Experiment, chosen: SweepSettings, *, resume: bool) -> Iterator[SweepDirectory]:
     """The sweep's directory, locked for this process and described; refused if it is something else's."""
     name, storage = str(experiment.run.name), absolute(experiment.run.storage)
     directory = SweepDirectory.at(run_location(experiment))
@@ -150,7 +150,7 @@ def opened_sweep(experiment: Experiment, chosen: SweepSettings, *, resume: bool)
         if difference:
             raise UserError(f"sweep {name!r}: cannot be resumed as {what}")
 
-    with held(directory.path, directory.mirror, name=name, before=refuse_other_uses):
+    with exclusive_run(directory.path, directory.mirror, name=name, before=refuse_other_uses):
         directory.write_description(description)
         yield directory
 
@@ -172,6 +172,6 @@ def _difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 def rebuild_report(path: str | Path) -> SweepResult:
     """Write the leaderboard, the report and `best/` of a sweep's directory again, from its trials' files."""
     directory = SweepDirectory.at(str(path))
-    with own_copy(directory.mirror) if directory.mirror is not None else contextlib.nullcontext():
+    with working_copy(directory.mirror) if directory.mirror is not None else contextlib.nullcontext():
         directory.description()  # raises UserError if this is no sweep
-        return conclude(directory, started_at=time.time())
+        return summarize_sweep(directory, started_at=time.time())

@@ -20,15 +20,15 @@ from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from vae_ray import distributed
-from vae_ray.artifacts.durable_files import replace_durably
-from vae_ray.artifacts.run_directory import RunDirectory
-from vae_ray.config import Experiment
-from vae_ray.errors import Damaged, Diverged, Stopped
-from vae_ray.reading import parse_json, read_bytes, shown
-from vae_ray.storage.locations import child
-from vae_ray.training.checkpoints import complete_checkpoints, read_checkpoint, resumable_checkpoints
+from vae_ray.checkpoints.loading import all_checkpoints, complete_checkpoints, read_checkpoint
+from vae_ray.config.experiment import Experiment
+from vae_ray.errors import CorruptFile, Diverged, Stopped
+from vae_ray.parallel.group import SingleProcess
+from vae_ray.run_files.run_directory import RunDirectory
+from vae_ray.storage.atomic import atomic_write
+from vae_ray.storage.locations import join_location
+from vae_ray.storage.reading import parse_json, read_bytes, shown
 from vae_ray.training.fit import EpochResult, fit_epochs
-from vae_ray.training.group import Solo
 from vae_ray.tuning.directory import TRIALS
 from vae_ray.tuning.records import FAILURE_FILE, LINEAGE_FILE, trial_experiment
 
@@ -79,9 +79,9 @@ class TrialLoop(tune.Trainable):  # type: ignore[misc]
         The run directory is let go of, because another process may be the one to go on with a paused trial.
         """
         self._close()
-        self._run.fetch()
+        self._run.pull()
         newest = complete_checkpoints(self._run.checkpoints)[-1]
-        self._run.fetch(newest.path)
+        self._run.pull(newest.path)
         shutil.copytree(newest.path, Path(checkpoint_dir, newest.path.name))
         Path(checkpoint_dir, DONOR).write_text(json.dumps({"trial": self._name, "checkpoint": newest.path.name}))
 
@@ -89,7 +89,7 @@ class TrialLoop(tune.Trainable):  # type: ignore[misc]
         """Go on from what `save_checkpoint` of this trial, or under PBT of a better one, handed over."""
         donor = parse_json(read_bytes(Path(checkpoint, DONOR)))
         if Path(donor["checkpoint"]).name != donor["checkpoint"]:
-            raise Damaged(f"{Path(checkpoint, DONOR)}: {shown(donor['checkpoint'])} would lie outside of the sweep")
+            raise CorruptFile(f"{Path(checkpoint, DONOR)}: {shown(donor['checkpoint'])} would lie outside of the sweep")
         if donor["trial"] != self._name:
             self._adopt(Path(checkpoint, donor["checkpoint"]), donor["trial"])
 
@@ -106,8 +106,8 @@ class TrialLoop(tune.Trainable):  # type: ignore[misc]
     def _open(self) -> Generator[EpochResult, None, None]:
         self._run.path.mkdir(parents=True, exist_ok=True)
         self._run.write_experiment(self._experiment)
-        self._run.publish(self._run.experiment_file)
-        return fit_epochs(self._experiment, self._run.location, Solo(self._device), keep_warnings=True)
+        self._run.push(self._run.experiment_file)
+        return fit_epochs(self._experiment, self._run.location, SingleProcess(self._device), keep_warnings=True)
 
     def _close(self) -> None:
         if self._epochs is not None:
@@ -117,10 +117,10 @@ class TrialLoop(tune.Trainable):  # type: ignore[misc]
     def _adopt(self, source: Path, donor: str) -> None:
         """Replace this trial's state by the donor's; what it did itself stays in its history."""
         self._close()
-        self._run.fetch()
+        self._run.pull()
         adopted_checkpoint = read_checkpoint(source)
         epoch = adopted_checkpoint.epoch
-        for own in resumable_checkpoints(self._run.checkpoints):
+        for own in all_checkpoints(self._run.checkpoints):
             if own.position >= adopted_checkpoint.position:
                 shutil.rmtree(own.path)
         adopted = self._run.checkpoints / f".partial-{source.name}"
@@ -128,12 +128,12 @@ class TrialLoop(tune.Trainable):  # type: ignore[misc]
         os.replace(adopted, self._run.checkpoints / source.name)
         with (self._run.path / LINEAGE_FILE).open("a", encoding="utf-8") as stream:
             stream.write(json.dumps({"epoch": epoch, "weights_of": donor, "overrides": self._overrides}) + "\n")
-        self._run.publish()
+        self._run.push()
 
 
 def run_of(sweep: str, name: str) -> RunDirectory:
     """The run directory of the trial `name` of the sweep at that location."""
-    return RunDirectory.at(child(sweep, TRIALS, name), role="trial")
+    return RunDirectory.at(join_location(sweep, TRIALS, name), role="trial")
 
 
 def train_group(config: dict[str, Any], *, sweep: str, experiment: dict[str, Any], device: str) -> None:
@@ -144,7 +144,7 @@ def train_group(config: dict[str, Any], *, sweep: str, experiment: dict[str, Any
     run.path.mkdir(parents=True, exist_ok=True)
     with recorded_failure(run):
         run.write_experiment(own)
-        run.publish(run.experiment_file)
+        run.push(run.experiment_file)
         distributed.fit(own, run.location, torch.device(device), callbacks=[TuneReportCallback()])
 
 
@@ -164,8 +164,8 @@ def recorded_failure(run: RunDirectory) -> Iterator[None]:
         raise
     except Exception as error:
         state = "diverged" if isinstance(error, Diverged) else "failed"
-        replace_durably(file, json.dumps({"state": state, "reason": _reason(error)}).encode())
-        run.publish(file)
+        atomic_write(file, json.dumps({"state": state, "reason": _reason(error)}).encode())
+        run.push(file)
         raise
 
 

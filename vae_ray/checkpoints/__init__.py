@@ -1,0 +1,1 @@
+"""The checkpoint format: saving, loading, finding and quarantine."""

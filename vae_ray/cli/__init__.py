@@ -1,0 +1,1 @@
+"""The command line: arguments, one command, one answer, one exit code."""

@@ -1,0 +1,1 @@
+"""Jobs and machines: submission, upload, dashboard, diagnosis. May import ray."""

@@ -1,0 +1,1 @@
+"""The Experiment: one validated description of a run, its presets and search spaces. Imports neither torch nor ray."""

@@ -1,0 +1,1 @@
+"""Exact evaluation of a model on a split."""

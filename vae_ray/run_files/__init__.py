@@ -1,0 +1,1 @@
+"""The run directory: records, pictures, TensorBoard events, progress."""

@@ -1,0 +1,1 @@
+"""`train`: an Experiment becomes a finished run directory."""

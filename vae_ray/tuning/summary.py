@@ -1,0 +1,98 @@
+"""What a sweep has come to, from its files alone: leaderboard, `best/`, report and summary."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from vae_ray.errors import CorruptFile
+from vae_ray.inference import TrainedVAE
+from vae_ray.runs.results import versions
+from vae_ray.tuning import leaderboard
+from vae_ray.tuning.directory import SweepDirectory
+from vae_ray.tuning.records import TrialRecord, read_trials
+from vae_ray.tuning.report.page import write_report
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """What a sweep has come to; `to_dict` is the object that `vae-ray sweep --json` prints."""
+
+    sweep_dir: Path | str
+    """A path; of a storage that is a URI, the URI. So are the files."""
+    num_trials: int
+    num_failed: int
+    states: dict[str, int]
+    """How many trials finished, were stopped, diverged, ..."""
+    metrics: list[str]
+    """By what trials are compared."""
+    best: dict[str, Any]
+    """`trial`, `overrides`, `checkpoint`, `metrics` of the winner, in nats."""
+    pareto_front: list[str]
+    """Trials that no other beats in both rate and distortion."""
+    leaderboard: Path | str
+    report: Path | str
+    seconds: float
+    """Of this call."""
+    versions: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
+
+
+def summarize_sweep(directory: SweepDirectory, *, started_at: float) -> SweepResult:
+    """Write the leaderboard, `best/`, the report and the summary of whatever trials have done so far."""
+    metrics = directory.description()["metrics"]
+    directory.pull()
+    records = read_trials(directory)
+    table = leaderboard.rows(records, metrics, directory)
+    leaderboard.write_leaderboard(table, directory)
+    best = install_best(leaderboard.ranked(records, metrics), directory)
+    states = [record.state for record in records]
+    result = SweepResult(
+        sweep_dir=directory.public_path(directory.path),
+        num_trials=len(records),
+        num_failed=sum(record.failed for record in records),
+        states={state: states.count(state) for state in sorted(set(states))},
+        metrics=metrics,
+        best=best,
+        pareto_front=[row["trial"] for row in table if row["pareto_front"]],
+        leaderboard=directory.public_path(directory.leaderboard_csv),
+        report=directory.public_path(directory.report),
+        seconds=time.time() - started_at,
+        versions=versions(),
+    )
+    directory.write_summary(result.to_dict())
+    write_report(directory, records, table)  # last: what has been computed must not depend on how it looks
+    directory.push()
+    return result
+
+
+def install_best(ranked: Sequence[TrialRecord], directory: SweepDirectory) -> dict[str, Any]:
+    """The first whose best checkpoint is whole, for the summary, once it lies in `best/`; empty if there is none."""
+    for winner in ranked:
+        if winner.failed or winner.best is None:
+            continue
+        try:
+            directory.pull(winner.best.path)
+            leaderboard.write_best(winner.best, directory)
+        except CorruptFile as error:
+            logger.warning("%s; trial %s is passed over", error, winner.name)
+            continue
+        metrics = {key: value for key, value in winner.best.metrics.items() if "/" in key}
+        if "test/nelbo" not in metrics:  # no epoch evaluated it
+            metrics |= TrainedVAE.load(directory.best).evaluate("test")
+        return {
+            "trial": winner.name,
+            "overrides": winner.overrides,
+            "checkpoint": str(directory.public_path(directory.best)),
+            "metrics": metrics,
+        }
+    return {}
