@@ -1,0 +1,162 @@
+"""Types of fields: what a value may be, how its text on a command line is read, and what a field stands for.
+
+A field is declared as content (what is computed) or, by `place`, as place: where, by whom and how carefully it is
+computed. Resume, sweeps, TensorBoard's hparams and the report read that mark (`keys.is_place`).
+"""
+
+from __future__ import annotations
+
+import re
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    PlainSerializer,
+    PlainValidator,
+    StringConstraints,
+)
+from pydantic.fields import FieldInfo
+from pydantic_core import CoreSchema, core_schema
+
+MAX_WORKERS = 4096
+IMPORT_PATH = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$"
+"""`package.module:name`, a user's own code."""
+
+
+class Section(BaseModel):
+    """Base of all sections and entries: frozen, and no other keys than the declared ones."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+def place(default: Any, **options: Any) -> Any:
+    """A field that says where, by whom or how carefully a run is computed; it may differ on resume."""
+    return Field(default, json_schema_extra={"place": True}, **options)
+
+
+def _split_list(value: object) -> object:
+    """`"400,100"` or `"[400, 100]"` from a command line becomes a list; `""` an empty one."""
+    return [part.strip() for part in value.strip("[]() ").split(",") if part] if isinstance(value, str) else value
+
+
+def _refuse_bool(value: object) -> object:
+    """Python counts `True` as 1; a number that was meant as a switch is a mistake."""
+    if isinstance(value, bool):
+        raise ValueError("a number is needed, not true or false")
+    return value
+
+
+def _refuse_unprintable(value: Any) -> Any:
+    """A path that no file system allows, or that no terminal shows, is a mistake."""
+    if any(ord(character) < 32 or 0xD800 <= ord(character) < 0xE000 for character in str(value)):
+        raise ValueError("should be a path of printable characters")
+    return value
+
+
+def _worker_count(value: object) -> int | tuple[int, int] | str:
+    """4, `"4"`, `"2..8"`, `(2, 8)` or `"auto"`; a range of one number is that number."""
+    text = "..".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    if text == "auto":
+        return text
+    match = re.fullmatch(r"(\d{1,9})(?:\.\.(\d{1,9}))?", text.strip(), re.ASCII)
+    if isinstance(value, bool | float) or match is None:
+        raise ValueError("should be a number of workers such as 4, a range such as 2..8, or auto")
+    low, high = int(match[1]), int(match[2] or match[1])
+    if high > MAX_WORKERS:
+        raise ValueError(f"should be at most {MAX_WORKERS}")
+    if low > high or (low == 0 and high > 0):
+        raise ValueError("should be a range from at least 1 up to a larger number, such as 2..8")
+    return low if low == high else (low, high)
+
+
+def _count_text(value: int | tuple[int, int] | str) -> int | str:
+    return f"{value[0]}..{value[1]}" if isinstance(value, tuple) else value
+
+
+Int = Annotated[int, BeforeValidator(_refuse_bool)]
+Float = Annotated[float, BeforeValidator(_refuse_bool), Field(allow_inf_nan=False)]
+WorkerCount = Annotated[
+    int | tuple[int, int] | Literal["auto"],
+    PlainValidator(_worker_count),
+    PlainSerializer(_count_text, when_used="json"),
+]
+CpuCount = Annotated[int, BeforeValidator(_refuse_bool), Field(ge=1)] | Literal["auto"]
+FilePath = Annotated[Path, AfterValidator(_refuse_unprintable)]
+Location = Annotated[
+    str,
+    BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value),
+    Field(min_length=1),
+    AfterValidator(_refuse_unprintable),
+]
+"""A directory or a URI; see `vae_ray.storage.locations`."""
+Widths = Annotated[
+    tuple[Annotated[Int, Field(ge=1, le=65536)], ...], Field(max_length=256), BeforeValidator(_split_list)
+]
+ImportPath = Annotated[str, StringConstraints(pattern=IMPORT_PATH)]
+ImportPaths = Annotated[tuple[ImportPath, ...], Field(max_length=64), BeforeValidator(_split_list)]
+
+
+class UserEntry(BaseModel):
+    """An entry that is a user's own code: `name` is its import path, all other keys are its keyword settings."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    name: ImportPath
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The keyword arguments of the user's function."""
+        return dict(self.model_extra or {})
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Marks a field as an axis: it holds one of the entries of its union, discriminated by the field `tag`."""
+
+    axis: str
+    """What an entry is called in messages: "network", "likelihood", ..."""
+    tag: str = "name"
+
+    def entries(self, union: Any) -> dict[str, type[BaseModel]]:
+        """Settings class by the entry's name, for the members of `union`; a user's own entry is not among them."""
+        return {
+            name: cls for cls in self._classes(union) for name in literal_values(cls.model_fields[self.tag].annotation)
+        }
+
+    def entry(self, union: Any, name: object) -> type[BaseModel] | None:
+        """The settings class of the entry of that name or import path; None if there is none."""
+        if isinstance(name, str) and ":" in name:
+            users = [cls for cls in self._classes(union) if not literal_values(cls.model_fields[self.tag].annotation)]
+            return users[0] if users else None
+        return self.entries(union).get(str(name))
+
+    def _classes(self, union: Any) -> tuple[type[BaseModel], ...]:
+        return typing.get_args(union) or (union,)
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        def kind_of(value: Any) -> str | None:
+            name = value.get(self.tag) if isinstance(value, Mapping) else getattr(value, self.tag, None)
+            cls = self.entry(source, name)
+            return cls.__name__ if cls is not None else None
+
+        kinds = {cls.__name__: handler.generate_schema(cls) for cls in self._classes(source)}
+        return core_schema.tagged_union_schema(kinds, discriminator=kind_of)
+
+
+def choice_of(field: FieldInfo) -> Choice | None:
+    """The mark of a field that is an axis."""
+    return next((mark for mark in field.metadata if isinstance(mark, Choice)), None)
+
+
+def literal_values(annotation: Any) -> tuple[Any, ...]:
+    """The values of a `Literal[...]`; none of any other type."""
+    return typing.get_args(annotation) if typing.get_origin(annotation) is Literal else ()

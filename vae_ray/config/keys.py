@@ -1,0 +1,316 @@
+"""Dotted keys: the one language that names, documents and overrides fields, for the CLI, YAML, jobs and Tune.
+
+optim.lr                   a field
+model.network              the entry of an axis, `mlp` or a user's `package.module:name`; short for model.network.name
+model.network.hidden       a setting of the entry that is chosen
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from vae_ray.config.fields import Choice, Section, choice_of, literal_values
+from vae_ray.config.migration import renamed_key
+from vae_ray.errors import UserError
+from vae_ray.storage.reading import shown
+
+
+class FieldDoc(NamedTuple):
+    """One field as the command line's help and docs/configuration.md show it."""
+
+    key: str
+    type: str
+    default: Any
+    description: str
+    entry: str
+    """The entry whose setting it is, as in "mlp"; empty for a field that is always there."""
+    is_place: bool
+
+
+def field_docs(model: type[BaseModel], prefix: str = "", entry: str = "", is_place: bool = False) -> Iterator[FieldDoc]:
+    """Every dotted key below `model` with its type, default and sentence of documentation."""
+    for name, field in model.model_fields.items():
+        key = f"{prefix}{name}"
+        place = is_place or _is_marked_place(field)
+        if (axis := choice_of(field)) is not None:
+            yield from _axis_docs(key, axis, field, place)
+        elif isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from field_docs(field.annotation, f"{key}.", entry, place)
+        else:
+            yield FieldDoc(key, _type_name(field.annotation), field.default, field.description or "", entry, place)
+
+
+def _axis_docs(key: str, axis: Choice, field: FieldInfo, is_place: bool) -> Iterator[FieldDoc]:
+    entries = axis.entries(field.annotation)
+    has_user_entry = axis.entry(field.annotation, "module:name") is not None
+    names = ",".join([*entries, *(["MODULE:NAME"] if has_user_entry else [])])
+    tag_key = key if axis.tag == "name" else f"{key}.{axis.tag}"
+    description = field.description or f"The {axis.axis}."
+    yield FieldDoc(tag_key, f"{{{names}}}", getattr(field.default, axis.tag), description, "", is_place)
+    by_class: dict[type[BaseModel], list[str]] = {}
+    for name, cls in entries.items():
+        by_class.setdefault(cls, []).append(name)
+    common = _common_fields(by_class)
+    for number, (cls, cls_names) in enumerate(by_class.items()):
+        for doc in field_docs(cls, f"{key}.", ", ".join(cls_names), is_place):
+            name = doc.key.removeprefix(f"{key}.")
+            if name == axis.tag or (name in common and number):
+                continue
+            yield doc._replace(entry="") if name in common and len(by_class) > 1 else doc
+
+
+def _is_marked_place(field: FieldInfo) -> bool:
+    return isinstance(field.json_schema_extra, dict) and bool(field.json_schema_extra.get("place"))
+
+
+def is_place(model: type[BaseModel], key: str) -> bool:
+    """Whether a dotted key says where, by whom or how carefully something is computed, and not what."""
+    for part in key.split("."):
+        field = model.model_fields.get(part)
+        if field is None:
+            return False
+        if _is_marked_place(field):
+            return True
+        axis = choice_of(field)
+        if axis is not None:
+            entries = axis.entries(field.annotation)
+            rest = key.partition(f"{part}.")[2]
+            return bool(rest) and any(is_place(cls, rest) for cls in entries.values())
+        if not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+            return False
+        model = field.annotation
+    return False
+
+
+def flattened(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"model.latent_dim": 20, ...}` of nested plain data."""
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        if isinstance(value, Mapping):
+            flat |= flattened(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def apply_overrides(model: type[BaseModel], tree: dict[str, Any], overrides: Mapping[str, Any]) -> None:
+    """Write dotted overrides into the nested plain data `tree` of `model`.
+
+    Raises `UserError` for a key that does not exist, with the nearest that does. Entries are chosen before their
+    settings are written, in whatever order both are given.
+    """
+    flat: dict[str, Any] = {}
+    for key, value in overrides.items():
+        _collect(model, str(key).replace("-", "_"), value, flat)
+    for key in sorted(flat, key=lambda key: (key.count("."), not _is_tag(model, key))):
+        _write(model, tree, key, flat[key])
+
+
+def canonical(model: type[BaseModel], key: str) -> str:
+    """The key as `flattened` names it: `model.network.name` for `model.network`; others as they are."""
+    key = key.replace("-", "_")
+    current: type[BaseModel] | None = model
+    parts = key.split(".")
+    for depth, part in enumerate(parts):
+        field = current.model_fields.get(part) if current is not None else None
+        if field is None:
+            return key
+        axis = choice_of(field)
+        if axis is not None:
+            if depth == len(parts) - 1:
+                return f"{key}.{axis.tag}"
+            owners = [cls for cls in axis.entries(field.annotation).values() if parts[depth + 1] in cls.model_fields]
+            current = owners[0] if owners else None
+        else:
+            is_section = isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+            current = typing.cast(type[BaseModel], field.annotation) if is_section else None
+    return key
+
+
+def _is_tag(model: type[BaseModel], key: str) -> bool:
+    return key.rpartition(".")[2] in ("name", "source")
+
+
+def _collect(model: type[BaseModel], key: str, value: Any, flat: dict[str, Any]) -> None:
+    """Spread a mapping that is given for a section or an entry over its dotted keys."""
+    if isinstance(value, Mapping) and value:
+        for name, part in value.items():
+            _collect(model, f"{key}.{str(name).replace('-', '_')}", part, flat)
+    else:
+        flat[key] = value
+
+
+def _write(model: type[BaseModel], tree: dict[str, Any], key: str, value: Any) -> None:
+    node, parts = tree, key.split(".")
+    for depth, part in enumerate(parts):
+        field = model.model_fields.get(part)
+        rest = parts[depth + 1 :]
+        if field is None:
+            if model.model_config.get("extra") == "allow" and not rest:
+                node[part] = yaml.safe_load(value) if isinstance(value, str) else value
+                return
+            raise _unknown_key(key)
+        axis = choice_of(field)
+        if axis is not None:
+            if not rest or rest == [axis.tag]:
+                _choose(axis, field, node, part, value, key=key)
+                return
+            cls = axis.entry(field.annotation, node[part][axis.tag])
+            assert cls is not None
+            if rest[0] not in cls.model_fields and cls.model_config.get("extra") != "allow":
+                raise _field_of_another_entry(axis, field, node[part][axis.tag], key, rest[0])
+            node, model = node[part], cls
+        elif isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            if not rest:
+                if value == {} or value is None:
+                    return
+                raise UserError(
+                    f"{key}: got {shown(value)}, should be a mapping of {', '.join(field.annotation.model_fields)}"
+                )
+            node, model = node[part], field.annotation
+        elif rest:
+            raise _unknown_key(key)
+        else:
+            text_means_null = isinstance(value, str) and value.lower() in ("null", "none", "~")
+            node[part] = None if text_means_null else value
+
+
+def _choose(axis: Choice, field: FieldInfo, node: dict[str, Any], part: str, value: Any, *, key: str) -> None:
+    """Choose an entry: with its defaults, and with what all entries have in common left as it is."""
+    cls = axis.entry(field.annotation, value)
+    names = list(axis.entries(field.annotation))
+    if cls is None:
+        has_user_entry = axis.entry(field.annotation, "module:name") is not None
+        allowed = ", ".join(names) + (" or MODULE:NAME of your own" if has_user_entry else "")
+        near = difflib.get_close_matches(str(value), names, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise UserError(f"{key}: got {shown(value)}, should be one of {allowed}{hint}")
+    if node[part][axis.tag] == value:
+        return
+    common = _common_fields(axis.entries(field.annotation).values())
+    node[part] = {axis.tag: value, **{name: kept for name, kept in node[part].items() if name in common}}
+
+
+def _common_fields(classes: Iterable[type[BaseModel]]) -> set[str]:
+    """Fields that all entries of an axis inherit from a base class of their own."""
+    first, *others = dict.fromkeys(classes)
+    bases = [base for base in first.__mro__[1:] if base is not Section and issubclass(base, Section)]
+    shared = [base for base in bases if all(issubclass(other, base) for other in others)]
+    return {name for base in shared for name in base.model_fields}
+
+
+def _field_of_another_entry(axis: Choice, field: FieldInfo, chosen: str, key: str, name: str) -> UserError:
+    entries = axis.entries(field.annotation)
+    owners = [entry for entry, cls in entries.items() if name in cls.model_fields]
+    parent = key.rpartition(".")[0]
+    if owners:
+        flag = parent if axis.tag == "name" else f"{parent}.{axis.tag}"
+        return UserError(
+            f"{key}: the {axis.axis} {chosen!r} has no field {name!r}, {' and '.join(owners)} has; "
+            f"for example --{flag.replace('_', '-')} {owners[0]}"
+        )
+    return _unknown_key(key)
+
+
+def _unknown_key(key: str) -> UserError:
+    from vae_ray.config.experiment import Experiment
+
+    if (new := renamed_key(key)) is not None:
+        return UserError(f"key {key!r} does not exist any more; use {new!r}")
+    known = list(dict.fromkeys(doc.key for doc in field_docs(Experiment)))
+    return UserError(f"key {key!r} does not exist; {did_you_mean(key, known)}")
+
+
+def did_you_mean(wrong: str, known: Sequence[str]) -> str:
+    """A hint for a misspelled name: the nearest of `known`, or all of them."""
+    near = difflib.get_close_matches(wrong, known, n=1, cutoff=0.5)
+    last_part = wrong.strip(".").rpartition(".")[2]
+    by_last_part = [key for key in known if last_part and key.rpartition(".")[2] == last_part]
+    by_last_part.sort(key=lambda key: key.count("."))
+    if near or by_last_part:
+        nearest = min(by_last_part, key=lambda key: key.count("."), default=None) or near[0]
+        return f"did you mean {nearest!r}?"
+    return f"choose one of {', '.join(known)}"
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> str:
+    """One line for the first of pydantic's errors: key, value received, what is allowed, what to try."""
+    first = error.errors()[0]
+    key = _dotted(first["loc"], model)
+    docs = {doc.key: doc for doc in field_docs(model)}
+    hint = f"; for example {_example(docs[key])}" if key in docs else ""
+    reason = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    if key == "run.name":
+        reason = "should be 1 to 64 letters, digits, '.', '_' or '-', the first a letter or digit"
+    elif first["type"] == "string_pattern_mismatch":
+        reason = "should be MODULE:NAME of your own code, such as my_nets:tiny"
+    return f"{key}: got {shown(first['input'])}, {reason}{hint}"
+
+
+def _dotted(location: Iterable[Any], model: type[BaseModel]) -> str:
+    """The dotted key of pydantic's location, which also names classes of unions and positions in lists."""
+    parts: list[str] = []
+    current: type[BaseModel] | None = model
+    for item in location:
+        if current is None or not isinstance(item, str):
+            break
+        field = current.model_fields.get(item)
+        if field is None:  # the class of a union's member: the axis before it
+            candidates = [cls for cls in _subclasses_of_entries(model) if cls.__name__ == item]
+            if not candidates:
+                parts.append(item)
+                break
+            current = candidates[0]
+            continue
+        parts.append(item)
+        is_section = isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+        current = (
+            typing.cast(type[BaseModel], field.annotation) if is_section else current if choice_of(field) else None
+        )
+    return ".".join(parts)
+
+
+def _subclasses_of_entries(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
+    for field in model.model_fields.values():
+        axis = choice_of(field)
+        if axis is not None:
+            for cls in typing.get_args(field.annotation):
+                yield cls
+                yield from _subclasses_of_entries(cls)
+        elif isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _subclasses_of_entries(field.annotation)
+
+
+def _example(doc: FieldDoc) -> str:
+    default = "my-run" if doc.key == "run.name" else doc.default
+    text = ",".join(map(str, default)) if isinstance(default, tuple) else "null" if default is None else str(default)
+    return f"{flag_of(doc.key)} {text}".rstrip()
+
+
+def flag_of(key: str) -> str:
+    """`--optim.weight-decay` for `optim.weight_decay`."""
+    return f"--{key.replace('_', '-')}"
+
+
+def _type_name(annotation: Any) -> str:
+    origin = typing.get_origin(annotation)
+    if origin is Annotated:
+        return _type_name(typing.get_args(annotation)[0])
+    if origin is Literal:
+        return "{" + ",".join(literal_values(annotation)) + "}"
+    if origin in (typing.Union, types.UnionType):
+        kinds = [part for part in typing.get_args(annotation) if part is not type(None)]
+        first = _type_name(kinds[0])
+        return f"{first}|auto" if any(literal_values(part) == ("auto",) for part in kinds[1:]) else first
+    if origin is tuple:
+        return "INT,INT,..." if _type_name(typing.get_args(annotation)[0]) == "INT" else "TEXT,TEXT,..."
+    return {int: "INT", float: "FLOAT", bool: "BOOL", str: "TEXT", Path: "PATH"}[annotation]

@@ -1,0 +1,128 @@
+"""A user's own code, named by import path (`package.module:name`): loaded, checked, and carried to other processes.
+
+A path is followed when it comes from the command line or from Python. One that was read from a file (a checkpoint's or
+a run's experiment) needs the user's trust: reading never runs code.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import inspect
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from vae_ray.errors import UserError
+from vae_ray.storage.reading import shown
+
+T = TypeVar("T")
+Files = dict[str, bytes]
+"""Relative path and content of a user's source files; plain data that travels to workers."""
+
+
+def load(path: str, *, key: str) -> Callable[..., Any]:
+    """What `package.module:name` names; modules are looked up in the working directory too.
+
+    Raises `UserError`, naming `key`, if it cannot be imported or is no callable.
+    """
+    module_name, _, attribute = path.partition(":")
+    here = str(Path.cwd())
+    if here not in sys.path and "" not in sys.path:
+        sys.path.append(here)
+    try:
+        found: Any = functools.reduce(getattr, attribute.split("."), importlib.import_module(module_name))
+    except ModuleNotFoundError as error:
+        raise UserError(f"{key}: got {path!r}, there is no module {error.name!r} in {here} or on PYTHONPATH") from None
+    except AttributeError:
+        raise UserError(f"{key}: got {path!r}, the module {module_name!r} has no {attribute!r}") from None
+    except Exception as error:
+        raise UserError(f"{key}: got {path!r}, importing it fails ({type(error).__name__}: {error})") from error
+    if not callable(found):
+        raise UserError(f"{key}: got {path!r}, which is a {type(found).__name__} and should be a function or a class")
+    return found
+
+
+def call(path: str, settings: Mapping[str, Any], *, key: str, **given: Any) -> Any:
+    """Call the user's function with what the framework gives and the user's keyword `settings`.
+
+    Raises `UserError`, naming the setting, for one that the function does not take.
+    """
+    function = load(path, key=key)
+    parameters = inspect.signature(function).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    for name in [] if takes_any else settings:
+        if name not in parameters or name in given:
+            own = [each for each in parameters if each not in given]
+            allowed = f"it takes {', '.join(own)}" if own else "it takes no settings"
+            section = key.removesuffix(".source")
+            raise UserError(f"{section}.{name}: {path} has no setting {name!r}; {allowed}")
+    try:
+        return function(**given, **settings)
+    except UserError:
+        raise
+    except TypeError as error:
+        raise UserError(f"{key}: {path} cannot be called ({error}); settings: {shown(dict(settings))}") from error
+
+
+def check_trusted(paths: Iterable[str], *, origin: str, trust_code: bool) -> None:
+    """Raise `UserError` if `origin`, a file that was read, names code that the user has not said to trust."""
+    paths = list(paths)
+    if paths and not trust_code:
+        raise UserError(
+            f"{origin}: names its own code ({', '.join(paths)}), which is run only if you trust it; add --trust-code "
+            "(in Python trust_code=True)"
+        )
+
+
+def collect(paths: Iterable[str]) -> Files:
+    """The content of `source_files`, to be installed in other processes."""
+    return {name: file.read_bytes() for name, file in source_files(paths).items()}
+
+
+def source_files(paths: Iterable[str]) -> dict[str, Path]:
+    """The source files of the modules that `paths` name, by relative path: a module's own file, or all of a package."""
+    files: dict[str, Path] = {}
+    for path in paths:
+        load(path, key="user code")
+        module = sys.modules[path.partition(":")[0].partition(".")[0]]
+        file = Path(module.__file__ or "")
+        if "site-packages" in file.parts or "dist-packages" in file.parts:
+            continue  # installed: the other processes have it too
+        if file.name == "__init__.py":
+            root = file.parent
+            sources = [source for source in sorted(root.rglob("*.py")) if "__pycache__" not in source.parts]
+            files |= {source.relative_to(root.parent).as_posix(): source for source in sources}
+        elif file.is_file():
+            files[file.name] = file
+    return files
+
+
+def install(files: Files) -> None:
+    """Make collected files importable in this process."""
+    if files:
+        directory = Path(tempfile.mkdtemp(prefix="vae_ray-code-"))
+        for name, content in files.items():
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
+            (directory / name).write_bytes(content)
+        sys.path.insert(0, str(directory))
+        importlib.invalidate_caches()
+
+
+def expect(value: Any, kind: type[T], *, key: str, path: str) -> T:
+    """`value`, if it is a `kind`; raises `UserError` otherwise."""
+    if not isinstance(value, kind):
+        raise UserError(
+            f"{key}: {path} returned a {type(value).__name__}, should return a {kind.__module__}.{kind.__name__}"
+        )
+    return value
+
+
+def digest(function: Callable[..., Any]) -> str:
+    """A short hash of the file of the module in which `function` is defined."""
+    file = getattr(inspect.getmodule(function), "__file__", None) or ""  # a partial has no module
+    content = Path(file).read_bytes() if file and Path(file).is_file() else b""
+    return hashlib.sha256(content).hexdigest()[:16]
