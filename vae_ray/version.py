@@ -1,3 +1,3 @@
 """The version of this package; pyproject.toml reads it here, so that it is known where nothing is installed too."""
 
-VERSION = "0.1.0"
+VERSION = "0.2.0"

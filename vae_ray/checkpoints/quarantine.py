@@ -1,6 +1,6 @@
-"""Damaged checkpoints of a run: found, named in a warning, and never in the way of the good ones.
+"""The newest and the best checkpoint whose files are intact.
 
-Nothing is deleted here: a damaged checkpoint is renamed, so that someone can look at it.
+A damaged checkpoint of a run is renamed, never deleted. What cannot be read at the moment is never taken as damaged.
 """
 
 from __future__ import annotations
@@ -11,51 +11,52 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from vae_ray.checkpoints.loading import Checkpoint, own_checkpoint
+from vae_ray.checkpoints.loading import (
+    AVERAGED,
+    EXPERIMENT,
+    WEIGHTS,
+    Checkpoint,
+    checkpoint_directories,
+    own_checkpoint,
+)
 from vae_ray.errors import CorruptFile
-from vae_ray.run_files.run_directory import RunDirectory
 from vae_ray.storage.atomic import sync_directory, unused_name
 
 logger = logging.getLogger(__name__)
 
 
-def quarantine_corrupt_checkpoints(run: RunDirectory) -> None:
-    """Read the run's checkpoints whole, and rename those that are not what was written.
+def load_newest(checkpoints_dir: Path, *, pull: Callable[[Path], None] = lambda path: None) -> Checkpoint | None:
+    """The newest intact checkpoint with its files in memory, or None; only for the one writer of the run.
 
-    `epoch=0007` becomes `.damaged-epoch=0007`, with a warning; the run then goes on from the newest good one. Only
-    rank 0, and while nobody else writes. Of a run at a URI only as far as the newest good one: each is fetched for it.
-    Raises `UserError` for what another time, or a newer vae_ray, may read. What killed writers left is deleted.
+    A damaged one is renamed from `epoch=0007` to `.damaged-epoch=0007` with a warning, and the next older one is tried.
+    Leftovers of killed writers are deleted. `pull` is called with the directory of each candidate before it is read.
+    Raises `UserError` for a newer format and for what cannot be read at the moment.
     """
-    for leftover in run.checkpoints.glob(".partial-*"):
+    for leftover in checkpoints_dir.glob(".partial-*"):
         shutil.rmtree(leftover, ignore_errors=True)
-    # newest first: epoch=0008 comes after all of its steps
-    for path in sorted(run.checkpoints.glob("epoch=*"), key=lambda path: f"{path.name}~", reverse=True):
+    for path in reversed(checkpoint_directories(checkpoints_dir)):
+        pull(path)
         try:
-            run.pull(path)
-            own_checkpoint(path).verify()
+            return own_checkpoint(path).in_memory()
         except CorruptFile as error:
             aside = unused_name(path.with_name(f".damaged-{path.name}"))
             os.replace(path, aside)
-            sync_directory(run.checkpoints)
-            logger.warning("%s; set aside as %s", error, aside.name)
-        else:
-            if run.mirror is not None:
-                return
+            sync_directory(checkpoints_dir)
+            logger.warning("%s; renamed to %s", error, aside.name)
+    return None
 
 
 def best_intact_checkpoint(
     checkpoints: list[Checkpoint], *, fetch: Callable[[Path], None] = lambda path: None
 ) -> Checkpoint | None:
-    """The best one whose files are all what was written; warns of better ones that are not. None if none is.
+    """The best one whose weights and experiment are intact, with these in memory; None if there is none.
 
-    `fetch` is called with the directory of each that is looked at, before it is read.
+    Warns of better ones that are damaged. `fetch` is called with the directory of each candidate before it is read.
     """
     for checkpoint in sorted(checkpoints, key=lambda checkpoint: (checkpoint.score, checkpoint.epoch)):
         fetch(checkpoint.path)
         try:
-            checkpoint.verify()
+            return checkpoint.in_memory([EXPERIMENT, WEIGHTS, AVERAGED])
         except CorruptFile as error:
-            logger.warning("%s; passed over", error)
-        else:
-            return checkpoint
+            logger.warning("%s; skipped", error)
     return None

@@ -1,19 +1,18 @@
-"""Writing checkpoints: aside and renamed when whole, so that one exists whole or not at all; and deleting old ones."""
+"""Writing checkpoints, so that each exists whole or not at all; and deleting old ones."""
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import safetensors.torch
-import torch
-from torch.optim import Optimizer
+from torch import Tensor
 
 from vae_ray.checkpoints.loading import (
+    AVERAGED,
     EXPERIMENT,
     FORMAT,
     FORMAT_VERSION,
@@ -21,16 +20,14 @@ from vae_ray.checkpoints.loading import (
     TRAINING_STATE,
     WEIGHTS,
     Checkpoint,
-    Progress,
+    Scalar,
     all_checkpoints,
     checkpoint_name,
-    read_checkpoint,
+    parse_manifest,
     sealed,
 )
 from vae_ray.config.experiment import Experiment
-from vae_ray.models.vae import VAE
-from vae_ray.storage.atomic import atomic_remove_directory, sync_directory, write_synced
-from vae_ray.storage.reading import read_bytes
+from vae_ray.storage.atomic import atomic_remove_directory, replace_directory, sync_directory, write_synced
 from vae_ray.storage.retry import describe_os_error, retry_io
 from vae_ray.version import VERSION
 
@@ -43,80 +40,101 @@ def save_checkpoint(
     directory: Path,
     *,
     epoch: int,
-    model: VAE,
-    optimizer: Optimizer,
-    experiment: Experiment,
-    metrics: dict[str, float],
-    selection_metric: str,
     step: int | None = None,
-    progress: Progress | None = None,
+    experiment: Experiment,
+    image_shape: tuple[int, int, int],
+    weights: Mapping[str, Tensor],
+    averaged_weights: Mapping[str, Tensor] | None,
+    training_state: Mapping[str, Tensor],
+    scalars: Mapping[str, Scalar],
+    metrics: Mapping[str, float],
+    selection_metric: str,
 ) -> Checkpoint:
-    """Write `directory/epoch=NNNN` so that it either exists whole or not at all.
+    """Write `directory/epoch=NNNN`, or with `step` `directory/epoch=NNNN-step=NNNNNN`, whole or not at all.
 
-    With `step` it is one inside the epoch, `directory/epoch=NNNN-step=NNNNNN`. While the storage is away it waits;
-    raises `NotSaved` if there is no room or no storage in the end, and leaves then what was there before.
+    Retries while the storage is away. Tensors may have any dtype, share memory and be on any device.
+
+    Returns:
+        The checkpoint as it was written, without reading it back.
+
+    Raises:
+        NotSaved: the storage is full or away; the directory has what it had before.
     """
-    state = io.BytesIO()
-    known = {key: value for key, value in (progress or Progress())._asdict().items() if value is not None}
-    torch.save({"optimizer": optimizer.state_dict(), "progress": known}, state)
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     contents = {
         EXPERIMENT: json.dumps(experiment.to_dict(), indent=2).encode(),
-        WEIGHTS: safetensors.torch.save(weights),
-        TRAINING_STATE: state.getvalue(),
+        WEIGHTS: _serialized(weights),
+        TRAINING_STATE: _serialized(training_state),
     }
+    if averaged_weights is not None:
+        contents[AVERAGED] = _serialized(averaged_weights)
     manifest = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "written_by": f"vae_ray {VERSION}",
         "epoch": epoch,
         "step": step,
-        "image_shape": list(model.image_shape),
+        "image_shape": list(image_shape),
         "selection_metric": selection_metric,
-        "metrics": metrics,
+        "metrics": dict(metrics),
+        "scalars": dict(scalars),
         "files": {
             name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
             for name, content in contents.items()
         },
     }
     contents[MANIFEST] = json.dumps(sealed(manifest), indent=2).encode()
+    path = directory / checkpoint_name(epoch, step)
+    _write(path, contents)
+    return parse_manifest(path, contents[MANIFEST])
 
-    final = directory / checkpoint_name(epoch, step)
+
+def copy_checkpoint(checkpoint: Checkpoint, directory: Path) -> None:
+    """Replace `directory` atomically by a copy of `checkpoint`, each of whose files is compared with its checksum.
+
+    Raises `CorruptFile` if one is damaged and `NotSaved` if the copy cannot be written; `directory` is then as before.
+    """
+    _write(directory, {name: checkpoint.read(name) for name in [*checkpoint.files, MANIFEST]})
+
+
+def _serialized(tensors: Mapping[str, Tensor]) -> bytes:
+    """A safetensors file, which stores tensors that share memory one by one."""
+    owned: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        owned[name] = tensor.clone() if storage in storages else tensor
+        storages.add(storage)
+    return safetensors.torch.save(owned)
+
+
+def _write(directory: Path, contents: dict[str, bytes]) -> None:
     try:
-        retry_io(lambda: _write_whole(final, contents), where=directory)
+        retry_io(lambda: _write_whole(directory, contents), where=directory.parent)
     except OSError as error:
-        why = describe_os_error(error, where=directory, needed_bytes=sum(map(len, contents.values())))
-        raise NotSaved(f"{final}: the checkpoint could not be written ({why})") from error
-    return read_checkpoint(final)
+        needed_bytes = sum(map(len, contents.values()))
+        why = describe_os_error(error, where=directory.parent, needed_bytes=needed_bytes)
+        raise NotSaved(f"{directory}: the checkpoint could not be written ({why})") from error
 
 
-def _write_whole(final: Path, contents: dict[str, bytes]) -> None:
-    partial = final.with_name(f".partial-{final.name}")
+def _write_whole(directory: Path, contents: dict[str, bytes]) -> None:
+    partial = directory.with_name(f".partial-{directory.name}")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()  # without its parents: where they are missing the storage is away
         for name, content in contents.items():
             write_synced(partial / name, content)
-        atomic_remove_directory(final)  # an orphan of an attempt that this run repeats
-        os.replace(partial, final)
-        sync_directory(final.parent)
+        sync_directory(partial)
+        replace_directory(partial, directory)
     except OSError:
-        shutil.rmtree(partial, ignore_errors=True)  # it holds the space that others need
+        shutil.rmtree(partial, ignore_errors=True)  # it holds space that others need
         raise
 
 
-def copy_checkpoint(checkpoint: Checkpoint, directory: Path) -> None:
-    """Write a checkpoint's own files, each compared with its checksum, into a new `directory`."""
-    directory.mkdir(parents=True)
-    for name in checkpoint.files:
-        write_synced(directory / name, checkpoint.read(name))
-    write_synced(directory / MANIFEST, read_bytes(checkpoint.path / MANIFEST, follow_links=False))
-
-
 def prune_checkpoints(directory: Path, *, num_best: int) -> None:
-    """Delete all but the last and the `num_best` best checkpoints, and what killed writers left.
+    """Delete all but the last and the `num_best` best checkpoints, and the leftovers of killed writers.
 
-    Of those inside epochs only one that is newer than all others is of use.
+    A checkpoint inside an epoch is kept only while it is the newest of all.
     """
     checkpoints = all_checkpoints(directory)
     whole = [checkpoint for checkpoint in checkpoints if checkpoint.step is None]

@@ -18,11 +18,13 @@ if TYPE_CHECKING:
 
     from vae_ray.config.experiment import Experiment
     from vae_ray.inference import TrainedVAE
+    from vae_ray.runs.results import TrainResult
     from vae_ray.tuning.summary import SweepResult
 
 
 def _experiment(options: argparse.Namespace) -> Experiment:
     from vae_ray.config.experiment import Experiment, preset_names
+    from vae_ray.config.user_code import check_trusted
 
     name = options.experiment
     looks_like_file = name.endswith((".yaml", ".yml")) or "/" in name or os.path.isfile(name)
@@ -30,6 +32,7 @@ def _experiment(options: argparse.Namespace) -> Experiment:
         experiment = Experiment.preset(name)
     else:
         experiment = Experiment.from_file(name)
+        check_trusted(experiment.user_code(), origin=name, trust_code=options.trust_code)
     given = {"run.name": options.name, "run.storage": options.storage}
     return experiment.with_overrides(
         {**options.overrides, **{key: value for key, value in given.items() if value is not None}}
@@ -38,14 +41,45 @@ def _experiment(options: argparse.Namespace) -> Experiment:
 
 def train(options: argparse.Namespace) -> dict[str, Any]:
     """Train; with `--dry-run` only check."""
+    if options.resume and options.name is not None and (location := _existing_run(options)) is not None:
+        options.run_dir = location  # its own experiment; of what is given only the place may differ
+        return resume(options)
     experiment = _experiment(options)  # before torch is imported: a typing mistake is answered at once
-    from vae_ray.runs import train as runs
-
     if options.dry_run:
-        experiment = runs.with_absolute_paths(experiment)
-        runs.preflight(experiment)
+        from vae_ray.runs.preflight import preflight, with_absolute_paths
+
+        experiment = with_absolute_paths(experiment)
+        preflight(experiment)
         return {"experiment": experiment.to_dict()} if options.json else {"text": experiment.to_yaml()}
-    result = runs.train(experiment, resume=options.resume, quiet=False).to_dict()
+    from vae_ray.runs.train import train as run_training
+
+    return _train_answer(run_training(experiment, resume=options.resume, quiet=False), options)
+
+
+def _existing_run(options: argparse.Namespace) -> str | None:
+    """The location of the run that `--name` and `--storage` mean; None if there is no run yet."""
+    from vae_ray.config.experiment import Experiment
+    from vae_ray.run_files.run_directory import RunDirectory
+    from vae_ray.storage.locations import absolute, is_uri, join_location
+
+    storage = options.storage or options.overrides.get("run.storage", Experiment().run.storage)
+    location = join_location(absolute(storage), options.name)
+    if is_uri(location):
+        run = RunDirectory.at(location, role="reader")
+        return location if run.mirror is not None and run.mirror.read(run.experiment_file.name) else None
+    return location if RunDirectory(Path(location)).experiment_file.is_file() else None
+
+
+def resume(options: argparse.Namespace) -> dict[str, Any]:
+    """Continue a run from its directory."""
+    from vae_ray.runs.train import resume as resume_run
+
+    result = resume_run(options.run_dir, options.overrides, trust_code=options.trust_code, quiet=False)
+    return _train_answer(result, options)
+
+
+def _train_answer(trained: TrainResult, options: argparse.Namespace) -> dict[str, Any]:
+    result = trained.to_dict()
     if options.json:
         return result
     metrics = result["metrics"]
@@ -56,6 +90,7 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
         "images": f"{result['run_dir']}/images",
         "TensorBoard": f"tensorboard --logdir {result['run_dir']}/tensorboard",
         "nats per image": f"{', '.join(terms)}  (best epoch {result['best_epoch']} of {result['epochs']})",
+        **({"stopped early": "the selection metric had not improved"} if result["stopped_early"] else {}),
         "time": f"{result['seconds']['total']:.1f} s, of which {result['seconds']['training']:.1f} s training",
     }
 
@@ -109,7 +144,7 @@ def _readable_sweep(result: SweepResult) -> dict[str, Any]:
 def _load(options: argparse.Namespace) -> TrainedVAE:
     from vae_ray.inference import TrainedVAE
 
-    return TrainedVAE.load(options.checkpoint)
+    return TrainedVAE.load(options.checkpoint, trust_code=options.trust_code)
 
 
 def _write(picture: Image, options: argparse.Namespace, model: TrainedVAE) -> dict[str, Any]:
@@ -209,6 +244,7 @@ def submit(options: argparse.Namespace) -> dict[str, Any]:
     environment = _environment(options.env)
     from vae_ray.cluster import submission
     from vae_ray.cluster.upload import collect
+    from vae_ray.config.user_code import source_files
 
     workers = None
     if experiment is None:
@@ -222,6 +258,8 @@ def submit(options: argparse.Namespace) -> dict[str, Any]:
     files = [path for path in given if path is not None and os.path.isfile(path)]
     named = {f"submitted/{number}-{Path(path).name}": Path(path) for number, path in enumerate(files, start=1)}
     names = {str(path): name for name, path in named.items()}
+    if experiment is not None:
+        named |= source_files(experiment.user_code())
     arguments = [_renamed(argument, names) for argument in options.arguments]
     try:
         job = submission.submit(

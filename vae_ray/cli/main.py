@@ -22,13 +22,26 @@ from vae_ray.cli import commands
 from vae_ray.errors import Stopped, TrainingFailed, UserError
 
 FLAGS = {
-    "train": ("--name", "--storage", "--resume", "--dry-run", "--json", "--help"),
+    "train": ("--name", "--storage", "--resume", "--dry-run", "--trust-code", "--json", "--help"),
+    "resume": ("--trust-code", "--json", "--help"),
     "sweep": (
-        *("--name", "--storage", "--resume", "--json", "--help", "--search", "--num-trials", "--max-concurrent"),
-        *("--workers-per-trial", "--scheduler", "--searcher", "--metric"),
+        *(
+            "--name",
+            "--storage",
+            "--resume",
+            "--trust-code",
+            "--json",
+            "--help",
+            "--search",
+            "--num-trials",
+            "--max-concurrent",
+        ),
+        *("--max-concurrent", "--workers-per-trial", "--scheduler", "--searcher", "--metric"),
     ),
 }
 """Commands that take the Experiment's keys, with their own flags; for `did you mean`."""
+AXES = "likelihood|objective"
+"""Sections that are an axis: `--likelihood gaussian` is short for `--likelihood.name gaussian`."""
 DESCRIPTION = "Train variational autoencoders on Ray: on a laptop, in local processes and on a cluster."
 
 
@@ -48,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = _parse(rest)
         takes_overrides = options.job if options.command == "submit" else options.command
         if overrides and takes_overrides not in FLAGS:
-            raise UserError(f"--{next(iter(overrides))}: only {' and '.join(FLAGS)} take the Experiment's keys")
+            raise UserError(f"--{next(iter(overrides))}: only {', '.join(FLAGS)} take the Experiment's keys")
         options.overrides = overrides
         # libraries print to stdout as they please; ours is for the answer alone
         with contextlib.redirect_stdout(sys.stderr), signals.sigterm_as_ctrl_c():
@@ -60,7 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Stopped as error:
         return _fail(error, code=130)
     except KeyboardInterrupt:
-        return _fail("interrupted; go on with --resume and the same --name", code=130)
+        return _fail(
+            "interrupted; continue with: vae-ray resume RUN (sweeps: the same command with --resume)", code=130
+        )
     print(json.dumps(answer, indent=2) if options.json else _readable(answer))
     return int(options.exit_code)
 
@@ -71,12 +86,12 @@ def _fail(error: Exception | str, *, code: int) -> int:
 
 
 def _take_overrides(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
-    """Split `--section.field VALUE` and `--section.field=VALUE` from the other arguments."""
+    """Split `--section.field VALUE`, `--section.field=VALUE` and `--likelihood NAME` from the other arguments."""
     overrides: dict[str, str] = {}
     rest: list[str] = []
     remaining = iter(arguments)
     for argument in remaining:
-        match = re.fullmatch(r"--([A-Za-z_][\w-]*\.[\w.-]*)(?:=(.*))?", argument, re.DOTALL)
+        match = re.fullmatch(rf"--([A-Za-z_][\w-]*\.[\w.-]*|{AXES})(?:=(.*))?", argument, re.DOTALL)
         if match is None:
             rest.append(argument)
             continue
@@ -115,6 +130,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         return sub
 
     _add_train(command)
+    _add_resume(command)
     _add_sweep(command)
     _add_model_commands(command)
     _add_cluster_commands(command)
@@ -132,14 +148,25 @@ def _with_experiment(sub: argparse.ArgumentParser, *, what: str) -> argparse.Arg
     sub.add_argument("experiment", metavar="PRESET|FILE.yaml", help="a preset's name or an experiment file")
     sub.add_argument("--name", help=f"the {what}'s directory inside the storage (run.name)")
     sub.add_argument("--storage", metavar="DIR", help="the directory of all runs (run.storage)")
-    sub.add_argument("--resume", action="store_true", help=f"go on with the {what} of that name")
+    sub.add_argument("--resume", action="store_true", help=f"continue the {what} of that name")
+    _with_trust(sub)
     return sub
 
 
+def _with_trust(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--trust-code", action="store_true", help="run code that a file which is read names (MODULE:NAME)")
+
+
 def _add_train(command: Command) -> None:
-    train = command(commands.train, "train a VAE; with Ray workers, or in this process with --workers.num 0")
+    train = command(commands.train, "train a VAE: in this process, or data-parallel on Ray workers (--workers.num N)")
     _with_experiment(train, what="run")
     train.add_argument("--dry-run", action="store_true", help="check everything, print the experiment, start nothing")
+
+
+def _add_resume(command: Command) -> None:
+    resume = command(commands.resume, "continue a run from its directory alone; --training.epochs N extends it")
+    resume.add_argument("run_dir", metavar="RUN", help="the run's directory or URI")
+    _with_trust(resume)
 
 
 def _add_sweep(command: Command) -> None:
@@ -165,6 +192,7 @@ def _add_sweep(command: Command) -> None:
 
 def _with_model(sub: argparse.ArgumentParser, *, out: bool = True) -> argparse.ArgumentParser:
     sub.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, or the directory of a run or a sweep")
+    _with_trust(sub)
     if out:
         sub.add_argument("--out", required=True, type=Path, metavar="FILE.png", help="where to write the picture")
     return sub
@@ -207,13 +235,13 @@ def _add_cluster_commands(command: Command) -> None:
     submit.add_argument(
         "--env", action="append", default=[], metavar="KEY=VALUE", help="an environment variable of the job; repeatable"
     )
-    doctor = command(commands.doctor, "what this machine or a cluster can run, and what stands in the way")
+    doctor = command(commands.doctor, "check a machine or cluster and report problems")
     doctor.add_argument(
         "--storage", metavar="DIR|URI", help="where runs would be stored (default for this machine: runs)"
     )
     addresses = {
         submit: "the cluster's dashboard, http://HOST:8265 (default $RAY_ADDRESS, else this machine's)",
-        doctor: "the cluster's dashboard, http://HOST:8265; on one of its nodes also auto or HOST:6379\n"
+        doctor: "the cluster's dashboard, http://HOST:8265, or auto on its head node\n"
         "(default $RAY_ADDRESS, else this machine is examined)",
     }
     for sub, text in addresses.items():
@@ -236,10 +264,11 @@ def _field_help() -> str:
     from vae_ray.config.experiment import field_docs
 
     lines = ["the Experiment's keys, as --SECTION.FIELD VALUE (presets set some of them):"]
-    for key, type_name, default, description in field_docs():
-        shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
-        shown = "null" if default is None else shown
-        lines.append(f"  --{key.replace('_', '-')} {type_name}\n      {description} [{shown}]")
+    for doc in field_docs():
+        shown = ",".join(map(str, doc.default)) if isinstance(doc.default, tuple) else doc.default
+        shown = "null" if doc.default is None else shown
+        of_entry = f"{doc.entry}: " if doc.entry else ""
+        lines.append(f"  --{doc.key.replace('_', '-')} {doc.type}\n      {of_entry}{doc.description} [{shown}]")
     return "\n".join(lines)
 
 

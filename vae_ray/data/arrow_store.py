@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -20,8 +21,8 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from vae_ray.config.experiment import DataConfig
-from vae_ray.data.sources import SOURCES, Images, Source
+from vae_ray.config.sections import DataConfig, MnistData, UserData
+from vae_ray.data.sources import Images, Source, build_source
 from vae_ray.errors import CorruptFile, UserError
 from vae_ray.storage.locations import cache_root, directory_of, is_uri
 from vae_ray.storage.reading import parse_json, read_bytes
@@ -49,12 +50,12 @@ class Split(NamedTuple):
         return self.pixels.shape[0]
 
 
-def cache_directory(config: DataConfig) -> Path:
+def cache_directory(config: DataConfig | UserData) -> Path:
     """Where decoded images lie: `data.cache_dir`, else `$VAE_RAY_CACHE`, else `~/.cache/vae_ray`."""
     return config.cache_dir.expanduser().absolute() if config.cache_dir else cache_root()
 
 
-def open_split(config: DataConfig, split: str) -> Split:
+def open_split(config: DataConfig | UserData, split: str) -> Split:
     """The images of "train" or "test", decoded first if this node has not done so yet.
 
     Raises `UserError` if raw files are missing and cannot be downloaded, are damaged, or if the cache
@@ -63,11 +64,12 @@ def open_split(config: DataConfig, split: str) -> Split:
     cache = cache_directory(config)
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(cache / f"{config.source}.lock", timeout=LOCK_TIMEOUT_SECONDS):
-            source = SOURCES[config.source](config, raw_directory(config, cache))
+        name = file_name(config)
+        with filelock.FileLock(cache / f"{name}.lock", timeout=LOCK_TIMEOUT_SECONDS):
+            source = build_source(config, raw_directory(config, cache))
             fingerprint = f"v{FORMAT_VERSION};{source.fingerprint()}"
             digest = hashlib.sha256(fingerprint.encode()).hexdigest()[:16]
-            file = cache / f"{config.source}-{split}-{digest}.arrow"
+            file = cache / f"{name}-{split}-{digest}.arrow"
             opened = _map(file) if _is_intact(file) else None
             if opened is None:
                 _write(file, _decode(source, split))
@@ -81,13 +83,19 @@ def open_split(config: DataConfig, split: str) -> Split:
     return opened
 
 
-def raw_directory(config: DataConfig, cache: Path) -> Path:
+def file_name(config: DataConfig | UserData) -> str:
+    """The source's name as a part of a file's name."""
+    return re.sub(r"[^\w.-]", "-", config.source)  # type: ignore[union-attr]
+
+
+def raw_directory(config: DataConfig | UserData, cache: Path) -> Path:
     """Where this node has the raw files: `data.root`, its copy where that is a URI, or `datasets/` in the cache."""
-    if config.root is None:
+    root = config.root if isinstance(config, MnistData) else None
+    if root is None:
         return cache / "datasets"
-    if is_uri(config.root):
-        return cache / "datasets" / hashlib.sha256(config.root.encode()).hexdigest()[:16]
-    return directory_of(config.root)
+    if is_uri(root):
+        return cache / "datasets" / hashlib.sha256(root.encode()).hexdigest()[:16]
+    return directory_of(root)
 
 
 def _decode(source: Source, split: str) -> Images:

@@ -16,12 +16,13 @@ import struct
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vae_ray.config.experiment import DataConfig
+from vae_ray.config import user_code
+from vae_ray.config.sections import DataConfig, MnistData, UserData
 from vae_ray.errors import UserError
 from vae_ray.storage.locations import is_uri, join_location, with_timeout
 from vae_ray.storage.mirror import Mirror
@@ -83,7 +84,7 @@ class Digits:
 class TorchvisionMNIST:
     """MNIST and its drop-in replacements in `root/NAME/raw/*-ubyte`, torchvision's layout; it downloads them too."""
 
-    def __init__(self, config: DataConfig, class_name: str, *, root: Path) -> None:
+    def __init__(self, config: MnistData, class_name: str, *, root: Path) -> None:
         self.source, self.class_name = config.source, class_name
         self.root, self.download = root, config.download
         self.uri = config.root if config.root is not None and is_uri(config.root) else None
@@ -189,10 +190,55 @@ def read_idx_file(file: Path) -> NDArray[np.uint8]:
     raise UserError(f"{file}: truncated or damaged, {detail}; replace the file")
 
 
-SOURCES: dict[str, Callable[[DataConfig, Path], Source]] = {
-    # each is given the configuration and the directory for raw files
+class UserSource:
+    """A user's own function: it returns a `Source`, or the images themselves as `{"train": pixels, "test": pixels}`.
+
+    Pixels are uint8 arrays or tensors `(N, C, H, W)`. They are decoded again when the function's file or its settings
+    change; a `Source` of its own says by its fingerprint when the raw data do.
+    """
+
+    def __init__(self, config: UserData) -> None:
+        self.path = config.source
+        function = user_code.load(config.source, key="data.source")
+        self.made = user_code.call(config.source, config.settings, key="data.source")
+        self.version = f"{config.source};{sorted(config.settings.items())};{user_code.digest(function)}"
+
+    def fingerprint(self) -> str:
+        own = self.made.fingerprint() if hasattr(self.made, "fingerprint") else ""
+        return f"{self.version};{own}"
+
+    def decode(self, split: str) -> Images:
+        if hasattr(self.made, "decode"):
+            pixels, labels = self.made.decode(split)
+        else:
+            pixels, labels = self._given(split), None
+        pixels = np.ascontiguousarray(pixels)
+        if pixels.dtype != np.uint8 or pixels.ndim != 4 or not len(pixels):
+            raise UserError(
+                f"data.source: {self.path} gave {pixels.dtype} of shape {pixels.shape} for {split!r}, should be uint8 "
+                "of shape (N, C, H, W) with at least one image"
+            )
+        return Images(pixels, np.zeros(len(pixels), np.int64) if labels is None else np.asarray(labels, np.int64))
+
+    def _given(self, split: str) -> NDArray[Any]:
+        try:
+            return np.asarray(self.made[split])
+        except (TypeError, KeyError, IndexError):
+            raise UserError(
+                f"data.source: {self.path} returned a {type(self.made).__name__}, should return a source or a dict "
+                "with the keys 'train' and 'test'"
+            ) from None
+
+
+SOURCES: dict[str, Callable[[Any, Path], Source]] = {
+    # each is given the settings of its entry and the directory for raw files
     "digits": lambda config, root: Digits(),
     "mnist": lambda config, root: TorchvisionMNIST(config, "MNIST", root=root),
     "fashion_mnist": lambda config, root: TorchvisionMNIST(config, "FashionMNIST", root=root),
     "kmnist": lambda config, root: TorchvisionMNIST(config, "KMNIST", root=root),
 }
+
+
+def build_source(config: DataConfig | UserData, root: Path) -> Source:
+    """The source of an experiment's section `data`, with the directory for raw files."""
+    return UserSource(config) if isinstance(config, UserData) else SOURCES[config.source](config, root)  # type: ignore[attr-defined]

@@ -1,50 +1,19 @@
-"""Exact evaluation of one split, the same during training and afterwards."""
+"""Exact evaluation of the ELBO on one split, the same during training and afterwards."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
 
 import torch
-from torch import nn
 
-from vae_ray.config.experiment import Experiment
-from vae_ray.data.batches import Batch, evaluation_batches
-from vae_ray.data.splits import Splits
-from vae_ray.evaluation.metrics import TermSums, labelled
-from vae_ray.models.likelihoods import LIKELIHOODS, Likelihood
+from vae_ray.data.batches import Loader
+from vae_ray.evaluation.metrics import ELBO_TERMS, TermSums, labelled
+from vae_ray.models.noise import latent_noise
 from vae_ray.models.vae import VAE
-from vae_ray.objectives.elbo import beta_weighted_loss, elbo_terms
-from vae_ray.parallel.group import WorkerGroup, shards_of
+from vae_ray.objectives.base import elbo_terms
+from vae_ray.parallel.group import WorkerGroup
 
-
-def evaluate_split(
-    model: VAE, experiment: Experiment, splits: Splits, split: str, group: WorkerGroup
-) -> dict[str, float]:
-    """`{"test/nelbo": ..., "test/distortion": ..., ...}` in nats for `split` "train", "val" or "test".
-
-    Every image once over the whole group, one sampled z each with noise that depends on `run.seed` alone.
-    `model` is the unwrapped one. All ranks must call it.
-    """
-    pixels, indices = splits.select(split)
-    sums = TermSums(group.device)
-    batches = evaluation_batches(
-        pixels,
-        indices,
-        seed=experiment.run.seed,
-        batch_size=experiment.training.evaluation_batch_size,
-        latent_dim=experiment.model.latent_dim,
-        shards=shards_of(group),
-    )
-    evaluate(
-        model,
-        batches,
-        likelihood=LIKELIHOODS[experiment.model.likelihood](experiment.model),
-        beta=experiment.objective.beta,
-        sums=sums,
-        precision=experiment.training.precision,
-    )
-    return labelled(split, sums.reduced(group))
+NOISE = "evaluation noise"
 
 
 def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[object]:
@@ -55,19 +24,20 @@ def autocast(precision: str, device: torch.device) -> contextlib.AbstractContext
 
 
 @torch.inference_mode()
-def evaluate(
-    model: nn.Module,
-    batches: Iterable[Batch],
-    *,
-    likelihood: Likelihood,
-    beta: float,
-    sums: TermSums,
-    precision: str = "float32",
-) -> None:
-    """Add the terms of every example to `sums`: one sampled z each, over the unwrapped model."""
+def evaluate_split(
+    model: VAE, loader: Loader, split: str, group: WorkerGroup, *, batch_size: int, precision: str = "float32"
+) -> dict[str, float]:
+    """`{"test/nelbo": ..., "test/distortion": ..., "test/rate": ...}` in nats per image of the split in `loader`.
+
+    Every image once over the whole group, with one sampled z each. The noise depends on the seed and on the image's
+    position in the split: neither on the epoch, nor on the batch size, nor on the number of workers. Collective.
+    """
     model.eval()
-    for x, eps, _ in batches:
+    sums = TermSums(ELBO_TERMS, group.device)
+    for x, rows, _ in loader.evaluation(batch_size=batch_size):
+        noise = latent_noise(model.latent_shapes, rows, loader.seed, NOISE, device=x.device)
         with autocast(precision, x.device):
-            forward = model(x, eps)
-        terms = elbo_terms(forward, x, likelihood)
-        sums.add(terms, beta_weighted_loss(terms, beta))
+            output = model(x, noise)
+        distortion, rate = elbo_terms(output, x, model.likelihood)
+        sums.add({"distortion": distortion[0], "rate": rate[0]})
+    return labelled(split, sums.reduced(group))

@@ -8,37 +8,39 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from vae_ray.models.networks.base import weighted_layers
 from vae_ray.models.vae import VAE
 
-Initialization = Callable[[VAE, Tensor, torch.Generator], None]
-
-ENCODER_OUTPUT_GAIN = 0.5
-DECODER_OUTPUT_GAIN = 0.1
-
-
-def _keep(model: VAE, mean_image: Tensor, generator: torch.Generator) -> None:
-    """What the layers chose for themselves."""
+POSTERIOR_GAIN = 0.5
+OUTPUT_GAIN = 0.1
 
 
 @torch.no_grad()
-def _he_at_the_mean_image(model: VAE, mean_image: Tensor, generator: torch.Generator) -> None:
+def he_at_the_mean_image(model: VAE, mean_image: Tensor, generator: torch.Generator) -> None:
     """He et al. 2015 (arXiv:1502.01852, eq. 10) for layers before a ReLU; outputs start small around the mean image.
 
     torch's default shrinks a signal by sqrt(6) a layer, and with it what the decoder learns of z: the first
     epochs go into undoing that. A decoder that starts at the mean image need not learn it either.
     """
-    for network, output_gain in ((model.encoder, ENCODER_OUTPUT_GAIN), (model.decoder, DECODER_OUTPUT_GAIN)):
-        layers = [layer for layer in network.modules() if isinstance(layer, nn.Linear)]
-        for layer in layers:
-            gain = output_gain if layer is layers[-1] else math.sqrt(2.0)
-            layer.weight.normal_(0.0, gain / math.sqrt(layer.in_features), generator=generator)
+    output, posteriors = model.network.output_layer(), model.network.posterior_layers()
+    for layer in weighted_layers(model.network):
+        is_posterior = any(layer is each for each in posteriors)
+        gain = OUTPUT_GAIN if layer is output else POSTERIOR_GAIN if is_posterior else math.sqrt(2.0)
+        weight: Tensor = layer.weight  # type: ignore[assignment]
+        # torch's layout: (out, in, ...), of a transposed convolution (in, out, ...)
+        fan_in = weight.shape[0 if isinstance(layer, nn.ConvTranspose2d) else 1] * weight[0, 0].numel()
+        weight.normal_(0.0, gain / math.sqrt(fan_in), generator=generator)
+        if isinstance(layer.bias, Tensor):
             layer.bias.zero_()
-    # a pixel that is never lit would ask for a logit of -infinity
-    layers[-1].bias.copy_(torch.logit(mean_image.flatten(), eps=1e-3))
+    bias = model.likelihood.initial_bias(mean_image)
+    target = getattr(output, "bias", None)
+    if isinstance(target, Tensor):
+        # a linear layer has a bias for each pixel, a convolution one for each channel
+        target.copy_(bias.flatten() if target.numel() == bias.numel() else bias.flatten(1).mean(1))
 
 
-INITIALIZATIONS: dict[str, Initialization] = {
-    # each is given a new model, the mean training image (C, H, W) in [0, 1] and a generator
-    "torch": _keep,
-    "he": _he_at_the_mean_image,
+INITIALIZATIONS: dict[str, Callable[[VAE, Tensor, torch.Generator], None] | None] = {
+    # each is given a new model, the mean training image (C, H, W) in [0, 1] and a generator; None keeps torch's own
+    "torch": None,
+    "he": he_at_the_mean_image,
 }

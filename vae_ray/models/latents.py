@@ -1,42 +1,113 @@
-"""The approximate posterior q(z|x): between the encoder's output and the decoder's input.
+"""Latent variables: distributions of one group, and a group's place in a pass through the model.
 
-Kingma & Welling 2014 (arXiv:1312.6114), section 3 and appendix B.
+A model has one or more groups of latent variables, the top one first. A flat VAE has one of shape `(latent_dim,)`.
+All KL divergences and log densities are in nats. Kingma & Welling 2014 (arXiv:1312.6114), section 3 and appendix B.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+Latents = tuple[Tensor, ...]
+"""One tensor `(N, *shape)` a group, the top group first."""
+
+
+class Distribution(Protocol):
+    """The posterior or the prior of one group, for N examples; it draws nothing itself."""
+
+    @property
+    def mean(self) -> Tensor:
+        """`(N, *shape)`."""
+        ...
+
+    def rsample(self, eps: Tensor) -> Tensor:
+        """A sample made of the noise `eps ~ N(0, I)` of shape `(N, *shape)`; differentiable."""
+        ...
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """log density in nats, summed over the group: `(N,)`."""
+        ...
+
+    def kl(self, prior: Distribution) -> Tensor | None:
+        """KL(self || prior) by elements, `(N, *shape)` in nats; None if there is no closed form."""
+        ...
+
 
 @dataclass(frozen=True)
 class DiagonalGaussian:
-    """N(mu, diag(sigma^2)) with `logvar` = log sigma^2; both `(batch, latent_dim)`."""
+    """N(mean, diag(exp(logvar))); both `(N, *shape)`."""
 
-    mu: Tensor
+    mean: Tensor
     logvar: Tensor
 
     @property
     def sigma(self) -> Tensor:
-        """Standard deviation, `(batch, latent_dim)`."""
+        """Standard deviation, `(N, *shape)`."""
         return torch.exp(0.5 * self.logvar)
 
     def rsample(self, eps: Tensor) -> Tensor:
-        """z = mu + sigma * eps, `(batch, latent_dim)`, differentiable in mu and logvar (eq. 4 of the paper).
+        """z = mean + sigma * eps, differentiable in mean and logvar (eq. 4 of the paper)."""
+        return torch.addcmul(self.mean, self.sigma, eps)
 
-        `eps` is standard normal noise of the same shape; the caller draws it, so that it depends on the
-        example's place in the global batch and not on who computes it.
-        """
-        return torch.addcmul(self.mu, self.sigma, eps)
+    def log_prob(self, z: Tensor) -> Tensor:
+        """log N(z; mean, sigma^2) in nats, `(N,)`."""
+        # log N = -1/2 ((z - m)^2 / s^2 + log s^2 + log 2 pi)
+        elementwise = (z - self.mean).square() * torch.exp(-self.logvar) + self.logvar + math.log(2 * math.pi)
+        return -0.5 * elementwise.flatten(1).sum(1)
+
+    def kl(self, prior: Distribution) -> Tensor | None:
+        """Against N(0, I) or another diagonal Gaussian in closed form (appendix B)."""
+        if isinstance(prior, StandardNormal):
+            # KL = 1/2 (m^2 + s^2 - log s^2 - 1)
+            return 0.5 * (self.mean.square() + torch.exp(self.logvar) - self.logvar - 1)
+        if isinstance(prior, DiagonalGaussian):
+            # KL = 1/2 ((m - m')^2 / s'^2 + s^2 / s'^2 - log(s^2 / s'^2) - 1)
+            difference = self.logvar - prior.logvar
+            squared = (self.mean - prior.mean).square() * torch.exp(-prior.logvar)
+            return 0.5 * (squared + torch.exp(difference) - difference - 1)
+        return None
+
+
+@dataclass(frozen=True)
+class StandardNormal:
+    """N(0, I) of a group; `mean` is zeros `(N, *shape)`, which gives number, shape and device."""
+
+    mean: Tensor
+
+    def rsample(self, eps: Tensor) -> Tensor:
+        return eps
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        return -0.5 * (z.square() + math.log(2 * math.pi)).flatten(1).sum(1)
+
+    def kl(self, prior: Distribution) -> Tensor | None:
+        return None
+
+
+class Group(NamedTuple):
+    """One group in a pass through the model."""
+
+    z: Tensor
+    """`(N, *shape)`."""
+    posterior: Distribution | None
+    """None if z was not inferred from an image."""
+    prior: Distribution
 
     def rate(self) -> Tensor:
-        """KL(q(z|x) || N(0, I)) in nats, summed over latent dimensions: `(batch,)` (appendix B)."""
-        # KL = 1/2 sum(mu^2 + sigma^2 - log sigma^2 - 1)
-        quadratic = torch.linalg.vecdot(self.mu, self.mu)
-        return 0.5 * (quadratic + (torch.exp(self.logvar) - self.logvar).sum(1) - self.mu.shape[1])
+        """KL(q || p) of the group in nats, `(N,)`: in closed form, else log q(z|x) - log p(z) of this sample."""
+        assert self.posterior is not None, "a group that was sampled from the prior has no rate"
+        elementwise = self.posterior.kl(self.prior)
+        if elementwise is not None:
+            return elementwise.flatten(1).sum(1)
+        return self.posterior.log_prob(self.z) - self.prior.log_prob(self.z)
 
-    def rate_by_dimension(self) -> Tensor:
-        """The addends of `rate`: `(batch, latent_dim)`, nats."""
-        return 0.5 * (self.mu.square() + torch.exp(self.logvar) - self.logvar - 1)
+
+def gaussian_from(parameters: Tensor) -> DiagonalGaussian:
+    """The distribution whose mean and log variance are the halves of `parameters` along dimension 1."""
+    mean, logvar = parameters.chunk(2, dim=1)
+    return DiagonalGaussian(mean, logvar)

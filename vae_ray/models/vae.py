@@ -1,74 +1,129 @@
-"""The VAE: joins an encoder and a decoder through the posterior, and knows the range of its pixels."""
+"""The VAE: joins network, prior and likelihood. The one place where passes through a model are written out."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from vae_ray.config.experiment import ModelConfig
-from vae_ray.models.latents import DiagonalGaussian
-from vae_ray.models.networks.mlp import mlp
-
-Factory = Callable[[ModelConfig, tuple[int, int, int]], tuple[nn.Module, nn.Module]]
-
-NETWORKS: dict[str, Factory] = {
-    "mlp": mlp,
-}
+from vae_ray.config.experiment import Experiment
+from vae_ray.models.latents import Distribution, Group, Latents
+from vae_ray.models.likelihoods import Likelihood, build_likelihood
+from vae_ray.models.networks import Network, build_network
+from vae_ray.models.networks.base import Choose, Features
+from vae_ray.models.priors import Prior, build_prior
 
 
-class Forward(NamedTuple):
-    """What one pass through the model gives."""
+class Output(NamedTuple):
+    """One pass of N images with k samples each; rows are sample by sample, `k * N` of them."""
 
-    mu: Tensor
-    """Posterior mean, `(batch, latent_dim)`."""
-    logvar: Tensor
-    """Posterior log variance, `(batch, latent_dim)`."""
-    logits: Tensor
-    """Likelihood parameters, `(batch, channels, height, width)`."""
+    params: Tensor
+    """Parameters of the likelihood, `(k * N, P, H, W)`."""
+    groups: tuple[Group, ...]
+    """z, posterior and prior of each group, `(k * N, *shape)`, the top group first."""
+    num_samples: int
+    """k."""
 
-    @property
-    def posterior(self) -> DiagonalGaussian:
-        return DiagonalGaussian(self.mu, self.logvar)
+    def rate(self) -> Tensor:
+        """KL(q(z|x) || p(z)) in nats, summed over all groups: `(k * N,)`."""
+        first, *others = (group.rate() for group in self.groups)
+        return sum(others, start=first)
 
 
 class VAE(nn.Module):
-    """Encoder, reparametrisation and decoder. Outputs are float32 (float64 for a double model), also under autocast."""
+    """Images are `(N, C, H, W)` in [0, 1]. Outputs are float32 (float64 of a double model), also under autocast."""
 
-    def __init__(self, config: ModelConfig, image_shape: tuple[int, int, int]) -> None:
+    def __init__(
+        self,
+        network: Network,
+        prior: Prior,
+        likelihood: Likelihood,
+        *,
+        image_shape: tuple[int, int, int],
+        signed_input: bool = False,
+    ) -> None:
         super().__init__()
-        self.image_shape = image_shape
-        self.latent_dim = config.latent_dim
-        self.signed_input = config.encoder_range == "signed"
-        self.encoder, self.decoder = NETWORKS[config.network](config, image_shape)
+        self.image_shape, self.signed_input = image_shape, signed_input
+        self.network, self.prior, self.likelihood = network, prior, likelihood
 
-    def encode(self, x: Tensor) -> DiagonalGaussian:
-        """q(z|x) for images `(batch, channels, height, width)` in [0, 1]."""
-        encoder_input = torch.add(-1.0, x, alpha=2.0) if self.signed_input else x
-        mu, logvar = _at_least_float32(self.encoder(encoder_input)).chunk(2, dim=1)
-        return DiagonalGaussian(mu, logvar)
+    @property
+    def latent_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shape of each group, the top group first."""
+        return self.network.latent_shapes
 
-    def decode(self, z: Tensor) -> Tensor:
-        """Logits `(batch, channels, height, width)` of the likelihood, for z `(batch, latent_dim)`."""
-        return _at_least_float32(self.decoder(z))
+    def forward(self, x: Tensor, noise: Latents, num_samples: int = 1) -> Output:
+        """The pass of training: z ~ q(z|x) from the noise, `(num_samples * N, *shape)` a group."""
+        features = self.features(x)
+        if num_samples > 1:
+            features = tuple(part.repeat(num_samples, *[1] * (part.ndim - 1)) for part in features)
 
-    def forward(self, x: Tensor, eps: Tensor) -> Forward:
-        """One pass with the noise `eps ~ N(0, I)` of shape `(batch, latent_dim)`.
+        def sample(group: int, posterior: Distribution | None, prior: Distribution) -> Tensor:
+            assert posterior is not None
+            return posterior.rsample(noise[group])
 
-        Returns plain tensors, so that data-parallel wrappers can see them.
-        """
-        posterior = self.encode(x)
-        return Forward(posterior.mu, posterior.logvar, self.decode(posterior.rsample(eps)))
+        params, groups = self.top_down(features, sample, len(x) * num_samples)
+        return Output(params, groups, num_samples)
+
+    def features(self, x: Tensor) -> Features:
+        """What the network computes of the images, in the range that its encoder is fed."""
+        return self.network.bottom_up(torch.add(-1.0, x, alpha=2.0) if self.signed_input else x)
+
+    def top_down(self, features: Features | None, choose: Choose, num: int) -> tuple[Tensor, tuple[Group, ...]]:
+        """Parameters and groups of `num` rows, whose z `choose(group, posterior, prior)` picks."""
+        reference = next(self.network.parameters()) if features is None else features[0]
+        return self.network.top_down(features, choose, self.prior(num, reference))
+
+    def posteriors(self, x: Tensor) -> tuple[Group, ...]:
+        """The groups of the images with z at the posterior mean."""
+        _, groups = self.top_down(self.features(x), posterior_mean, len(x))
+        return groups
+
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """Means of p(x|z) at the posterior means, `(N, C, H, W)`."""
+        params, _ = self.top_down(self.features(x), posterior_mean, len(x))
+        return self.likelihood.mean(params)
+
+    def generate(self, noise: Latents, *, temperature: float = 1.0) -> Tensor:
+        """Means of p(x|z) for z from the prior, made of `noise` `(N, *shape)` a group, `(N, C, H, W)`."""
+
+        def sample(group: int, posterior: Distribution | None, prior: Distribution) -> Tensor:
+            return prior.rsample(temperature * noise[group])
+
+        params, _ = self.top_down(None, sample, len(noise[0]))
+        return self.likelihood.mean(params)
+
+    def decode(self, latents: Sequence[Tensor | None]) -> Tensor:
+        """Means of p(x|z) for given z, `(N, *shape)` a group; where it is None, the mean of that group's prior."""
+
+        def given(group: int, posterior: Distribution | None, prior: Distribution) -> Tensor:
+            z = latents[group]
+            return prior.mean if z is None else z
+
+        num = next(len(z) for z in latents if z is not None)
+        params, _ = self.top_down(None, given, num)
+        return self.likelihood.mean(params)
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+def posterior_mean(group: int, posterior: Distribution | None, prior: Distribution) -> Tensor:
+    """The choice of z that reconstructs: deterministic."""
+    assert posterior is not None
+    return posterior.mean
 
 
-def build_vae(config: ModelConfig, image_shape: tuple[int, int, int], *, seed: int) -> VAE:
+def build_vae(experiment: Experiment, image_shape: tuple[int, int, int], *, seed: int) -> VAE:
     """A VAE with torch's default initialisation, a function of `seed` alone; leaves the global RNG as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return VAE(config, image_shape)
+        return new_vae(experiment, image_shape)
+
+
+def new_vae(experiment: Experiment, image_shape: tuple[int, int, int]) -> VAE:
+    """The VAE that an experiment describes, on torch's current default device (which may be meta)."""
+    model = experiment.model
+    likelihood = build_likelihood(experiment.likelihood)
+    num_params = likelihood.num_params(image_shape[0])
+    network = build_network(model.network, image_shape=image_shape, latent_dim=model.latent_dim, num_params=num_params)
+    prior = build_prior(model.prior, network.latent_shapes[0])
+    return VAE(network, prior, likelihood, image_shape=image_shape, signed_input=model.encoder_range == "signed")

@@ -1,37 +1,34 @@
-"""The objective: per-example terms of the ELBO, and how they combine into the loss.
-
-Terms are always `distortion` and `rate` in nats; the loss weighs the rate by beta (Higgins et al. 2017,
-eq. 4; names after Alemi et al. 2018, arXiv:1711.00464). Evaluation never sees beta.
-"""
+"""distortion + beta * rate: the negative ELBO (Kingma & Welling 2014) and beta-VAE (Higgins et al. 2017)."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
+from vae_ray.config.sections import LinearSchedule
 from vae_ray.models.likelihoods import Likelihood
-from vae_ray.models.vae import Forward
+from vae_ray.models.vae import Output
+from vae_ray.objectives.base import MODEL, Losses, Objective, elbo_terms, mean_over_samples
+from vae_ray.parallel.global_batch import GlobalBatch
 
 
-class ElboTerms(NamedTuple):
-    """Per-example terms in nats, each `(batch,)`; negative ELBO = distortion + rate."""
+class Elbo(Objective):
+    """beta may rise from 0 over the first epochs (KL annealing)."""
 
-    distortion: Tensor
-    """-log p(x|z) for one z ~ q(z|x), summed over pixels."""
-    rate: Tensor
-    """KL(q(z|x) || p(z)), summed over latent dimensions."""
+    def __init__(self, *, beta: float = 1.0, beta_schedule: Any = None) -> None:
+        super().__init__()
+        self.beta, self.beta_schedule = beta, beta_schedule
 
+    def settings(self, epochs: float) -> dict[str, float]:
+        if isinstance(self.beta_schedule, LinearSchedule):
+            return {"beta": self.beta * min(1.0, epochs / self.beta_schedule.epochs)}
+        return {"beta": self.beta}
 
-def elbo_terms(forward: Forward, x: Tensor, likelihood: Likelihood) -> ElboTerms:
-    """Terms of the images `x` `(batch, channels, height, width)` in [0, 1] from the model's outputs."""
-    return ElboTerms(-likelihood.log_prob(forward.logits, x), forward.posterior.rate())
-
-
-def beta_weighted_loss(terms: ElboTerms, beta: float) -> Tensor:
-    """distortion + beta * rate summed over the batch: a scalar in nats.
-
-    A sum, not a mean: the caller divides by the size of the *global* batch, so that shards of unequal
-    size still give the exact global mean gradient.
-    """
-    return (terms.distortion + beta * terms.rate).sum()
+    def losses(
+        self, output: Output, x: Tensor, likelihood: Likelihood, settings: Mapping[str, float], batch: GlobalBatch
+    ) -> Losses:
+        distortion, rate = map(mean_over_samples, elbo_terms(output, x, likelihood))
+        loss = distortion + settings["beta"] * rate
+        return Losses({MODEL: loss.sum()}, {"loss": loss, "distortion": distortion, "rate": rate})

@@ -1,6 +1,6 @@
 """A sum over workers of one node through shared memory.
 
-Gloo's all-reduce sends gradients through loopback TCP, which for the notebook's network takes a third of a
+Gloo's all-reduce sends gradients through loopback TCP, which for 700,000 weights takes a third of a
 worker's step of 256 images; through shared memory the same sum takes a fraction of that
 (`python -m benchmarks.gradient_sum` prints both). Used only where all workers share a node and compute on CPUs.
 """

@@ -15,14 +15,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vae_ray.config.experiment import Experiment
-from vae_ray.models.likelihoods import Likelihood
+from vae_ray.config.experiment import Experiment, is_place_key
+from vae_ray.models.noise import latent_noise
 from vae_ray.models.traversal import traverse
 from vae_ray.models.vae import VAE
 from vae_ray.run_files.event_file import EventFile
 from vae_ray.run_files.image_grids import grid, pairs_grid, png_bytes, square_grid
 from vae_ray.run_files.run_directory import RunDirectory
-from vae_ray.seeds import generator
 from vae_ray.storage.retry import describe_os_error, retry_io
 
 logger = logging.getLogger(__name__)
@@ -30,8 +29,6 @@ logger = logging.getLogger(__name__)
 NUM_SAMPLES = 64
 NUM_RECONSTRUCTIONS = 32
 PROGRESS_SECONDS = 0.5
-# Fields that do not change what is learnt; TensorBoard shows the first few columns only.
-NO_HYPERPARAMETERS = ("data.root", "data.cache_dir", "data.download", "run.name", "run.storage", "workers.")
 
 
 class Recorder:
@@ -45,16 +42,12 @@ class Recorder:
         self,
         run: RunDirectory,
         experiment: Experiment,
-        likelihood: Likelihood,
         *,
         first_epoch: int,
         test_images: Tensor,
     ) -> None:
-        self.run, self.experiment, self.likelihood = run, experiment, likelihood
+        self.run, self.experiment = run, experiment
         self.test_images = test_images
-        # The same z every epoch and in every run of this latent_dim: differences between two grids are
-        # differences between two models.
-        self.z = torch.randn(NUM_SAMPLES, experiment.model.latent_dim, generator=generator(0, "sample grid"))
         self._next_progress = 0.0
         self._last_metrics: dict[str, float] = {}
         self._unwritten: list[dict[str, Any]] = []
@@ -127,18 +120,22 @@ class Recorder:
         except OSError as error:
             if not self._is_failing:
                 logger.warning(
-                    "%s: %s could not be written (%s); training goes on", self.run.path, what, describe_os_error(error)
+                    "%s: %s could not be written (%s); training continues",
+                    self.run.path,
+                    what,
+                    describe_os_error(error),
                 )
             self._is_failing = True
 
     @torch.inference_mode()
     def _pictures(self, model: VAE, epoch: int) -> dict[str, Image.Image]:
         model.eval()
-        device = next(model.parameters()).device
-        samples = self.likelihood.mean(model.decode(self.z.to(device)))
-        x = self.test_images.to(device)
-        reconstructions = self.likelihood.mean(model.decode(model.encode(x).mu))
-        traversal = traverse(model, self.likelihood, x)
+        x = self.test_images.to(next(model.parameters()).device)
+        # The same noise every epoch and in every run of these latent shapes: differences between two grids are
+        # differences between two models.
+        noise = latent_noise(model.latent_shapes, slice(0, NUM_SAMPLES), 0, "sample grid", device=x.device)
+        samples, reconstructions = model.generate(noise), model.reconstruct(x)
+        traversal = traverse(model, x)
         source = self.experiment.data.source
         return {
             "samples": square_grid(samples, title=f"{source} · samples, z ~ N(0, I) · epoch {epoch}"),
@@ -157,7 +154,7 @@ class Recorder:
         values = {
             key: value if isinstance(value, bool | int | float | str) else str(value)
             for key, value in self.experiment.flat().items()
-            if not key.startswith(NO_HYPERPARAMETERS)
+            if not is_place_key(key)
         }
         metrics = {f"final/{key}": value for key, value in self._last_metrics.items()}
         page = EventFile(self.run.tensorboard / "hparams")

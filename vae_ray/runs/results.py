@@ -1,4 +1,4 @@
-"""What a run has come to: summed up from its own files, for Python, `--json` and people."""
+"""Build the result of a run from its files, for Python, `--json` and people."""
 
 from __future__ import annotations
 
@@ -16,13 +16,12 @@ from vae_ray.config.experiment import Experiment
 from vae_ray.errors import UserError
 from vae_ray.inference import TrainedVAE
 from vae_ray.run_files.run_directory import RunDirectory
-from vae_ray.storage.locations import is_uri
 from vae_ray.version import VERSION
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run has come to; `to_dict` is the object that `vae-ray train --json` prints."""
+    """The result of a run; `to_dict` is the object that `vae-ray train --json` prints."""
 
     run_dir: Path | str
     """A path; of a storage that is a URI, the URI. So are the checkpoints."""
@@ -34,6 +33,9 @@ class TrainResult:
     """Addresses of the machines of the workers that ended it, by rank."""
     device: str
     epochs: int
+    """Epochs that were trained."""
+    stopped_early: bool
+    """Whether the selection metric had not improved for `training.patience_epochs`."""
     metrics: dict[str, float]
     """Metrics of the best checkpoint, in nats: `train/nelbo`, `val/nelbo` if there is a validation split, ..."""
     images_per_second: float
@@ -54,34 +56,37 @@ class TrainResult:
 
 def summarise(
     run: RunDirectory,
-    experiment: Experiment,
+    requested: Experiment,
+    resolved: Experiment,
     *,
     device: torch.device,
     started_at: float,
-    done_before: int,
-    seconds_before: float,
+    num_attempts: int,
 ) -> TrainResult:
     """The result of a finished run, from its own files; evaluates the test split where no epoch did.
 
-    `done_before` epochs, and `seconds_before` of the next, were trained by earlier calls.
+    `resolved` is the requested experiment without `auto`. Earlier calls left `num_attempts` records of attempts.
     """
     checkpoints = complete_checkpoints(run.checkpoints)
     best = best_checkpoint(checkpoints)
     metrics = {key: value for key, value in best.metrics.items() if "/" in key}
     if "test/nelbo" not in metrics:
-        metrics |= TrainedVAE.load(run.public_path(best.path), device=device).evaluate("test")
-    # where the storage did not take the attempts, what was asked for stands for what was had
-    last_attempt = [{"num_workers": experiment.workers.max, "nodes": []}, *run.attempts()][-1]
+        model = TrainedVAE.load(run.public_path(best.path), device=device, trust_code=True)  # it was just trained
+        metrics |= model.evaluate("test")
+    # where the storage did not take the attempts, what was asked for is reported
+    last_attempt = [{"num_workers": resolved.workers.max, "nodes": []}, *run.attempts()][-1]
+    first_attempt = [*run.attempts()[num_attempts:], {"epochs_done": 0, "seconds_before": 0.0}][0]
+    seconds_before = first_attempt["seconds_before"]
     history = run.history()
-    mine = [line for line in history if line["epoch"] > done_before]
-    train_seconds = sum(line["seconds"] for line in history)  # of the lines that survived
-    num_images = sum(line["images_per_second"] * line["seconds"] for line in history)
+    mine = [record for record in history if record["epoch"] > first_attempt["epochs_done"]]
+    train_seconds = sum(record["seconds"] for record in history)  # of the records that survived
+    num_images = sum(record["images_per_second"] * record["seconds"] for record in history)
     return TrainResult(
         run_dir=run.public_path(run.path),
         best_checkpoint=run.public_path(best.path),
         last_checkpoint=run.public_path(checkpoints[-1].path),
         best_epoch=best.epoch,
-        num_workers=last_attempt["num_workers"] if experiment.workers.max else 0,
+        num_workers=last_attempt["num_workers"] if resolved.workers.max else 0,
         nodes=last_attempt["nodes"],
         device=device.type,
         epochs=checkpoints[-1].epoch,
@@ -89,23 +94,27 @@ def summarise(
         images_per_second=num_images / train_seconds if train_seconds else 0.0,
         seconds={
             "startup": (mine[0]["started_at"] + seconds_before if mine else time.time()) - started_at,
-            "training": sum(line["seconds"] for line in mine) - seconds_before,
+            "training": sum(record["seconds"] for record in mine) - seconds_before,
             "total": time.time() - started_at,
         },
         versions=versions(),
-        experiment=experiment.to_dict(),
+        stopped_early=checkpoints[-1].epoch < requested.training.epochs,
+        experiment=requested.to_dict(),
         history=history,
     )
 
 
-def result_from(summary: dict[str, Any], history: list[dict[str, Any]]) -> TrainResult:
-    """The result of a run that has finished, from its summary; raises `UserError` if that is not one."""
+def result_from(summary: dict[str, Any], run: RunDirectory) -> TrainResult:
+    """The result of a finished run, from its summary, with the paths of where it is now; raises `UserError`."""
     try:
-        keys = ("run_dir", "best_checkpoint", "last_checkpoint")
-        paths = {key: summary[key] if is_uri(summary[key]) else Path(summary[key]) for key in keys}
-        return TrainResult(**{**summary, **paths, "history": history})
+        names = {
+            key: str(summary[key]).rstrip("/").rpartition("/")[2] for key in ("best_checkpoint", "last_checkpoint")
+        }
+        paths = {key: run.public_path(run.checkpoints / name) for key, name in names.items()}
+        paths["run_dir"] = run.public_path(run.path)
+        return TrainResult(**{**{"stopped_early": False}, **summary, **paths, "history": run.history()})
     except (KeyError, TypeError) as error:
-        raise UserError(f"summary.json: damaged ({error}); delete it and use --resume") from None
+        raise UserError(f"summary.json: damaged ({error}); delete it and resume the run") from None
 
 
 def versions() -> dict[str, str]:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
 import shutil
 from pathlib import Path
+
+AT_FDCWD, RENAME_EXCHANGE = -100, 2
+"""Of Linux's renameat2."""
 
 
 def write_synced(file: Path, content: bytes) -> None:
@@ -29,6 +34,34 @@ def sync_directory(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def replace_directory(new: Path, directory: Path) -> None:
+    """Rename `new`, which is synced, to its neighbour `directory`, which may exist; the old content is deleted.
+
+    Where the file system cannot exchange two names (NFS), `directory` is missing for a moment.
+    """
+    if os.path.lexists(directory) and _exchange(new, directory):
+        sync_directory(directory.parent)
+        shutil.rmtree(new, ignore_errors=True)
+        return
+    atomic_remove_directory(directory)
+    os.replace(new, directory)
+    sync_directory(directory.parent)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange the names of two files or directories; False where that is not supported."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except AttributeError:
+        return False
+    if renameat2(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+        return False
+    raise OSError(number, os.strerror(number), str(other))
 
 
 def atomic_remove_directory(directory: Path) -> None:

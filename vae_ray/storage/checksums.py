@@ -39,7 +39,8 @@ def checksum(content: bytes) -> str:
 
 def remember(file: Path, contents: Iterable[bytes]) -> None:
     """Note the checksums of what is about to be written to `file`."""
-    append_whole(seals_of(file), "".join(checksum(content) + "\n" for content in contents).encode())
+    # a kill can cut the last line of earlier ones short; an empty line is none
+    append_whole(seals_of(file), "".join(["\n", *(checksum(content) + "\n" for content in contents)]).encode())
 
 
 def remembered(file: Path) -> frozenset[str] | None:

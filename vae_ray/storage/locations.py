@@ -43,6 +43,15 @@ def join_location(location: str | Path, *names: str) -> str:
     return urlunsplit(parts._replace(path="/".join([parts.path.rstrip("/"), *names])))
 
 
+def split_location(location: str) -> tuple[str, str]:
+    """The location above `location`, and its last name."""
+    if not is_uri(location):
+        return str(Path(location).parent), Path(location).name
+    parts = urlsplit(location)
+    above, _, name = parts.path.rstrip("/").rpartition("/")
+    return urlunsplit(parts._replace(path=above)), name
+
+
 def absolute(location: str | Path) -> str:
     """The same location, independent of the working directory."""
     return str(location) if is_uri(location) else str(directory_of(location))

@@ -1,4 +1,4 @@
-"""What this process asks of its processor: threads, denormals, memory and the speed of matrix products.
+"""Process-wide CPU settings: threads, denormals, memory and the speed of matrix products.
 
 Entered once around a training run, in the thread that trains. Each setting has a measured reason;
 `benchmarks/throughput.py` prints what they are worth on a machine.
@@ -19,14 +19,14 @@ FLOAT32_TOLERANCE = 1e-5
 
 
 @contextlib.contextmanager
-def cpu_settings(*, num_threads: int) -> Iterator[None]:
-    """Settings for the body of a training run; what torch lets us restore is restored afterwards."""
+def cpu_settings(*, num_threads: int, device: torch.device) -> Iterator[None]:
+    """Settings for the body of a training run on `device`; what torch lets us restore is restored afterwards."""
     threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
     torch.set_num_threads(num_threads)
     # Adam's second moments of always-black pixels decay into denormals, which cost 100+ cycles each:
     # without flushing, an epoch of MNIST at batch 64 takes a third longer than its first steps promise.
     torch.set_flush_denormal(True)
-    torch.set_float32_matmul_precision(fastest_exact_precision())
+    torch.set_float32_matmul_precision(fastest_exact_precision() if device.type == "cpu" else "highest")
     _keep_freed_memory()
     # torch's and ray's modules are 10^6 objects that no step can free: do not traverse them again. (Nor now: a
     # collection before would cost a short trial more than an epoch.)
@@ -44,7 +44,8 @@ def fastest_exact_precision() -> str:
     """The name of torch's fastest float32 matmul precision that is still float32 on this processor.
 
     "medium" selects oneDNN, which on some processors is an exact and faster path and on others (AMX)
-    rounds inputs to bfloat16; only a measurement tells which.
+    rounds inputs to bfloat16; only a measurement tells which. It is for CPUs alone: on CUDA "medium" and "high" mean
+    TF32, whose products have an error of about 1e-3 (torch.set_float32_matmul_precision's documentation).
     """
     for name in ("medium", "highest"):
         torch.set_float32_matmul_precision(name)

@@ -7,32 +7,41 @@ function of the experiment and of the worker's place in its group; it does not k
 from __future__ import annotations
 
 import contextlib
+import logging
+import os
+import time
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from vae_ray.checkpoints.loading import checkpoint_name
-from vae_ray.checkpoints.quarantine import quarantine_corrupt_checkpoints
 from vae_ray.config.experiment import Experiment
 from vae_ray.parallel.group import WorkerGroup, raise_on_all_ranks
+from vae_ray.run_files.recorder import NUM_RECONSTRUCTIONS, Recorder
 from vae_ray.run_files.run_directory import RunDirectory
 from vae_ray.run_files.warning_log import warning_log
+from vae_ray.storage.retry import describe_os_error
+from vae_ray.training.callbacks import Callbacks, decoder_of
 from vae_ray.training.cpu_settings import cpu_settings
 from vae_ray.training.nonfinite import RollBack
-from vae_ray.training.trainer import Worker
+from vae_ray.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
 
 
 class EpochResult(NamedTuple):
-    """What one epoch has come to; the same on every rank."""
+    """The result of one epoch; the same on every rank."""
 
-    line: dict[str, Any]
-    """The epoch's line of `metrics.jsonl`."""
+    record: dict[str, Any]
+    """The epoch's record in `metrics.jsonl`."""
     checkpoint: Path
     """Directory of the epoch's checkpoint, which rank 0 has written and synced."""
+    is_last: bool
+    """Whether training has ended with it."""
 
 
 def fit(experiment: Experiment, location: str | Path, group: WorkerGroup) -> None:
-    """Train to the experiment's last epoch: all of `fit_epochs`."""
+    """Train to the end: all of `fit_epochs`."""
     for _ in fit_epochs(experiment, location, group):
         pass
 
@@ -40,40 +49,72 @@ def fit(experiment: Experiment, location: str | Path, group: WorkerGroup) -> Non
 def fit_epochs(
     experiment: Experiment, location: str | Path, group: WorkerGroup, *, keep_warnings: bool = False
 ) -> Generator[EpochResult, None, None]:
-    """Train epoch by epoch, going on from the run's newest complete checkpoint; yields after each epoch.
+    """Train epoch by epoch, continuing from the run's newest intact checkpoint; yields after each epoch.
 
-    `location` is the run's directory or URI. All ranks iterate with equal arguments; rank 0 alone reads and writes the
-    run. Whoever stops early closes the generator: that ends the run's files properly and lets go of its directory, and
-    a later call goes on from there. Raises `Stopped` on all ranks, after a checkpoint, once there is a file `.stop` in
-    the run's directory. `keep_warnings` leaves rank 0's in the run's directory too, for a driver elsewhere.
+    `location` is the run's directory or URI. All ranks iterate with equal arguments. A caller that stops early closes
+    the generator: that ends the run's files properly and releases its directory, and a later call continues from
+    there. Raises `Stopped` on all ranks, after a checkpoint, once there is a file `.stop` in the run's directory.
+    `keep_warnings` writes rank 0's warnings to the run's directory too, for a driver elsewhere.
     """
     run = RunDirectory.at(location, role="writer") if group.rank == 0 else RunDirectory(Path(location))
     with contextlib.ExitStack() as stack:
-        stack.enter_context(cpu_settings(num_threads=experiment.workers.cpus))
+        stack.enter_context(cpu_settings(num_threads=experiment.workers.num_threads, device=group.device))
 
         def open_for_writing() -> None:
             if group.rank == 0:
                 stack.enter_context(run.open_for_writing())
                 if keep_warnings:
                     stack.enter_context(warning_log(run.warnings_file))
-                quarantine_corrupt_checkpoints(run)
 
         raise_on_all_ranks(group, open_for_writing)
-        worker = Worker(experiment, run, group)
-        worker.record_attempt()
-        recorder = stack.enter_context(worker.recorder()) if group.rank == 0 else None
+        trainer = Trainer(experiment, run, group)
+        _record_attempt(trainer)
+        recorder, callbacks = None, Callbacks(())
         if group.rank == 0:
-            worker.prune()
-        while worker.epochs_done < experiment.training.epochs:
-            worker.stop_if_requested()
+            recorder = stack.enter_context(_recorder(trainer))
+            trainer.checkpointing.prune()
+            callbacks = Callbacks(experiment.run.callbacks)
+        callbacks.call("run_began", run.location, experiment)
+        while not trainer.is_finished:
+            trainer.stop_if_requested()
             try:
-                line = worker.run_epoch(recorder)
+                record = trainer.run_epoch(recorder)
             except RollBack:
-                worker.roll_back()
+                trainer.roll_back()
                 if recorder is not None:
-                    recorder.begin_at(worker.epochs_done + 1)
+                    recorder.begin_at(trainer.epochs_done + 1)
                 continue
             if recorder is not None:
-                recorder.epoch(line, worker.model)
-                worker.save(line)
-            yield EpochResult(line, run.checkpoints / checkpoint_name(worker.epochs_done))
+                model = trainer.state.evaluated_model
+                recorder.epoch(record, model)
+                metrics = {key: value for key, value in record.items() if key != "epoch"}
+                is_last = trainer.is_finished
+                trainer.checkpointing.save_epoch(trainer.state, trainer.epochs_done, metrics, is_last=is_last)
+                callbacks.call("epoch_ended", record, decoder_of(model))
+            checkpoint = run.checkpoints / checkpoint_name(trainer.epochs_done)
+            yield EpochResult(record, checkpoint, trainer.is_finished)
+        callbacks.call("run_ended", run.location)
+
+
+def _recorder(trainer: Trainer) -> Recorder:
+    images = trainer.splits.test.pixels[:NUM_RECONSTRUCTIONS].float() / 255
+    return Recorder(trainer.run, trainer.experiment, first_epoch=trainer.epochs_done + 1, test_images=images)
+
+
+def _record_attempt(trainer: Trainer) -> None:
+    """Append nodes, pids and resume position to attempts.jsonl. Collective."""
+    group = trainer.group
+    workers = group.all_gather((group.node, os.getpid()))
+    if group.rank == 0:
+        try:
+            trainer.run.append_attempt(
+                started_at=time.time(),
+                num_workers=group.size,
+                nodes=[node for node, _ in workers],
+                pids=[pid for _, pid in workers],
+                epochs_done=trainer.epochs_done,
+                steps_done=trainer.steps_done,
+                seconds_before=trainer.seconds_before,
+            )
+        except OSError as error:
+            logger.warning("%s: could not be written (%s)", trainer.run.attempts_file, describe_os_error(error))

@@ -1,4 +1,4 @@
-"""The loop: one epoch of optimisation, and one exact evaluation. Plain functions over model and batches.
+"""The loop: one epoch of optimisation. A plain function over state and batches.
 
 Nothing here knows of Ray, of files or of splits.
 """
@@ -6,25 +6,41 @@ Nothing here knows of Ray, of files or of splits.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import NamedTuple
-
-from torch import nn
-from torch.optim import Optimizer
 
 from vae_ray.data.batches import Batch
 from vae_ray.errors import Diverged
 from vae_ray.evaluation.elbo import autocast
 from vae_ray.evaluation.metrics import TermSums
-from vae_ray.models.likelihoods import Likelihood
-from vae_ray.objectives.elbo import beta_weighted_loss, elbo_terms
-from vae_ray.training.optimization import apply_gradient
+from vae_ray.models.noise import latent_noise
+from vae_ray.parallel.global_batch import GlobalBatch
+from vae_ray.parallel.group import WorkerGroup, broadcast_buffers
+from vae_ray.training.optimization import apply_gradients, gradients_of
+from vae_ray.training.state import TrainState
+
+NOISE = "training noise"
 
 
 class StepSettings(NamedTuple):
     """What may change from step to step."""
 
     lr: float
-    beta: float
+    objective: dict[str, float]
+    """Scheduled values of the objective, such as beta."""
+
+
+@dataclass(frozen=True)
+class EpochSettings:
+    """What is the same in every step of an epoch."""
+
+    seed: int
+    epoch: int
+    """From 1; part of the noise's address."""
+    num_data: int
+    """Images in the training split."""
+    grad_clip: float | None = None
+    precision: str = "float32"
 
 
 def _diverge(index: int) -> None:
@@ -32,42 +48,46 @@ def _diverge(index: int) -> None:
 
 
 def train_epoch(
-    model: nn.Module,
+    state: TrainState,
     batches: Iterable[Batch],
-    optimizer: Optimizer,
+    group: WorkerGroup,
     *,
-    likelihood: Likelihood,
-    settings: Callable[[int], StepSettings],
+    epoch: EpochSettings,
+    step_settings: Callable[[int], StepSettings],
     sums: TermSums,
-    grad_clip: float | None = None,
-    precision: str = "float32",
     first_step: int = 0,
     on_nonfinite: Callable[[int], None] = _diverge,
     after_step: Callable[[int], None] = lambda num_done: None,
 ) -> None:
-    """Optimise over `batches`, adding the terms of every example to `sums` as they were before its update.
+    """Optimise over `batches`, adding the terms of every example to `sums` as they were before its update. Collective.
 
-    `batches` are those of the epoch from `first_step` on. `settings(i)` gives lr and beta of the epoch's i-th batch;
-    `after_step(n)` is told how many are done. `model` comes from `WorkerGroup.wrap`: after backward its gradients are
-    the sum over all workers. If the loss on any worker, or the gradient, is not finite, all workers call
-    `on_nonfinite(i)` instead of the update; if it returns, the batch is skipped and its terms are not counted.
+    `batches` are those of the epoch from `first_step` on. `step_settings(i)` gives the settings of the epoch's i-th
+    step; `after_step(n)` is called when n of them are done. If the loss on any worker, or the gradient, is not finite,
+    all workers call `on_nonfinite(i)` instead of the update; if it returns, the batch is skipped and not counted.
     """
+    model, objective = state.model, state.objective
     model.train()
-    for index, (x, eps, global_size) in enumerate(batches, first_step):
-        lr, beta = settings(index)
-        with autocast(precision, x.device):
-            forward = model(x, eps)
-        terms = elbo_terms(forward, x, likelihood)
-        loss_sum = beta_weighted_loss(terms, beta)
-        for parameter in optimizer.param_groups[0]["params"]:
-            parameter.grad = None
-        # The mean over the global batch: shards add up to it, whatever their sizes.
-        loss = loss_sum / global_size
-        # Times 1, or NaN where the loss is not finite: that poisons the sum of gradients, so all workers know. (As an
-        # argument of backward() it would be checked with sympy, whose import takes longer than a short run.)
-        (loss * (1 + 0 * loss.detach())).backward()
-        if apply_gradient(optimizer, lr=lr, grad_clip=grad_clip):
-            sums.add(terms, loss_sum)
+    sets = objective.parameter_sets(model)
+    for index, (x, rows, global_size) in enumerate(batches, first_step):
+        lr, settings = step_settings(index)
+        num_samples = objective.num_samples
+        noise = latent_noise(
+            *(model.latent_shapes, rows, epoch.seed, NOISE, epoch.epoch, index),
+            num_samples=num_samples,
+            device=x.device,
+        )
+        with autocast(epoch.precision, x.device):
+            output = model(x, noise, num_samples)
+        batch = GlobalBatch(global_size, rows, epoch.num_data, group)
+        losses = objective.losses(output, x, model.likelihood, settings, batch)
+        # the mean over the global batch: shards add up to it, whatever their sizes
+        gradients = gradients_of(losses.loss, sets, divide_by=global_size, group=group)
+        if apply_gradients(state.optimizers, gradients, lr=lr, grad_clip=epoch.grad_clip):
+            sums.add(losses.terms)
+            broadcast_buffers(group, model)
+            broadcast_buffers(group, objective)
+            if state.averaged is not None:
+                state.averaged.update(model)
         else:
             on_nonfinite(index)
         after_step(index + 1)

@@ -1,4 +1,4 @@
-"""A batch whose loss or gradient is not finite, kept for whoever wants to know why.
+"""A loss or gradient that is not finite: what to do about it, and the batch, kept for analysis.
 
     nonfinite/epoch=0002-step=000017.safetensors    the global batch of epoch 2 whose update would have been the 17th
 
@@ -9,31 +9,51 @@ holds plain tensors, and in its header what else was known:
     with safe_open(file, "pt") as batch:
         batch.get_tensor("pixels")      # (N, C, H, W), uint8: the images, in their order
         batch.get_tensor("indices")     # (N,), int64: which of the training images they are
-        batch.get_tensor("eps")         # (N, latent_dim), float32: the noise that z was drawn with
-        batch.metadata()                # epoch, step, lr, beta, and the address of the noise in `seeds.stream`
-
-With the run's last checkpoint, `checkpoint.build_model()(pixels.float() / 255, eps)` is nearly what the step saw.
+        batch.get_tensor("eps.0")       # (k * N, *shape), float32: the noise of z, of each latent group
+        batch.metadata()                # epoch, step, lr, beta or the objective's other settings
 """
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import safetensors.torch
-import torch
 
 from vae_ray.checkpoints.loading import checkpoint_name
 from vae_ray.config.experiment import Experiment
-from vae_ray.data.batches import training_noise, training_order
-from vae_ray.data.splits import Splits
+from vae_ray.config.sections import RollBackOnNonfinite, SkipNonfinite
+from vae_ray.data.batches import Loader
+from vae_ray.errors import Diverged
+from vae_ray.models.noise import latent_noise
 from vae_ray.run_files.run_directory import RunDirectory
-from vae_ray.seeds import generator
 from vae_ray.storage.atomic import atomic_write
-from vae_ray.training.loop import StepSettings
+from vae_ray.training.loop import NOISE, StepSettings
+from vae_ray.training.state import TrainState
+
+logger = logging.getLogger(__name__)
+
+ADVICE = "try a smaller --optim.lr or --optim.grad-clip 100"
 
 
 class RollBack(Exception):
-    """Training is to go on from the last checkpoint; raised on all ranks."""
+    """Training is to continue from the last checkpoint; raised on all ranks."""
+
+
+def apply_policy(experiment: Experiment, state: TrainState, what: str, *, can_skip: bool, is_rank_0: bool) -> None:
+    """Return if the batch is to be skipped, else raise `RollBack` or `Diverged`; the same on all ranks."""
+    policy, num_before = experiment.training.nonfinite, state.progress.num_nonfinite
+    rolls_back = isinstance(policy, RollBackOnNonfinite)
+    if not isinstance(policy, SkipNonfinite | RollBackOnNonfinite) or not (can_skip or rolls_back):
+        raise Diverged(f"{what}; {ADVICE}")
+    if num_before >= policy.limit:
+        raise Diverged(f"{what}; {num_before} times before (training.nonfinite.limit); {ADVICE}")
+    state.progress.num_nonfinite = num_before + 1
+    if is_rank_0:
+        action = "returning to the last checkpoint with a smaller learning rate" if rolls_back else "skipped"
+        logger.warning("%s: %s (%d of at most %d times)", what, action, num_before + 1, policy.limit)
+    if rolls_back:
+        raise RollBack
 
 
 def batch_file(run: RunDirectory, *, epoch: int, step: int) -> Path:
@@ -42,22 +62,31 @@ def batch_file(run: RunDirectory, *, epoch: int, step: int) -> Path:
 
 
 def save_batch(
-    file: Path, experiment: Experiment, splits: Splits, *, epoch: int, step: int, settings: StepSettings
+    file: Path,
+    loader: Loader,
+    state: TrainState,
+    *,
+    epoch: int,
+    step: int,
+    global_batch_size: int,
+    settings: StepSettings,
 ) -> None:
-    """Write the global batch of a step (1-based); any rank can, whoever computed which part."""
-    seed, size = experiment.run.seed, experiment.training.global_batch_size
-    order = training_order(splits.train_indices, seed=seed, epoch=epoch)
-    indices = order[(step - 1) * size : step * size].clone()
-    address = (*training_noise(epoch), step - 1)
-    eps = torch.randn(len(indices), experiment.model.latent_dim, generator=generator(seed, *address))
+    """Write the global batch of a step (1-based); can be called on any rank. Raises `OSError`."""
+    indices = loader.order(epoch)[(step - 1) * global_batch_size : step * global_batch_size].clone()
+    shapes, num_samples = state.model.latent_shapes, state.objective.num_samples
+    address = (NOISE, epoch, step - 1)
+    noise = latent_noise(shapes, slice(0, len(indices)), loader.seed, *address, num_samples=num_samples)
     content = safetensors.torch.save(
-        {"pixels": splits.train.pixels.index_select(0, indices), "indices": indices, "eps": eps},
+        {
+            "pixels": loader.pixels.index_select(0, indices),
+            "indices": indices,
+            **{f"eps.{group}": eps.contiguous() for group, eps in enumerate(noise)},
+        },
         metadata={
             "epoch": str(epoch),
             "step": str(step),
             "lr": repr(settings.lr),
-            "beta": repr(settings.beta),
-            "noise": "/".join(map(str, (seed, *address))),
+            **{name: repr(value) for name, value in settings.objective.items()},
         },
     )
     file.parent.mkdir(exist_ok=True)

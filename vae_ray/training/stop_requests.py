@@ -1,7 +1,7 @@
-"""What interrupts training from outside, agreed on by all ranks: a request to stop, a machine that goes away.
+"""What interrupts training from outside, decided by rank 0 for all ranks: a request to stop, a preempted machine.
 
 A request is the file `.stop` in the run's directory: the same for a signal in this process, for Ray workers on other
-nodes and for trials. Rank 0 looks at it, and at its clock, and tells the others.
+nodes and for trials.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ class Requests(NamedTuple):
     stop: bool = False
     """Write a checkpoint and end."""
     preempting: bool = False
-    """Write a checkpoint and go on: a machine of the group is about to go. Said once."""
+    """Write a checkpoint and continue: a node is about to be preempted; True once."""
 
 
 NOTHING = Requests()
 
 
 class StopRequests:
-    """Asks every few steps; how many is agreed on too, so that all ranks ask after the same step."""
+    """Asks every few steps; rank 0 also decides how many, so that all ranks ask after the same step."""
 
     def __init__(self, run: RunDirectory, group: WorkerGroup) -> None:
         self._run, self._group = run, group
@@ -45,12 +45,12 @@ class StopRequests:
     def after_step(self) -> Requests:
         """All ranks must call it after every step."""
         self._steps_left -= 1
-        return self.raise_on_all_ranks() if self._steps_left <= 0 else NOTHING
+        return self.ask() if self._steps_left <= 0 else NOTHING
 
-    def raise_on_all_ranks(self) -> Requests:
+    def ask(self) -> Requests:
         """Ask now. All ranks must call it."""
-        said = self._said_by_rank_0() if self._group.rank == 0 else (0.0, 0.0, 0.0)
-        flags = torch.tensor(said, dtype=torch.float64, device=self._group.device)
+        own = self._flags_of_rank_0() if self._group.rank == 0 else (0.0, 0.0, 0.0)
+        flags = torch.tensor(own, dtype=torch.float64, device=self._group.device)
         stop, ask_preempted, interval = self._group.sum(flags).tolist()
         self._interval = self._steps_left = int(interval)
         before = self._was_preempted
@@ -58,7 +58,7 @@ class StopRequests:
             self._was_preempted = self._group.preempted()
         return Requests(bool(stop), self._was_preempted and not before)
 
-    def _said_by_rank_0(self) -> tuple[float, float, float]:
+    def _flags_of_rank_0(self) -> tuple[float, float, float]:
         """Whether to stop, whether to ask about preemption, and the steps until all ask again."""
         now = time.monotonic()
         num_steps, seconds = self._interval - self._steps_left, now - self._agreed_at

@@ -1,305 +1,263 @@
-"""One worker's model, optimizer and data: restored to where the run stands, trained an epoch at a time, saved.
+"""The trainer: a model, its data and its state on one worker, trained an epoch at a time.
 
-Everything here happens on all ranks with equal arguments, but what is said to be rank 0's.
+Methods are collective: all ranks call them with equal arguments. Rank 0 alone reads and writes the run directory.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
-import os
 import time
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from vae_ray.checkpoints.loading import Checkpoint, Progress, all_checkpoints
-from vae_ray.checkpoints.saving import NotSaved, prune_checkpoints, save_checkpoint
+from vae_ray.checkpoints.finding import find_checkpoint
 from vae_ray.config.experiment import Experiment
-from vae_ray.data.batches import training_batches
+from vae_ray.data.batches import Loader
 from vae_ray.data.splits import Splits
-from vae_ray.errors import Diverged, Stopped, TrainingFailed
+from vae_ray.errors import CorruptFile, Stopped, UserError
 from vae_ray.evaluation.elbo import evaluate_split
 from vae_ray.evaluation.metrics import TermSums, labelled
 from vae_ray.models.initialization import INITIALIZATIONS
-from vae_ray.models.likelihoods import LIKELIHOODS
 from vae_ray.models.vae import VAE, build_vae
-from vae_ray.parallel.group import WorkerGroup, raise_on_all_ranks, shards_of
-from vae_ray.run_files.recorder import NUM_RECONSTRUCTIONS, Recorder
+from vae_ray.objectives import build_objective
+from vae_ray.parallel.group import WorkerGroup, all_finite, raise_on_all_ranks, shards_of
+from vae_ray.run_files.recorder import Recorder
 from vae_ray.run_files.run_directory import RunDirectory
 from vae_ray.seeds import generator, stream
 from vae_ray.storage.retry import describe_os_error
-from vae_ray.training.loop import StepSettings, train_epoch
-from vae_ray.training.nonfinite import RollBack, batch_file, save_batch
-from vae_ray.training.optimization import build_optimizer, learning_rate
-from vae_ray.training.schedules import scheduled
+from vae_ray.training.checkpointing import Checkpointing, selection_metric
+from vae_ray.training.loop import EpochSettings, StepSettings, train_epoch
+from vae_ray.training.nonfinite import apply_policy, batch_file, save_batch
+from vae_ray.training.optimization import learning_rate
+from vae_ray.training.state import TrainState
 from vae_ray.training.stop_requests import StopRequests
 
 logger = logging.getLogger(__name__)
 
 
-def selection_metric(experiment: Experiment) -> str:
-    """The metric by which checkpoints are compared: never the loss, so that beta cannot bias it."""
-    return "val/nelbo" if experiment.data.num_validation else "train/nelbo"
-
-
-class Worker:
-    """One worker's model, optimizer and data, restored to where the run stands."""
+class Trainer:
+    """One worker's part of a run, restored to where the run stopped."""
 
     def __init__(self, experiment: Experiment, run: RunDirectory, group: WorkerGroup) -> None:
         self.experiment, self.run, self.group = experiment, run, group
         self.splits = raise_on_all_ranks(group, lambda: Splits.open(experiment))
-        self.likelihood = LIKELIHOODS[experiment.model.likelihood](experiment.model)
-        self.model = self._new_model().to(group.device)
-        self.optimizer = build_optimizer(experiment.optim, self.model.parameters())
+        self.checkpointing = Checkpointing(experiment, run, group)
         self.steps_per_epoch = math.ceil(len(self.splits.train_indices) / experiment.training.global_batch_size)
-        self._restore()
-        self.parallel = group.wrap(self.model)
-        self._interruptions = StopRequests(run, group)
+        self._stop_requests = StopRequests(run, group)
+        self.restore()
 
-    def _new_model(self) -> VAE:
-        seed = self.experiment.run.seed
-        model = build_vae(self.experiment.model, self.splits.train.image_shape, seed=stream(seed, "weights"))
-        initialise = INITIALIZATIONS[self.experiment.model.initialization]
-        initialise(model, self.splits.mean_training_image(), generator(seed, "initialization"))
-        return model
-
-    def _restore(self) -> None:
-        """Go to where the newest checkpoint is; without one, to the beginning."""
+    def restore(self) -> None:
+        """Return to the newest checkpoint; without one, to the beginning."""
+        newest = self.checkpointing.newest()
+        model = self._initial_model(is_replaced=newest is not None).to(self.group.device)
+        seed = stream(self.experiment.run.seed, "objective")
+        objective = raise_on_all_ranks(self.group, lambda: build_objective(self.experiment.objective, seed=seed))
+        self.state = TrainState.begin(self.experiment, model, objective.to(self.group.device))
         self.epochs_done = self.steps_done = 0
-        self.progress = Progress()
-        self._seconds_before = 0.0
+        self.seconds_before = 0.0
         """Training time of the epoch that has begun, before its checkpoint."""
-        if (newest := self._newest_checkpoint()) is not None:
-            self.progress = newest.load_into(self.model, self.optimizer)
+        if newest is not None:
+            self.checkpointing.restore(newest, self.state)
             self.epochs_done, self.steps_done = newest.position
-            if self.steps_done:
-                self._seconds_before = newest.metrics["seconds"]
+            self.seconds_before = newest.metrics["seconds"] if self.steps_done else 0.0
 
     def roll_back(self) -> None:
-        """Go back to the newest checkpoint, with a smaller learning rate from there on."""
-        num_nonfinite, lr_factor = self.progress.num_nonfinite, self.progress.lr_factor
-        self.model.load_state_dict(self._new_model().state_dict())
-        self.optimizer.state.clear()
-        self._restore()
-        lr_factor *= self.experiment.training.rollback_lr_factor
-        self.progress = self.progress._replace(num_nonfinite=num_nonfinite, lr_factor=lr_factor)
+        """Return to the newest checkpoint, with a smaller learning rate from there on."""
+        before = self.state.progress
+        self.restore()
+        self.state.progress.num_nonfinite = before.num_nonfinite
+        self.state.progress.lr_factor = before.lr_factor * self.experiment.training.nonfinite.lr_factor  # type: ignore[union-attr]
 
-    def _newest_checkpoint(self) -> Checkpoint | None:
-        """The newest checkpoint as rank 0 read it; the others must not decide for themselves, nor see the storage."""
+    def _initial_model(self, *, is_replaced: bool) -> VAE:
+        """The model before the first step; without its weights where a checkpoint's replace them."""
+        experiment, image_shape = self.experiment, self.splits.train.image_shape
+        seed = experiment.run.seed
+        build = raise_on_all_ranks
+        model = build(self.group, lambda: build_vae(experiment, image_shape, seed=stream(seed, "weights")))
+        if is_replaced:
+            return model
+        if (initialize := INITIALIZATIONS[experiment.model.initialization]) is not None:
+            initialize(model, self.splits.mean_training_image(), generator(seed, "initialization"))
+        if experiment.run.initial_weights is not None:
+            model.load_state_dict(self._initial_weights(model))
+        return model
 
-        def read() -> Checkpoint | None:
-            if self.group.rank != 0 or not (found := all_checkpoints(self.run.checkpoints)):
-                return None
-            self.run.pull(found[-1].path)
-            return found[-1].verify()
-
-        return self.group.broadcast(raise_on_all_ranks(self.group, read))
-
-    def record_attempt(self) -> None:
-        """Write down who computes from where on, for people; on rank 0, others return."""
-        who = self.group.all_gather((self.group.node, os.getpid()))
-        if self.group.rank == 0:
-            try:
-                self.run.append_attempt(
-                    started_at=time.time(),
-                    num_workers=self.group.size,
-                    nodes=[node for node, _ in who],
-                    pids=[pid for _, pid in who],
-                    epochs_done=self.epochs_done,
-                    steps_done=self.steps_done,
-                )
-            except OSError as error:
-                logger.warning("%s: could not be written (%s)", self.run.attempts_file, describe_os_error(error))
-
-    def recorder(self) -> Recorder:
-        """The recorder of what this worker is about to compute; rank 0 only."""
-        images = self.splits.test.pixels[:NUM_RECONSTRUCTIONS].float() / 255
-        return Recorder(
-            self.run, self.experiment, self.likelihood, first_epoch=self.epochs_done + 1, test_images=images
+    def _initial_weights(self, model: VAE) -> dict[str, torch.Tensor]:
+        location = str(self.experiment.run.initial_weights)
+        return self.group.broadcast(
+            raise_on_all_ranks(self.group, lambda: initial_weights(location, model) if self.group.rank == 0 else {})
         )
 
+    def loader(self, split: str) -> Loader:
+        """The images of "train", "val" or "test", and which of them this worker computes."""
+        pixels, indices = self.splits.select(split)
+        return Loader(pixels, indices, seed=self.experiment.run.seed, shards=shards_of(self.group))
+
     def run_epoch(self, recorder: Recorder | None) -> dict[str, Any]:
-        """Train what is left of the next epoch and evaluate it; its line of metrics, the same on every rank."""
-        training, epoch, steps_before = self.experiment.training, self.epochs_done + 1, self.steps_done
-        sums, first_step = TermSums(self.group.device), self.epochs_done * self.steps_per_epoch
-        if self.progress.term_sums is not None:
-            sums.restore(self.progress.term_sums, self.group)
-            self.progress = self.progress._replace(term_sums=None)
-        seconds_before, self._seconds_before = self._seconds_before, 0.0
-        # an epoch that is taken up again counts as begun so much earlier as it had been trained
+        """Train the rest of the next epoch and evaluate it; its record, the same on every rank.
+
+        Raises `RollBack`, `Diverged` or `Stopped` on all ranks.
+        """
+        epoch, first_step = self.epochs_done + 1, self.epochs_done * self.steps_per_epoch
+        sums = TermSums(self.state.terms, self.group.device)
+        if self.state.term_sums is not None:
+            sums.restore(self.state.term_sums, self.group)
+            self.state.term_sums = None
+        seconds_before, self.seconds_before = self.seconds_before, 0.0
+        # an epoch that is resumed counts as begun earlier, by the time that it had been trained
         started_at, started = time.time() - seconds_before, time.perf_counter() - seconds_before
 
         def after_step(num_done: int) -> None:
             self.steps_done = num_done
-            if recorder is not None and recorder.progress_is_due():
-                rate = num_done * training.global_batch_size / (time.perf_counter() - started)
-                done = (num_done + first_step) / (training.epochs * self.steps_per_epoch)
-                terms = labelled("train", sums.means())
-                recorder.progress(epoch=epoch, step=num_done, done=done, images_per_second=rate, **terms)
-            interruption = self._interruptions.after_step()
-            is_due = self._checkpoint_is_due(first_step + num_done) and num_done < self.steps_per_epoch
-            if is_due or any(interruption):
-                self.save_inside_epoch(sums.gathered(self.group), seconds=time.perf_counter() - started)
-            if interruption.stop:
-                raise self._stopped()
+            self._report_progress(recorder, sums, started)
+            self._save_or_stop(sums, started)
 
+        training = self.experiment.training
+        loader = self.loader("train")
         train_epoch(
-            self.parallel,
-            training_batches(
-                self.splits.train.pixels,
-                self.splits.train_indices,
-                seed=self.experiment.run.seed,
+            self.state,
+            loader.training(epoch, global_batch_size=training.global_batch_size, first_step=self.steps_done),
+            self.group,
+            epoch=EpochSettings(
+                seed=loader.seed,
                 epoch=epoch,
-                global_batch_size=training.global_batch_size,
-                latent_dim=self.experiment.model.latent_dim,
-                shards=shards_of(self.group),
-                first_step=steps_before,
+                num_data=len(loader.indices),
+                grad_clip=self.experiment.optim.grad_clip,
+                precision=training.precision,
             ),
-            self.optimizer,
-            likelihood=self.likelihood,
-            settings=lambda index: self._settings(first_step + index),
+            step_settings=lambda index: self._step_settings(first_step + index),
             sums=sums,
-            grad_clip=self.experiment.optim.grad_clip,
-            precision=training.precision,
-            first_step=steps_before,
-            on_nonfinite=self._nonfinite_step,
+            first_step=self.steps_done,
+            on_nonfinite=lambda index: self._nonfinite_step(loader, index),
             after_step=after_step,
         )
         means = sums.reduced(self.group)  # waits for the device and for all ranks
         seconds = time.perf_counter() - started
-        evaluations = self._evaluations(epoch)
-        if not self._weights_are_finite() or not all(map(math.isfinite, [*means.values(), *evaluations.values()])):
-            self._nonfinite(
-                f"epoch {epoch}: the metrics or the weights are not finite (training distortion "
-                f"{means['distortion']:.4g}, rate {means['rate']:.4g} nats)",
-                can_skip=False,
-            )
-        last = self._settings(first_step + self.steps_per_epoch - 1)
+        record = {"epoch": epoch, **labelled("train", means), **self._evaluations(epoch)}
+        self._check_finite(record)
+        self._note_best(record)
         self.epochs_done, self.steps_done = epoch, 0
+        last = self._step_settings(epoch * self.steps_per_epoch - 1)
         return {
-            "epoch": epoch,
-            **labelled("train", means),
-            **evaluations,
-            "beta": last.beta,
+            **record,
+            **last.objective,
             "lr": last.lr,
-            "images_per_second": len(self.splits.train_indices) / seconds,
+            "images_per_second": len(loader.indices) / seconds,
             "seconds": seconds,
             "started_at": started_at,
         }
 
-    def _nonfinite_step(self, index: int) -> None:
-        """Deal with a step (0-based) whose update was not made, because its loss or gradient is not finite."""
-        epoch, step = self.epochs_done + 1, index + 1
-        file = batch_file(self.run, epoch=epoch, step=step)
-        if self.group.rank == 0:
-            settings = self._settings(self.epochs_done * self.steps_per_epoch + index)
-            try:
-                save_batch(file, self.experiment, self.splits, epoch=epoch, step=step, settings=settings)
-            except OSError as error:
-                logger.warning("%s: could not be written (%s)", file, describe_os_error(error))
-        self._nonfinite(
-            f"epoch {epoch}, step {step} of {self.steps_per_epoch}: the loss or its gradient is not finite; "
-            f"the batch is in {file}",
-            can_skip=True,
+    def _report_progress(self, recorder: Recorder | None, sums: TermSums, started: float) -> None:
+        if recorder is None or not recorder.progress_is_due():
+            return
+        training, num_done = self.experiment.training, self.steps_done
+        recorder.progress(
+            epoch=self.epochs_done + 1,
+            step=num_done,
+            done=(num_done / self.steps_per_epoch + self.epochs_done) / training.epochs,
+            images_per_second=num_done * training.global_batch_size / (time.perf_counter() - started),
+            **labelled("train", sums.means()),
         )
 
-    def _nonfinite(self, what: str, *, can_skip: bool) -> None:
-        """Return if the batch is to be skipped, else raise `RollBack` or `Diverged`; the same on all ranks."""
-        training, num_before = self.experiment.training, self.progress.num_nonfinite
-        policy = training.nonfinite if can_skip or training.nonfinite == "rollback" else "stop"
-        advice = "try a smaller --optim.lr or --optim.grad-clip 100"
-        if policy == "stop":
-            raise Diverged(f"{what}; {advice}")
-        if num_before >= training.nonfinite_limit:
-            raise Diverged(f"{what}; {num_before} times before (training.nonfinite_limit); {advice}")
-        self.progress = self.progress._replace(num_nonfinite=num_before + 1)
-        if self.group.rank == 0:
-            done = "skipped" if policy == "skip" else "going back to the last checkpoint with a smaller learning rate"
-            logger.warning("%s: %s (%d of at most %d times)", what, done, num_before + 1, training.nonfinite_limit)
-        if policy == "rollback":
-            raise RollBack
+    def _save_or_stop(self, sums: TermSums, started: float) -> None:
+        """After a step: write a checkpoint where one is due or requested; raise `Stopped` where that is requested."""
+        requests = self._stop_requests.after_step()
+        every = self.experiment.run.checkpoint_every_steps
+        num_steps = self.epochs_done * self.steps_per_epoch + self.steps_done
+        is_due = every is not None and every > 0 and num_steps % every == 0 and self.steps_done < self.steps_per_epoch
+        if is_due or any(requests):
+            self.state.term_sums = sums.gathered(self.group)
+            if self.group.rank == 0:
+                seconds = time.perf_counter() - started
+                self.checkpointing.save_inside_epoch(self.state, self.epochs_done + 1, self.steps_done, seconds=seconds)
+            self.state.term_sums = None
+        if requests.stop:
+            raise self._stopped()
 
     def stop_if_requested(self) -> None:
-        """Raise `Stopped` between two epochs, if somebody wants that."""
-        if self._interruptions.raise_on_all_ranks().stop:
+        """Raise `Stopped` between two epochs, if that is asked for."""
+        if self._stop_requests.ask().stop:
             raise self._stopped()
 
     def _stopped(self) -> Stopped:
         done = f"epoch {self.epochs_done} of {self.experiment.training.epochs}"
         if self.steps_done:
             done = f"step {self.steps_done} of {self.steps_per_epoch} of epoch {self.epochs_done + 1}"
-        return Stopped(f"stopped after {done}; go on with --resume --name {self.experiment.run.name}")
+        return Stopped(f"stopped after {done}; continue with: vae-ray resume {self.run.location}")
 
-    def _checkpoint_is_due(self, num_steps: int) -> bool:
-        every = self.experiment.run.checkpoint_every_steps
-        return bool(every and num_steps % every == 0)
+    def _nonfinite_step(self, loader: Loader, index: int) -> None:
+        """Handle a step (0-based) whose update was not made, because its loss or gradient is not finite."""
+        epoch, step = self.epochs_done + 1, index + 1
+        file = batch_file(self.run, epoch=epoch, step=step)
+        if self.group.rank == 0:
+            settings = self._step_settings(self.epochs_done * self.steps_per_epoch + index)
+            size = self.experiment.training.global_batch_size
+            try:
+                save_batch(file, loader, self.state, epoch=epoch, step=step, global_batch_size=size, settings=settings)
+            except OSError as error:
+                logger.warning("%s: could not be written (%s)", file, describe_os_error(error))
+        what = (
+            f"epoch {epoch}, step {step} of {self.steps_per_epoch}: the loss or its gradient is not finite; "
+            f"the batch is in {file}"
+        )
+        apply_policy(self.experiment, self.state, what, can_skip=True, is_rank_0=self.group.rank == 0)
 
-    def _weights_are_finite(self) -> bool:
-        return all(bool(torch.isfinite(p).all()) for p in self.model.parameters())  # equal on all ranks
+    def _check_finite(self, record: dict[str, Any]) -> None:
+        """Apply the policy if the epoch's metrics or the weights (equal on all ranks) are not finite."""
+        if all(map(math.isfinite, record.values())) and all_finite(self.state.model.parameters()):
+            return
+        what = (
+            f"epoch {record['epoch']}: the metrics or the weights are not finite (training distortion "
+            f"{record['train/distortion']:.4g}, rate {record['train/rate']:.4g} nats)"
+        )
+        apply_policy(self.experiment, self.state, what, can_skip=False, is_rank_0=self.group.rank == 0)
 
-    def _settings(self, step: int) -> StepSettings:
+    def _step_settings(self, step: int) -> StepSettings:
+        """The settings of a step (0-based) of the run."""
         num_steps = self.experiment.training.epochs * self.steps_per_epoch
-        objective = self.experiment.objective
         return StepSettings(
-            lr=self.progress.lr_factor * learning_rate(self.experiment.optim, step=step, num_steps=num_steps),
-            beta=scheduled(objective.beta, objective.beta_schedule, step=step, num_steps=num_steps),
+            lr=self.state.progress.lr_factor * learning_rate(self.experiment.optim, step=step, num_steps=num_steps),
+            objective=self.state.objective.settings(step / self.steps_per_epoch),
         )
 
     def _evaluations(self, epoch: int) -> dict[str, float]:
-        metrics = self._evaluate("val") if self.experiment.data.num_validation else {}
-        every = self.experiment.training.test_every_epochs
-        if every and (epoch % every == 0 or epoch == self.experiment.training.epochs):
-            metrics |= self._evaluate("test")
+        training = self.experiment.training
+        splits = ["val"] if self.experiment.data.num_validation else []
+        every = training.test_every_epochs
+        if every and (epoch % every == 0 or epoch == training.epochs):
+            splits.append("test")
+        metrics: dict[str, float] = {}
+        for split in splits:
+            metrics |= evaluate_split(
+                self.state.evaluated_model,
+                self.loader(split),
+                split,
+                self.group,
+                batch_size=training.evaluation_batch_size,
+                precision=training.precision,
+            )
         return metrics
 
-    def _evaluate(self, split: str) -> dict[str, float]:
-        return evaluate_split(self.model, self.experiment, self.splits, split, self.group)
+    def _note_best(self, record: dict[str, Any]) -> None:
+        progress, value = self.state.progress, record[selection_metric(self.experiment)]
+        if progress.best_value is None or value < progress.best_value:
+            progress.best_value, progress.best_epoch = value, record["epoch"]
 
-    def save(self, line: dict[str, Any]) -> None:
-        """Write the checkpoint of the epoch that has just ended; rank 0 only.
+    @property
+    def is_finished(self) -> bool:
+        """Whether all epochs are done, or the selection metric has not improved for `training.patience_epochs`."""
+        training = self.experiment.training
+        patience = training.patience_epochs
+        has_waited = patience is not None and self.epochs_done - self.state.progress.best_epoch >= patience
+        return self.epochs_done >= training.epochs or (has_waited and self.epochs_done > 0)
 
-        Raises `TrainingFailed` if that is impossible for the last one; before it, it warns and training goes on.
-        """
-        metrics = {key: value for key, value in line.items() if key != "epoch"}
-        try:
-            self._save(self.epochs_done, None, metrics, self.progress)
-        except NotSaved as error:
-            if self.epochs_done == self.experiment.training.epochs:
-                raise TrainingFailed(f"{error}; the run has ended: make room and go on with --resume") from error
-            logger.warning("%s; training goes on, the checkpoint before it is intact", error)
 
-    def save_inside_epoch(self, term_sums: Tensor, *, seconds: float) -> None:
-        """Write a checkpoint inside the epoch that has begun, or warn; on rank 0, others return.
-
-        Not of weights that are not finite: the next step would say so, and nobody could go on from there.
-        """
-        if self.group.rank == 0 and self._weights_are_finite():
-            progress = self.progress._replace(term_sums=term_sums.cpu())
-            try:
-                self._save(self.epochs_done + 1, self.steps_done, {"seconds": seconds}, progress)
-            except NotSaved as error:
-                logger.warning("%s; the checkpoint before it is intact", error)
-
-    def _save(self, epoch: int, step: int | None, metrics: dict[str, float], progress: Progress) -> None:
-        """Write a checkpoint, then prune."""
-        save_checkpoint(
-            self.run.checkpoints,
-            epoch=epoch,
-            step=step,
-            model=self.model,
-            optimizer=self.optimizer,
-            experiment=self.experiment,
-            metrics=metrics,
-            selection_metric=selection_metric(self.experiment),
-            progress=progress,
-        )
-        self.prune()
-
-    def prune(self) -> None:
-        """Delete the checkpoints that are no longer kept, also those that a kill left undeleted; rank 0 only."""
-        with contextlib.suppress(OSError):  # the storage has just gone away: next time
-            prune_checkpoints(self.run.checkpoints, num_best=self.experiment.run.checkpoints_kept)
-        self.run.push_soon()
+def initial_weights(location: str, model: VAE) -> dict[str, torch.Tensor]:
+    """The weights of `run.initial_weights`, which must have the names and shapes of `model`'s; raises `UserError`."""
+    checkpoint = find_checkpoint(location)
+    try:
+        return checkpoint.weights(model.state_dict(), averaged=checkpoint.has_averaged_weights)
+    except CorruptFile as error:
+        raise UserError(f"run.initial_weights: {error}") from None

@@ -1,0 +1,95 @@
+"""What a network is: from an image to the posterior of each latent group, and from z to the likelihood's parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from vae_ray.models.latents import DiagonalGaussian, Distribution, Group, gaussian_from
+
+Features = tuple[Tensor, ...]
+"""What the encoder hands to the decoder's pass: tensors whose first dimension is the images'."""
+Choose = Callable[[int, Distribution | None, Distribution], Tensor]
+"""`choose(group, posterior, prior) -> z`: the one place where z is picked; `(N, *shape)`."""
+
+
+class Network(nn.Module):
+    """Base of all networks. N is the number of rows: images, or images times samples."""
+
+    latent_shapes: tuple[tuple[int, ...], ...]
+    """Shape of each group, the top group first."""
+
+    def bottom_up(self, x: Tensor, condition: Tensor | None = None) -> Features:
+        """Features of the images `(N, C, H, W)`; computed once per image, however many samples follow."""
+        raise NotImplementedError
+
+    def top_down(
+        self, features: Features | None, choose: Choose, prior: Distribution, condition: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Group, ...]]:
+        """Parameters of the likelihood `(N, P, H, W)` and the groups, top first.
+
+        Without `features` there are no posteriors. `prior` is that of the top group, for N rows; priors of lower groups
+        are the network's own.
+        """
+        raise NotImplementedError
+
+    def posterior_layers(self) -> list[nn.Module]:
+        """The layers that end in the mean and log variance of a posterior; `initialization: he` starts them small."""
+        return []
+
+    def output_layer(self) -> nn.Module | None:
+        """The layer that ends in the likelihood's parameters; `initialization: he` starts it at the mean image."""
+        return None
+
+
+class EncoderDecoder(Network):
+    """A plain pair as a network with one flat group.
+
+    `encoder`: `(N, C, H, W) -> (N, 2 * latent_dim)`, mean and log variance side by side.
+    `decoder`: `(N, latent_dim) -> (N, P, H, W)`.
+    """
+
+    def __init__(self, encoder: nn.Module, decoder: nn.Module, latent_dim: int) -> None:
+        super().__init__()
+        self.latent_shapes = ((latent_dim,),)
+        self.encoder, self.decoder = encoder, decoder
+
+    def bottom_up(self, x: Tensor, condition: Tensor | None = None) -> Features:
+        return (at_least_float32(self.encoder(x)),)
+
+    def top_down(
+        self, features: Features | None, choose: Choose, prior: Distribution, condition: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Group, ...]]:
+        posterior: DiagonalGaussian | None = None if features is None else gaussian_from(features[0])
+        z = choose(0, posterior, prior)
+        return at_least_float32(self.decoder(z)), (Group(z, posterior, prior),)
+
+    def posterior_layers(self) -> list[nn.Module]:
+        return weighted_layers(self.encoder)[-1:]
+
+    def output_layer(self) -> nn.Module | None:
+        return next(reversed(weighted_layers(self.decoder)), None)
+
+
+class NetworkFactory(Protocol):
+    """What builds a network: an `(encoder, decoder)` pair, or a `Network`."""
+
+    def __call__(
+        self, *, image_shape: tuple[int, int, int], latent_dim: int, num_params: int
+    ) -> tuple[nn.Module, nn.Module] | Network:
+        """`num_params` is the number of the likelihood's parameters for each pixel."""
+        ...
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """`x` in float32, or in float64 as it is; also under autocast."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def weighted_layers(module: nn.Module) -> list[nn.Module]:
+    """The linear and convolutional layers inside `module`, in order."""
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)
+    return [layer for layer in module.modules() if isinstance(layer, kinds)]

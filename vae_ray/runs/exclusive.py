@@ -1,0 +1,119 @@
+"""One driver a name: the directory of a run or a sweep, held while it is driven, and made ready for another start."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import filelock
+
+from vae_ray.checkpoints.loading import all_checkpoints
+from vae_ray.config.experiment import Experiment, differing_fields
+from vae_ray.errors import UserError
+from vae_ray.run_files.run_directory import WRITER_LOCK_SECONDS, RunDirectory
+from vae_ray.storage.lease import lease
+from vae_ray.storage.locations import absolute, check_writable, join_location
+from vae_ray.storage.mirror import Mirror, working_copy
+from vae_ray.storage.retry import describe_os_error
+
+
+def run_location(experiment: Experiment) -> str:
+    """The directory or URI of the (named) run."""
+    return join_location(absolute(experiment.run.storage), str(experiment.run.name))
+
+
+@contextlib.contextmanager
+def open_run(experiment: Experiment, *, resume: bool) -> Iterator[RunDirectory]:
+    """The run's directory, held by this process alone; refused if the name is taken by something else."""
+    check_writable(experiment.run.storage)
+    run = RunDirectory.at(run_location(experiment), role="driver")
+
+    def refuse_other_uses() -> None:
+        _refuse_other_uses(run, experiment, resume=resume)
+
+    with exclusive_run(run.path, run.mirror, name=str(experiment.run.name), before=refuse_other_uses):
+        yield run
+
+
+@contextlib.contextmanager
+def exclusive_run(path: Path, mirror: Mirror | None, *, name: str, before: Callable[[], None]) -> Iterator[None]:
+    """Hold the directory of a run or sweep for the body, unless `before` raises.
+
+    Raises `UserError` if another driver holds it: by a lock, or where the storage is a URI by a lease.
+    """
+    if mirror is not None:
+        with lease(mirror, name=name), working_copy(mirror):
+            before()
+            yield
+        return
+    before()  # so that nothing is made where something is refused
+    path.mkdir(parents=True, exist_ok=True)
+    lock = path / ".driver.lock"
+    try:
+        with filelock.FileLock(lock).acquire(blocking=False):
+            before()  # another may have come and gone
+            yield
+    except filelock.Timeout as error:
+        if Path(error.lock_file) != lock:
+            raise
+        raise UserError(f"run.name: {name!r} is running right now; choose another --name") from None
+
+
+def _refuse_other_uses(run: RunDirectory, experiment: Experiment, *, resume: bool) -> None:
+    name, storage = experiment.run.name, absolute(experiment.run.storage)
+    run.refuse_links()
+    if not run.experiment_file.exists():
+        if is_taken(run.path):
+            raise UserError(f"run.name: {name!r} is already used in {storage} by something else; choose another --name")
+        return
+    difference = content_differences(run.experiment(), experiment)
+    if not resume:
+        what = f"a different experiment ({'; '.join(difference)})" if difference else "this experiment"
+        raise UserError(
+            f"run.name: {name!r} is already used in {storage} by {what}; continue it with: vae-ray resume "
+            f"{run.location}, or choose another --name"
+        )
+    if difference:
+        raise UserError(f"run {name!r}: cannot be resumed with a different experiment: {'; '.join(difference)}")
+
+
+def content_differences(old: Experiment, new: Experiment) -> list[str]:
+    """In what two experiments differ besides their place; more epochs than before extend a run."""
+    extended = new.training.epochs > old.training.epochs
+    comparable = new.with_overrides({"training.epochs": old.training.epochs}) if extended else new
+    return differing_fields(old, comparable, content_only=True)
+
+
+def is_taken(path: Path) -> bool:
+    """Whether something lies there that is not ours; what a kill leaves at the start of a run begins with a dot."""
+    return path.is_file() or (path.is_dir() and any(not entry.name.startswith(".") for entry in path.iterdir()))
+
+
+def discard_stale_results(run: RunDirectory) -> None:
+    """Wait for the writer lock, clear a stop request, and drop records and pictures newer than the newest checkpoint.
+
+    The workers of a killed driver live on for seconds and may finish another epoch.
+    """
+    try:
+        with run.lock("writer").acquire(timeout=WRITER_LOCK_SECONDS):
+            checkpoints = all_checkpoints(run.checkpoints)
+            if checkpoints:
+                checkpoints[-1].check_can_be_continued()
+            run.clear_stop_request()
+            run.truncate_to_epoch(checkpoints[-1].epochs_done if checkpoints else 0)
+    except filelock.Timeout:
+        raise UserError(
+            f"run.name: {run.path.name!r} is still being written by a worker of an earlier driver; "
+            "try again when it has ended"
+        ) from None
+
+
+@contextlib.contextmanager
+def as_user_error(run: RunDirectory) -> Iterator[None]:
+    """In its body an error of the storage is a `UserError`: nothing has started."""
+    try:
+        yield
+    except OSError as error:
+        why = describe_os_error(error)
+        raise UserError(f"run.storage: {run.path} cannot be written ({why}); make room, or change --storage") from None
