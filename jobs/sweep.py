@@ -1,14 +1,6 @@
-"""`ray job submit --working-dir . -- python jobs/sweep.py PRESET [--num-trials N ...] [--SECTION.FIELD VALUE ...]`
-
-The same command as `vae-ray sweep`, on the cluster that runs the job: Ray sets RAY_ADDRESS in a job, and the
-job's exit code is the command's.
-"""
+"""`vae-ray sweep` as a job: `ray job submit --working-dir . -- python jobs/sweep.py PRESET ...`"""
 
 import sys
-from pathlib import Path
-
-# The package travels in the job's working directory; no install is needed on the cluster.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from vae_ray.cli.main import run
 

@@ -1,4 +1,4 @@
-"""Rules: from the facts of nodes to lines that say what is well, what is not, and what to do."""
+"""The checks of `vae-ray doctor`: from facts about nodes to findings, each with what to do."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vae_ray.distributed.nodes import NodeAnswer
 GIB = 2**30
 CLOCK_WARNING_SECONDS = 2.0
 CLOCK_ERROR_SECONDS = 300.0
-"""Object stores refuse requests whose clock is off by a quarter of an hour; events of two nodes mix long before."""
+"""Object stores refuse requests whose clock is off by 15 minutes; log lines of two nodes are out of order before."""
 SHARED_MEMORY_BYTES = GIB // 4
 """Workers of one node add their gradients in /dev/shm, and Ray keeps its objects there."""
 CACHE_BYTES = GIB
@@ -37,21 +37,18 @@ class Finding:
 
 
 def run_checks(answers: Sequence[NodeAnswer], clock_offsets: Mapping[str, float]) -> list[Finding]:
-    """What can be said about nodes from their answers to `node_info.collect_node_info`, one line a subject."""
-    with_timeout = [answer for answer in answers if answer.error is None]
-    silent = [
-        Finding(
-            "error", "nodes", f"{answer.address} gave no facts ({answer.error})", "see its Ray logs and `ray status`"
-        )
+    """The findings about nodes from their answers to `node_info.collect_node_info`, one a subject."""
+    advice = "see its Ray logs and `ray status`"
+    failed = [
+        Finding("error", "nodes", f"{answer.address} did not answer ({answer.error})", advice)
         for answer in answers
         if answer.error is not None
     ]
-    if not with_timeout:
-        return silent or [Finding("error", "nodes", "there is none", "start one: ray start --head")]
-    rules: list[Callable[[Sequence[NodeAnswer]], Finding]] = [
-        *(_nodes, _versions, _package, _gpus, _memory, _shared_memory, _temp, _cache),
-    ]
-    return [*silent, *(rule(with_timeout) for rule in rules), *_clocks(with_timeout, clock_offsets)]
+    answers = [answer for answer in answers if answer.error is None]
+    if not answers:
+        return failed or [Finding("error", "nodes", "the cluster has no nodes", "start one: ray start --head")]
+    checks = (_nodes, _versions, _gpus, _memory, _shared_memory, _temp, _cache)
+    return [*failed, *(check(answers) for check in checks), *_clocks(answers, clock_offsets)]
 
 
 def _nodes(answers: Sequence[NodeAnswer]) -> Finding:
@@ -64,47 +61,35 @@ def _nodes(answers: Sequence[NodeAnswer]) -> Finding:
 
 
 def _versions(answers: Sequence[NodeAnswer]) -> Finding:
-    shown, wrong = [], []
+    versions, problems = [], []
     for package in answers[0].result["versions"]:
-        if package == "vae_ray":
-            continue
-        found: dict[str | None, list[str]] = {}
+        addresses: dict[str | None, list[str]] = {}
         for answer in answers:
-            found.setdefault(answer.result["versions"][package], []).append(answer.address)
-        if None in found:
-            wrong.append(f"{package} is not installed on {', '.join(found[None])}")
-        elif len(found) > 1:
-            wrong.append(f"{package} is " + ", ".join(f"{v} on {', '.join(places)}" for v, places in found.items()))
+            addresses.setdefault(answer.result["versions"][package], []).append(answer.address)
+        if None in addresses:
+            problems.append(f"{package} is not installed on {', '.join(addresses[None])}")
+        elif len(addresses) > 1:
+            each = [f"{version} on {', '.join(those)}" for version, those in addresses.items()]
+            problems.append(f"{package} is {', '.join(each)}")
         else:
-            shown.append(f"{package} {next(iter(found))}")
-    if wrong:
-        return Finding("error", "versions", "; ".join(wrong), "install constraints.txt on every node")
-    return Finding("ok", "versions", ", ".join(shown))
-
-
-def _package(answers: Sequence[NodeAnswer]) -> Finding:
-    found = {answer.result["versions"]["vae_ray"] for answer in answers}
-    missing = _places(answers, lambda facts: facts["versions"]["vae_ray"] is None)
-    if missing:
-        return Finding("warning", "vae_ray", f"is not on {missing}", "jobs bring it along: use `vae-ray submit`")
-    if len(found) > 1:
-        each = ", ".join(f"{answer.result['versions']['vae_ray']} on {answer.address}" for answer in answers)
-        return Finding("error", "vae_ray", each, "install one version, or let a job bring it: `vae-ray submit`")
-    return Finding("ok", "vae_ray", f"{next(iter(found))}")
+            versions.append(f"{package} {next(iter(addresses))}")
+    if problems:
+        return Finding("error", "versions", "; ".join(problems), "install constraints.txt on every node")
+    return Finding("ok", "versions", ", ".join(versions))
 
 
 def _gpus(answers: Sequence[NodeAnswer]) -> Finding:
-    unused = [answer for answer in answers if answer.result["num_gpus"] and not answer.resources.get("GPU")]
+    unused = [answer.address for answer in answers if answer.result["num_gpus"] and not answer.resources.get("GPU")]
     if unused:
-        where = ", ".join(answer.address for answer in unused)
-        return Finding("warning", "gpus", f"{where} has some that Ray does not offer", "ray start --num-gpus N there")
+        text = f"{', '.join(unused)} has GPUs that Ray was not started with"
+        return Finding("warning", "gpus", text, "ray start --num-gpus N there")
     total = sum(answer.resources.get("GPU", 0) for answer in answers)
-    return Finding("ok", "gpus", f"{total:g}" if total else "none; training runs on CPUs")
+    return Finding("ok", "gpus", f"{total:g}" if total else "no GPU; training runs on CPUs")
 
 
 def _memory(answers: Sequence[NodeAnswer]) -> Finding:
     least = min(answer.result["memory"]["available"] for answer in answers)
-    low = _places(answers, lambda facts: facts["memory"]["available"] < GIB)
+    low = _addresses(answers, lambda facts: facts["memory"]["available"] < GIB)
     if low:
         return Finding("warning", "memory", f"less than 1 GiB is free on {low}", "Ray kills workers when it runs out")
     return Finding("ok", "memory", f"at least {least / GIB:.1f} GiB free on every node")
@@ -114,20 +99,20 @@ def _shared_memory(answers: Sequence[NodeAnswer]) -> Finding:
     def is_small(facts: Mapping[str, Any]) -> bool:
         return facts["shared_memory"] is not None and facts["shared_memory"] < SHARED_MEMORY_BYTES
 
-    if small := _places(answers, is_small):
+    if small := _addresses(answers, is_small):
         return Finding(
             "warning", "/dev/shm", f"is smaller than {SHARED_MEMORY_BYTES >> 20} MiB on {small}", "docker --shm-size=2g"
         )
     sizes = [size for answer in answers if (size := answer.result["shared_memory"]) is not None]
-    return Finding("ok", "/dev/shm", f"at least {min(sizes) / GIB:.1f} GiB" if sizes else "none on this system")
+    return Finding("ok", "/dev/shm", f"at least {min(sizes) / GIB:.1f} GiB" if sizes else "this system has none")
 
 
 def _temp(answers: Sequence[NodeAnswer]) -> Finding:
-    full = _places(answers, lambda facts: facts["temp"]["free"] < RAY_DISK_SHARE * facts["temp"]["total"])
-    if full:
-        return Finding(
-            "error", "disk", f"of /tmp is over 95 % full on {full}", "free some, or ray start --temp-dir DIR"
-        )
+    path, advice = answers[0].result["temp"]["path"], "free some space, or use ray start --temp-dir DIR"
+    if closed := _addresses(answers, lambda facts: not facts["temp"]["writable"]):
+        return Finding("error", "disk", f"Ray's directory {path} cannot be written on {closed}", advice)
+    if full := _addresses(answers, lambda facts: facts["temp"]["free"] < RAY_DISK_SHARE * facts["temp"]["total"]):
+        return Finding("error", "disk", f"the disk of Ray's directory {path} is over 95 % full on {full}", advice)
     least = min(answer.result["temp"]["free"] for answer in answers)
     return Finding("ok", "disk", f"at least {least / GIB:.1f} GiB free for Ray on every node")
 
@@ -135,9 +120,9 @@ def _temp(answers: Sequence[NodeAnswer]) -> Finding:
 def _cache(answers: Sequence[NodeAnswer]) -> Finding:
     advice = "set VAE_RAY_CACHE where Ray is started, or --data.cache-dir DIR"
     path = answers[0].result["cache"]["path"]
-    if closed := _places(answers, lambda facts: not facts["cache"]["writable"]):
+    if closed := _addresses(answers, lambda facts: not facts["cache"]["writable"]):
         return Finding("error", "data cache", f"{path} cannot be written on {closed}", advice)
-    if full := _places(answers, lambda facts: facts["cache"]["free"] < CACHE_BYTES):
+    if full := _addresses(answers, lambda facts: facts["cache"]["free"] < CACHE_BYTES):
         return Finding("warning", "data cache", f"{path} has less than {CACHE_BYTES >> 30} GiB free on {full}", advice)
     return Finding("ok", "data cache", f"{path} is writable on every node")
 
@@ -155,8 +140,8 @@ def _clocks(answers: Sequence[NodeAnswer], offsets: Mapping[str, float]) -> list
     return [Finding(level, "clocks", text, "run chrony or systemd-timesyncd on every node")]
 
 
-def _places(answers: Sequence[NodeAnswer], is_so: Callable[[Mapping[str, Any]], bool]) -> str:
-    return ", ".join(answer.address for answer in answers if is_so(answer.result))
+def _addresses(answers: Sequence[NodeAnswer], holds: Callable[[Mapping[str, Any]], bool]) -> str:
+    return ", ".join(answer.address for answer in answers if holds(answer.result))
 
 
 def _count(answer: NodeAnswer, resource: str) -> str:

@@ -1,6 +1,6 @@
-"""A cluster as its clients see it: the dashboard, where jobs are submitted, and who may use it.
+"""The dashboard of a cluster, to which jobs are submitted: whether it answers, and whether it requires a token.
 
-Known within seconds and in one line: Ray's own clients wait without a limit for an address where nothing answers.
+Every failure is one line within seconds: Ray's own clients wait indefinitely for an address that does not answer.
 """
 
 from __future__ import annotations
@@ -30,37 +30,39 @@ TOKEN_ADVICE = "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to what `ray get-aut
 
 @dataclass(frozen=True)
 class Dashboard:
-    """Where a dashboard answers, and whether it does without a token."""
+    """The URL of a dashboard that answers; `is_open` if it requires no token."""
 
     url: str
     is_open: bool
 
 
 def find_dashboard(address: str | None) -> Dashboard:
-    """The dashboard at `address`, else at $RAY_API_SERVER_ADDRESS, $RAY_ADDRESS or this machine's usual port.
+    """The dashboard at `address`, else at $RAY_API_SERVER_ADDRESS, $RAY_ADDRESS or this machine's usual port (`auto`).
 
     Raises `UserError` within seconds if none answers there.
     """
-    given = address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS") or "auto"
+    api_server = os.environ.get("RAY_API_SERVER_ADDRESS")
+    given = address or api_server or os.environ.get("RAY_ADDRESS") or "auto"
+    if given == "auto":
+        given = api_server or DEFAULT_URL
     scheme, _, rest = given.rpartition("://")
-    if scheme not in ("", "http", "https"):
-        host = urlsplit(given).hostname or "HOST"
-        raise UserError(f"address: got {given!r}, jobs go to the dashboard; for example --address http://{host}:8265")
-    url = DEFAULT_URL if given == "auto" else f"{scheme or 'http'}://{rest.rstrip('/')}"
-    if not urlsplit(url).hostname:
-        raise UserError(f"address: got {given!r}, should be a dashboard's; for example --address {DEFAULT_URL}")
+    url = f"{scheme or 'http'}://{rest.rstrip('/')}"
+    host = urlsplit(url).hostname
+    usual_url = f"http://{host or 'HOST'}:8265"
+    if scheme not in ("", "http", "https") or not host:
+        raise UserError(f"address: got {given!r}, should be a dashboard's; for example --address {usual_url}")
     try:
         is_open = answers_without_token(url)
     except OSError as error:
         raise UserError(
-            f"address: no Ray dashboard answers at {url} ({one_line(error)}); is the cluster up, and is that the "
-            f"dashboard's address (--address {DEFAULT_URL}), seen from this machine?"
+            f"address: no Ray dashboard answers at {url} ({one_line(error)}); is the cluster up, and is that its "
+            f"dashboard's address, for example --address {usual_url}?"
         ) from None
     return Dashboard(url, is_open)
 
 
 def answers_without_token(url: str) -> bool:
-    """Whether the dashboard at `url` tells anyone who asks; `OSError` if there is none."""
+    """Whether the dashboard at `url` requires no token; raises `OSError` if no dashboard answers."""
     try:
         with urllib.request.urlopen(f"{url}/api/version", timeout=PROBE_SECONDS) as response:
             if "ray_version" in json.loads(response.read(65536)):
@@ -72,13 +74,13 @@ def answers_without_token(url: str) -> bool:
     except urllib.error.URLError as error:
         raise error.reason if isinstance(error.reason, OSError) else OSError(str(error.reason)) from None
     except (http.client.HTTPException, ValueError, TypeError) as error:
-        raise OSError(f"what answers there is not Ray: {one_line(error)}") from None
-    raise OSError("what answers there is not Ray")
+        raise OSError(f"another server answers there: {one_line(error)}") from None
+    raise OSError("another server answers there")
 
 
 def job_client(dashboard: Dashboard) -> JobSubmissionClient:
-    """Ray's client of that dashboard; raises `UserError` if it does not let this process in."""
-    for name in ("dashboard_sdk", "job.sdk"):  # they tell of every package and connection
+    """Ray's client of that dashboard; raises `UserError` if the token is missing or wrong."""
+    for name in ("dashboard_sdk", "job.sdk"):  # they log every package and connection
         logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.WARNING)
     try:
         with _only_address(dashboard.url):
@@ -86,24 +88,24 @@ def job_client(dashboard: Dashboard) -> JobSubmissionClient:
     except AuthenticationError as error:
         if "failed" in str(error).partition(":")[0]:
             raise UserError(f"address: {dashboard.url} refuses this token; {TOKEN_ADVICE}") from None
-        raise UserError(f"address: {dashboard.url} wants a token; {TOKEN_ADVICE}") from None
+        raise UserError(f"address: {dashboard.url} requires a token; none is set here: {TOKEN_ADVICE}") from None
     except (RuntimeError, OSError) as error:
         raise UserError(f"address: {dashboard.url} cannot be used ({one_line(error)})") from None
 
 
 def cluster_nodes(dashboard: Dashboard) -> list[dict[str, Any]]:
-    """The nodes of the cluster, with the keys of `ray.nodes()` that `autoscaling` reads."""
+    """The nodes of the cluster, with the keys of `ray.nodes()` that `distributed.resources` reads."""
     with _only_address(dashboard.url):
         nodes = list_nodes(dashboard.url, limit=10_000, timeout=10)
     return [
-        {"Alive": found.state == "ALIVE", "Resources": found.resources_total, "Labels": found.labels or {}}
-        for found in nodes
+        {"Alive": node.state == "ALIVE", "Resources": node.resources_total, "Labels": node.labels or {}}
+        for node in nodes
     ]
 
 
 @contextlib.contextmanager
 def _only_address(url: str) -> Iterator[None]:
-    """Ray's clients prefer this variable to the address that they are given."""
+    """Set the variable that Ray's clients prefer to their own `address` argument."""
     before = os.environ.get("RAY_API_SERVER_ADDRESS")
     os.environ["RAY_API_SERVER_ADDRESS"] = url
     try:
@@ -116,6 +118,6 @@ def _only_address(url: str) -> Iterator[None]:
 
 
 def one_line(error: Exception) -> str:
-    """What the error says, short."""
+    """The error's message on one line of at most 200 characters."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return " ".join(text.split())[:200] or type(error).__name__

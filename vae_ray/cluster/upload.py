@@ -1,6 +1,6 @@
-"""What travels to a cluster with a job: this package, the files that its arguments name, and a directory if asked for.
+"""The upload of a job: this package, the files that its arguments name, and optionally a working directory.
 
-One zip file with fixed times, so that the same content has the same name on the cluster and is uploaded once.
+One zip file with fixed times, so that equal content has an equal name on the cluster and is uploaded once.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ EXCLUDED = (
     *(".mypy_cache", ".pytest_cache", ".ruff_cache", ".hypothesis", "node_modules"),
     *("/data", "/datasets", "/runs", "/results", "/build", "/dist"),
 )
-"""As in a .gitignore: data and results at the top, never code of that name further down (`vae_ray/data`)."""
+"""As in a .gitignore: data and results at the top, but not code of the same name further down (`vae_ray/data`)."""
 IGNORE_FILES = (".gitignore", ".rayignore")
 
 
@@ -36,24 +36,24 @@ class Upload:
 
     @property
     def num_bytes(self) -> int:
-        """All of them together, as they lie on a node's disk."""
+        """The total size, uncompressed."""
         return sum(file.stat().st_size for file in self.files.values())
 
     def largest(self, count: int = 3) -> list[tuple[str, int]]:
-        """The top-level entries that weigh most, with their bytes."""
-        weights: Counter[str] = Counter()
+        """The largest top-level entries, with their bytes."""
+        sizes: Counter[str] = Counter()
         for name, file in self.files.items():
-            weights[name.partition("/")[0] + ("/" if "/" in name else "")] += file.stat().st_size
-        return weights.most_common(count)
+            sizes[name.partition("/")[0] + ("/" if "/" in name else "")] += file.stat().st_size
+        return sizes.most_common(count)
 
     def check_size(self) -> None:
-        """Raise `UserError` with what weighs most if Ray would refuse it."""
+        """Raise `UserError` with the largest entries if the upload is larger than Ray allows."""
         total = self.num_bytes
         if total > LIMIT_BYTES:
-            weighs = ", ".join(f"{name} {mebibytes(size)}" for name, size in self.largest())
+            largest = ", ".join(f"{name} {mebibytes(size)}" for name, size in self.largest())
             raise UserError(
                 f"working directory: got {mebibytes(total)}, should be at most {mebibytes(LIMIT_BYTES)}; the largest "
-                f"are {weighs}: name them in a .rayignore file there, or leave --working-dir out"
+                f"are {largest}: name them in a .rayignore file there, or leave --working-dir out"
             )
 
     def write(self, archive: Path) -> None:
@@ -67,20 +67,23 @@ class Upload:
 
 
 def collect(*, working_dir: Path | None = None, named: Mapping[str, Path] | None = None) -> Upload:
-    """This package, `named` files under those names, and what is in `working_dir` and not ignored there."""
+    """This package, the `named` files (name on the cluster: local path), and the files of `working_dir`.
+
+    Files that a `.gitignore` or `.rayignore` of `working_dir` ignores are left out.
+    """
     files: dict[str, Path] = {}
     if working_dir is not None:
         if not working_dir.is_dir():
             raise UserError(f"--working-dir: got '{working_dir}', which is not a directory")
         files.update((file.relative_to(working_dir).as_posix(), file) for file in _files(working_dir))
-    # ours last: the version that checked the arguments is the one that runs
+    # the version that has checked the arguments replaces a `vae_ray` of the working directory
     files = {name: file for name, file in files.items() if not name.startswith("vae_ray/")}
     files.update((f"vae_ray/{file.relative_to(PACKAGE).as_posix()}", file) for file in _files(PACKAGE, top=False))
     return Upload({**files, **(named or {})})
 
 
 def _files(root: Path, *, top: bool = True) -> Iterator[Path]:
-    """Regular files below `root` that nothing excludes; `top`: is `root` the top of the upload?"""
+    """The regular files below `root` that no pattern excludes; `top`: whether `root` is the top of the upload."""
     excluded = [pattern for pattern in EXCLUDED if top or not pattern.startswith("/")]
     specs = [(root, pathspec.GitIgnoreSpec.from_lines(excluded))]
     for directory, directories, names in os.walk(root):
@@ -101,5 +104,5 @@ def _files(root: Path, *, top: bool = True) -> Iterator[Path]:
 
 
 def mebibytes(size: int) -> str:
-    """As people read it."""
+    """`size`, in bytes, as text."""
     return f"{size / 2**20:.1f} MiB"

@@ -7,9 +7,8 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from vae_ray.parallel.gradient_sum import sum_after_backward
 from vae_ray.parallel.group import Value
 from vae_ray.parallel.shared_memory import SharedMemorySum
 
@@ -23,20 +22,8 @@ class RayWorkers:
         self.device = ray.train.torch.get_device()
         self.node = ray.util.get_node_ip_address()
         self._one_node = context.get_local_world_size() == self.size
-        self._shared_sum: SharedMemorySum | None = None
-
-    def wrap(self, model: nn.Module) -> nn.Module:
-        if self.size == 1:
-            return model
-        if self.device.type == "cpu":
-            sum_after_backward(model.parameters(), self._sum_on_cpus)
-            return model
-        parallel = ray.train.torch.prepare_model(
-            model,
-            parallel_strategy_kwargs={"gradient_as_bucket_view": True, "broadcast_buffers": False},  # there are none
-        )
-        parallel.register_comm_hook(None, _sum_bucket)
-        return parallel
+        self._shared_sums: dict[int, SharedMemorySum] = {}
+        """By the length of the vector, one for each parameter set."""
 
     def sum(self, values: Tensor) -> Tensor:
         if self.size > 1:
@@ -59,30 +46,22 @@ class RayWorkers:
         return cast(list[Value], values)
 
     def preempted(self) -> bool:
-        """Whether a node of this group was announced to go away. A collective of Ray's: all ranks must call it."""
+        """Whether a node of this group is about to be preempted. Collective."""
         if os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER") == "0":  # on a Ray of this machine alone
             return False
         return ray.train.get_preemption_info() is not None
 
-    def _sum_on_cpus(self, gradients: Tensor) -> None:
-        """Sum all gradients over the group, in place."""
-        if self._one_node:
-            if self._shared_sum is None:
-                self._shared_sum = SharedMemorySum(self.rank, self.size, gradients.numel())
-            self._shared_sum(gradients)
+    def sum_gradients(self, vector: Tensor) -> None:
+        if self.size == 1:
+            return
+        if self._one_node and self.device.type == "cpu" and vector.dtype == torch.float32:
+            length = vector.numel()
+            if length not in self._shared_sums:
+                self._shared_sums[length] = SharedMemorySum(self.rank, self.size, length)
+            self._shared_sums[length](vector)
         else:
-            dist.all_reduce(gradients)
+            dist.all_reduce(vector)
 
     def close(self) -> None:
-        """Let go of shared memory."""
-        self._shared_sum = None
-
-
-# Evaluated annotations: torch looks at them when the hook is registered.
-def _sum_bucket(
-    _: None,
-    bucket: dist.GradBucket,  # type: ignore[name-defined]
-) -> torch.futures.Future[Tensor]:
-    # DDP's own reduction divides by the number of workers; ours are already parts of the global mean.
-    work = dist.all_reduce(bucket.buffer(), async_op=True)
-    return work.get_future().then(lambda future: future.value()[0])
+        """Release shared memory."""
+        self._shared_sums.clear()

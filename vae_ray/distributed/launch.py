@@ -21,9 +21,11 @@ import torch
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from vae_ray.config import user_code
 from vae_ray.config.experiment import Experiment
 from vae_ray.distributed.group import RayWorkers
 from vae_ray.distributed.node_watch import NodeWatch
+from vae_ray.distributed.resources import worker_resources
 from vae_ray.errors import Diverged, Stopped, TrainingFailed, UserError
 from vae_ray.storage.locations import is_uri, join_location, open_filesystem
 from vae_ray.training.fit import EpochResult, fit_epochs
@@ -52,7 +54,11 @@ def fit(experiment: Experiment, location: str, device: torch.device, *, callback
     with ray_state(location) as storage:
         trainer = TorchTrainer(
             _train_worker,
-            train_loop_config={"experiment": experiment.to_dict(), "location": location},
+            train_loop_config={
+                "experiment": experiment.to_dict(),
+                "location": location,
+                "user_code": user_code.collect(experiment.user_code()),
+            },
             scaling_config=_scaling(experiment, device),
             torch_config=TorchConfig(backend="nccl" if device.type == "cuda" else "gloo"),
             run_config=RunConfig(
@@ -64,7 +70,7 @@ def fit(experiment: Experiment, location: str, device: torch.device, *, callback
             ),
         )
         try:
-            with NodeWatch(experiment, uses_gpu=device.type == "cuda"):
+            with NodeWatch(experiment.workers, uses_gpu=device.type == "cuda"):
                 outcome = _result_of(trainer).return_value
         except ray.train.TrainingFailedError as error:
             raise _cause(error) from error
@@ -91,14 +97,11 @@ def _result_of(trainer: TorchTrainer) -> Any:
 
 
 def _scaling(experiment: Experiment, device: torch.device) -> ScalingConfig:
-    workers = experiment.workers
-    each: dict[str, float] = {"CPU": workers.cpus}
-    if device.type == "cuda":
-        each["GPU"] = workers.gpus
+    workers, uses_gpu = experiment.workers, device.type == "cuda"
     return ScalingConfig(
         num_workers=workers.num,
-        use_gpu=device.type == "cuda",
-        resources_per_worker=each,
+        use_gpu=uses_gpu,
+        resources_per_worker=worker_resources(workers, uses_gpu=uses_gpu),
         elastic_resize_monitor_interval_s=ELASTIC_LOOK_SECONDS,
     )
 
@@ -147,6 +150,7 @@ def _train_worker(config: dict[str, Any]) -> tuple[str, str] | None:
     An error on which all workers agree is returned by its kind and message: for one that is raised Ray starts them
     anew.
     """
+    user_code.install(config["user_code"])
     experiment, location = Experiment.from_dict(config["experiment"]), str(config["location"])
 
     def report(result: EpochResult) -> None:
@@ -156,7 +160,7 @@ def _train_worker(config: dict[str, Any]) -> tuple[str, str] | None:
             if group.rank == 0:
                 Path(directory, POINTER).write_text(json.dumps({"checkpoint": str(result.checkpoint)}))
             ray.train.report(
-                result.line,
+                result.record,
                 checkpoint=Checkpoint.from_directory(directory) if group.rank == 0 else None,
                 checkpoint_dir_name=result.checkpoint.name,
             )

@@ -15,9 +15,9 @@ from typing import Any
 
 import yaml
 
-from vae_ray.config.experiment import NAME_PATTERN
+from vae_ray.checkpoints.finding import BEST
+from vae_ray.config.sections import NAME_PATTERN
 from vae_ray.errors import CorruptFile, UserError
-from vae_ray.inference import BEST
 from vae_ray.run_files.run_directory import RunDirectory
 from vae_ray.storage.atomic import atomic_write
 from vae_ray.storage.checksums import append_sealed, read_sealed, replace_sealed, sealed_lines

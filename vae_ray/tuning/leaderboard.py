@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,8 +17,6 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
-from vae_ray.checkpoints.loading import Checkpoint
-from vae_ray.checkpoints.saving import copy_checkpoint
 from vae_ray.tuning.directory import SweepDirectory
 from vae_ray.tuning.records import TrialRecord
 
@@ -92,7 +89,8 @@ def rows(records: Sequence[TrialRecord], metrics: Sequence[str], directory: Swee
 
 def _metric_order(metric: str) -> tuple[int, int]:
     split, _, term = metric.partition("/")
-    return ("val", "test", "train").index(split), ("nelbo", "distortion", "rate", "loss").index(term)
+    splits, terms = ("val", "test", "train"), ("nelbo", "distortion", "rate", "loss")
+    return splits.index(split), terms.index(term) if term in terms else len(terms)
 
 
 def _cell(value: Any) -> Any:
@@ -109,18 +107,3 @@ def write_leaderboard(table: Sequence[dict[str, Any]], directory: SweepDirectory
         partial = file.with_name(f".partial-{file.name}")
         write(content, partial)
         os.replace(partial, file)
-
-
-def write_best(winner: Checkpoint, directory: SweepDirectory) -> None:
-    """Copy the winner's checkpoint to `best/`; a reader finds the old one or the new one, for a moment neither.
-
-    Raises `CorruptFile` if it is not what was written.
-    """
-    partial, old = directory.path / ".partial-best", directory.path / ".old-best"
-    for leftover in (partial, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    copy_checkpoint(winner, partial)
-    if directory.best.exists():
-        os.replace(directory.best, old)
-    os.replace(partial, directory.best)
-    shutil.rmtree(old, ignore_errors=True)

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from vae_ray.checkpoints.loading import Checkpoint, best_checkpoint, complete_checkpoints
-from vae_ray.config.experiment import NAME_PATTERN, Experiment
+from vae_ray.config.experiment import Experiment, is_place_key
+from vae_ray.config.sections import NAME_PATTERN
 from vae_ray.errors import CorruptFile
 from vae_ray.run_files.run_directory import RunDirectory
 from vae_ray.storage.locations import join_location
 from vae_ray.storage.reading import parse_json, read_bytes, shown
 from vae_ray.tuning.directory import TRIALS, SweepDirectory, json_lines
-from vae_ray.tuning.space import SWEEP_KEYS
 
 FAILURES = ("diverged", "failed", "killed")
 FAILURE_FILE = "failure.json"
@@ -100,7 +100,7 @@ def _is_entry(entry: dict[str, Any]) -> bool:
         and re.fullmatch(NAME_PATTERN, name) is not None
         and entry.get("event") in ("proposed", "ended")
         and isinstance(overrides, dict)
-        and not any(key.startswith(SWEEP_KEYS) for key in overrides)
+        and not any(is_place_key(key) for key in overrides)
     )
 
 

@@ -14,14 +14,15 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import ray
 import torch
 from ray import tune
 from ray.tune.search import BasicVariantGenerator
 
-from vae_ray import distributed
+from vae_ray.config import user_code
 from vae_ray.config.experiment import Experiment
-from vae_ray.distributed.autoscaling import possible_nodes
-from vae_ray.distributed.nodes import max_workers_fitting
+from vae_ray.distributed.launch import clear_state, ray_state
+from vae_ray.distributed.resources import alive_resources, max_workers_fitting, may_grow, worker_resources
 from vae_ray.seeds import stream
 from vae_ray.storage.locations import join_location
 from vae_ray.tuning.callbacks import JournalCallback
@@ -69,10 +70,10 @@ def run_trials(
         random.seed(stream(seed, "pbt"))
         np.random.seed(stream(seed, "pbt") % 2**32)
     # PBT pauses trials and compares the whole population: all of it must be alive at once.
-    limit = 0 if chosen.scheduler == "pbt" else _concurrency(experiment, device, max_concurrent)
+    limit = 0 if chosen.scheduler == "pbt" else _concurrency(experiment, device, max_concurrent or num_to_run)
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(limit or num_to_run)
     with (
-        distributed.ray_state(directory.location, TUNE_STATE) as storage,
+        ray_state(directory.location, TUNE_STATE) as storage,
         SweepView(
             directory.name,
             metric=chosen.display_metric,
@@ -130,7 +131,7 @@ def _search(
 def _clear_away(directory: SweepDirectory) -> None:
     """Delete what a nested TorchTrainer leaves when its trial is stopped early."""
     for record in read_trials(directory):
-        distributed.clear_state(join_location(directory.location, TRIALS, record.name))
+        clear_state(join_location(directory.location, TRIALS, record.name))
 
 
 def _reopened(record: TrialRecord) -> TrialRecord:
@@ -144,21 +145,30 @@ def _most_epochs(experiment: Experiment, chosen: SweepSettings) -> int:
     return max(domain.boundary_values()) if domain is not None else experiment.training.epochs
 
 
-def _concurrency(experiment: Experiment, device: torch.device, max_concurrent: int | None) -> int:
-    """How many trials the cluster, as far as it may grow, can run at once: none holds what another waits for."""
-    workers = experiment.workers
-    each = {"CPU": workers.cpus, **({"GPU": workers.gpus} if device.type == "cuda" else {})}
-    fitting = max_workers_fitting(possible_nodes(), each) // workers.max
-    return max(1, min(fitting, max_concurrent or fitting))
+def _concurrency(experiment: Experiment, device: torch.device, most: int) -> int:
+    """How many trials run at once: `most`, and of a cluster that cannot grow no more than it has room for.
+
+    A trial that waits for its workers then holds none that another trial needs.
+    """
+    nodes, workers = ray.nodes(), experiment.workers
+    if may_grow(nodes):
+        return most
+    each = worker_resources(workers, uses_gpu=device.type == "cuda")
+    return max(1, min(max_workers_fitting(alive_resources(nodes), each) // workers.max, most))
 
 
 def _trainable(directory: SweepDirectory, experiment: Experiment, device: torch.device) -> Callable[..., Any]:
     """What Tune runs for a trial, with what it may hold."""
-    parameters = {"sweep": directory.location, "experiment": experiment.to_dict(), "device": device.type}
+    parameters: dict[str, Any] = {
+        "sweep": directory.location,
+        "experiment": experiment.to_dict(),
+        "device": device.type,
+    }
+    parameters["user_code"] = user_code.collect(experiment.user_code())
     workers = experiment.workers
     if workers.max > 1:
         # The trial's own process only waits for its workers. It must hold something, and not a part of a CPU that
-        # they need: on two CPUs a trial of two workers would wait for ever.
+        # they need: on two CPUs a trial of two workers would wait indefinitely.
         return tune.with_resources(tune.with_parameters(train_group, **parameters), {HEAD_NODE: 0.001})
-    resources = {"CPU": workers.cpus, **({"GPU": workers.gpus} if device.type == "cuda" else {})}
+    resources = worker_resources(workers, uses_gpu=device.type == "cuda")
     return tune.with_resources(tune.with_parameters(TrialLoop, **parameters), resources)

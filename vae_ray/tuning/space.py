@@ -18,7 +18,7 @@ from typing import Any
 
 from scipy.stats import qmc
 
-from vae_ray.config.experiment import Experiment
+from vae_ray.config.experiment import Experiment, canonical_key, is_place_key
 from vae_ray.errors import UserError
 from vae_ray.seeds import stream
 from vae_ray.storage.reading import parse_yaml, read_bytes, shown
@@ -26,9 +26,6 @@ from vae_ray.storage.reading import parse_yaml, read_bytes, shown
 SEARCH_DIR = Path(__file__).parents[1] / "config" / "searches"
 SIGNIFICANT_DIGITS = 4
 """Sampled numbers are rounded, so that they can be read, compared and typed."""
-
-# Keys that say where and by whom a trial is computed; the sweep decides them itself.
-SWEEP_KEYS = ("run.name", "run.storage", "workers.", "data.root", "data.cache_dir", "data.download")
 
 
 @dataclass(frozen=True)
@@ -150,7 +147,7 @@ class SearchSpace:
             raise UserError("search: should be a mapping such as {optim.lr: {loguniform: [1.0e-4, 1.0e-2]}}")
         domains = {}
         for key, value in content.items():
-            name = _canonical(str(key))
+            name = canonical_key(str(key))
             if name in domains:
                 raise UserError(f"search: {name}: stands there twice; name it once")
             if not isinstance(value, Mapping) or len(value) != 1 or next(iter(value)) not in DOMAIN_TYPES:
@@ -163,13 +160,13 @@ class SearchSpace:
                 domains[name] = DOMAIN_TYPES[kind](arguments)
             except ValueError as error:
                 raise UserError(f"search: {name}: {kind}: got {shown(arguments)}, {error}") from None
-        return cls(domains, {_canonical(str(key)): dict(value) for key, value in content.items()})
+        return cls(domains, {canonical_key(str(key)): dict(value) for key, value in content.items()})
 
     def checked(self, experiment: Experiment) -> SearchSpace:
         """The space with its values as the Experiment reads them; raises `UserError` for one that is not valid."""
         domains: dict[str, Domain] = {}
         for key, domain in self.domains.items():
-            if key.startswith(SWEEP_KEYS):
+            if is_place_key(key):
                 raise UserError(
                     f"search: {key}: cannot be searched, it says where a trial runs and not what it computes"
                 )
@@ -179,6 +176,8 @@ class SearchSpace:
                 ]
             except UserError as error:
                 raise UserError(f"search: {error}") from None
+            if any(isinstance(value, str) and ":" in value for value in read):
+                raise UserError(f"search: {key}: code of your own is named on the command line and cannot be searched")
             if isinstance(domain, Values):
                 if len(set(read)) < len(read):
                     raise UserError(f"search: {key}: got {list(domain.values)!r}, names a value twice")
@@ -229,7 +228,3 @@ def search_names() -> list[str]:
 def _scalar(value: Any) -> Any:
     """Lists as the text that the Experiment reads again: Tune and Optuna take scalars."""
     return json.dumps(value) if isinstance(value, list) else value
-
-
-def _canonical(key: str) -> str:
-    return key.replace("-", "_")

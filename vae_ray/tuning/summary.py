@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from vae_ray.checkpoints.saving import copy_checkpoint
 from vae_ray.errors import CorruptFile
 from vae_ray.inference import TrainedVAE
 from vae_ray.runs.results import versions
@@ -82,7 +83,7 @@ def install_best(ranked: Sequence[TrialRecord], directory: SweepDirectory) -> di
             continue
         try:
             directory.pull(winner.best.path)
-            leaderboard.write_best(winner.best, directory)
+            copy_checkpoint(winner.best, directory.best)
         except CorruptFile as error:
             logger.warning("%s; trial %s is passed over", error, winner.name)
             continue

@@ -15,11 +15,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from vae_ray import distributed
 from vae_ray.config.experiment import Experiment, differing_fields
 from vae_ray.data.arrow_store import open_split
+from vae_ray.distributed.connection import connect
 from vae_ray.errors import UserError
-from vae_ray.runs.train import PLACE_FIELDS, exclusive_run, is_taken, preflight, run_location, with_absolute_paths
+from vae_ray.runs.exclusive import exclusive_run, is_taken, run_location
+from vae_ray.runs.preflight import preflight, with_absolute_paths
 from vae_ray.storage.locations import absolute
 from vae_ray.storage.mirror import working_copy
 from vae_ray.tuning.directory import SweepDirectory
@@ -31,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 MOST_VALIDATION_IMAGES = 2000
 """All trials see the same ones, so their differences are less noisy than the numbers; training would miss more."""
-INCOMPARABLE = {"data.source", "model.likelihood"}
+INCOMPARABLE = {"data.source", "likelihood.name"}
 
 
 def sweep(
@@ -75,7 +76,7 @@ def sweep(
     chosen, experiment = preflighted(chosen, experiment)
     with open_sweep(experiment, chosen, resume=resume) as directory:
         _tell(num_set_aside=experiment.data.num_validation if not num_validation else 0, chosen=chosen)
-        with distributed.connection(experiment, dashboard=experiment.workers.max > 1) as device:
+        with connect(experiment, dashboard=experiment.workers.max > 1) as (experiment, device):
             run_trials(directory, experiment, chosen, device=device, max_concurrent=max_concurrent, quiet=quiet)
         return summarize_sweep(directory, started_at=started_at)
 
@@ -90,11 +91,14 @@ def _tell(*, num_set_aside: int, chosen: SweepSettings) -> None:
 
 def _base_experiment(experiment: Experiment, workers_per_trial: int | None) -> Experiment:
     """The experiment that trials vary: named, with absolute paths and at least one worker."""
-    workers = experiment.workers.max if workers_per_trial is None else workers_per_trial
+    given = 1 if experiment.workers.num == "auto" else experiment.workers.max
+    workers = given if workers_per_trial is None else workers_per_trial
     if workers < 0:
         raise UserError(f"workers_per_trial: got {workers}, should be at least 1; for example --workers-per-trial 1")
     name = experiment.run.name or f"sweep-{experiment.data.source}-{datetime.now():%Y%m%d-%H%M%S-%f}"[:-3]
-    return with_absolute_paths(experiment.with_overrides({"workers.num": max(1, workers), "run.name": name}))
+    cpus = 1 if experiment.workers.cpus == "auto" else experiment.workers.cpus  # one core a trial
+    overrides = {"workers.num": max(1, workers), "workers.cpus": cpus, "run.name": name}
+    return with_absolute_paths(experiment.with_overrides(overrides))
 
 
 def _check_max_concurrent(max_concurrent: int, scheduler: str) -> None:
@@ -158,8 +162,7 @@ def open_sweep(experiment: Experiment, chosen: SweepSettings, *, resume: bool) -
 def _difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Readable differences of two descriptions; more trials than before are none, they go on with it."""
     experiments = [Experiment.from_dict(content["experiment"]) for content in (old, new)]
-    place = {key: experiments[0].flat()[key] for key in PLACE_FIELDS}
-    found = differing_fields(experiments[0], experiments[1].with_overrides(place))
+    found = differing_fields(*experiments, content_only=True)
     for key in ("search", "metrics", "scheduler", "searcher"):
         if old.get(key) != new[key]:
             found.append(f"{key}: {old.get(key)!r} -> {new[key]!r}")

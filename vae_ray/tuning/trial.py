@@ -19,9 +19,10 @@ import torch
 from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
-from vae_ray import distributed
 from vae_ray.checkpoints.loading import all_checkpoints, complete_checkpoints, read_checkpoint
 from vae_ray.config.experiment import Experiment
+from vae_ray.config.user_code import Files, install
+from vae_ray.distributed.launch import fit
 from vae_ray.errors import CorruptFile, Diverged, Stopped
 from vae_ray.parallel.group import SingleProcess
 from vae_ray.run_files.run_directory import RunDirectory
@@ -49,8 +50,10 @@ class TrialLoop(tune.Trainable):  # type: ignore[misc]
         sweep: str = "",
         experiment: dict[str, Any] | None = None,
         device: str = "cpu",
+        user_code: Files | None = None,
     ) -> None:
         """Tune's entry; the arguments after `config` come from `tune.with_parameters`."""
+        install(user_code or {})
         self._sweep = sweep
         self._base = Experiment.from_dict(experiment)
         self._device = torch.device(device)
@@ -67,11 +70,10 @@ class TrialLoop(tune.Trainable):  # type: ignore[misc]
         """Train one epoch; its line of metrics."""
         with recorded_failure(self._run):
             self._epochs = self._epochs or self._open()
-            line = next(self._epochs).line
-            done = line["epoch"] == self._experiment.training.epochs
-            if done:
+            result = next(self._epochs)
+            if result.is_last:
                 self._close()
-            return {**line, "done": done}
+            return {**result.record, "done": result.is_last}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Hand over the newest checkpoint with its trial's name; only PBT asks.
@@ -136,8 +138,11 @@ def run_of(sweep: str, name: str) -> RunDirectory:
     return RunDirectory.at(join_location(sweep, TRIALS, name), role="trial")
 
 
-def train_group(config: dict[str, Any], *, sweep: str, experiment: dict[str, Any], device: str) -> None:
+def train_group(
+    config: dict[str, Any], *, sweep: str, experiment: dict[str, Any], device: str, user_code: Files
+) -> None:
     """A trial of several workers: a TorchTrainer, started from the trial's own process."""
+    install(user_code)
     name = tune.get_context().get_trial_name()
     own = trial_experiment(Experiment.from_dict(experiment), sweep, name, overrides_of(config))
     run = run_of(sweep, name)
@@ -145,7 +150,7 @@ def train_group(config: dict[str, Any], *, sweep: str, experiment: dict[str, Any
     with recorded_failure(run):
         run.write_experiment(own)
         run.push(run.experiment_file)
-        distributed.fit(own, run.location, torch.device(device), callbacks=[TuneReportCallback()])
+        fit(own, run.location, torch.device(device), callbacks=[TuneReportCallback()])
 
 
 def overrides_of(config: dict[str, Any]) -> dict[str, Any]:

@@ -237,7 +237,7 @@ def rate_distortion(
             "trial": row["trial"],
             "rate": row[rate],
             "distortion": row[distortion],
-            "beta": experiments[row["trial"]].objective.beta,
+            "beta": experiments[row["trial"]].flat().get("objective.beta"),
             "latent_dim": experiments[row["trial"]].model.latent_dim,
             "pareto_front": row["pareto_front"],
             "end": "ranked" if row["rank"] is not None else "failed",

@@ -23,6 +23,7 @@ from markupsafe import Markup
 
 from vae_ray.checkpoints.loading import checkpoint_name
 from vae_ray.config.experiment import Experiment, preset_names
+from vae_ray.config.keys import flag_of
 from vae_ray.runs.results import versions
 from vae_ray.storage.atomic import atomic_write
 from vae_ray.tuning.directory import SweepDirectory, json_lines
@@ -65,7 +66,7 @@ class ShownTrial:
 
     @property
     def beta(self) -> float:
-        return self.experiment.objective.beta
+        return float(self.experiment.flat().get("objective.beta", 1.0))
 
     @property
     def latent_dim(self) -> int:
@@ -194,12 +195,12 @@ def reproduction(experiment: Experiment) -> str:
 
 def _flags(experiment: Experiment, preset: Experiment) -> list[str]:
     given = preset.flat()
-    differing = {key: value for key, value in experiment.flat().items() if value != given[key]}
+    differing = {key: value for key, value in experiment.flat().items() if value != given.get(key)}
     return [
         word
         for key, value in differing.items()
         if key not in PLACE_KEYS
-        for word in (f"--{key.replace('_', '-')}", _flag_value(value))
+        for word in (flag_of(key.removesuffix(".name")), _flag_value(value))
     ]
 
 
