@@ -56,11 +56,11 @@ def digits_in_this_process(storage: Path) -> Experiment:
     return Experiment.from_dict(
         {
             "data": {"source": "digits", "num_validation": 100},
-            "model": {"hidden": [64], "latent_dim": 5, "encoder_range": "signed"},
+            "model": {"network": {"name": "mlp", "hidden": [64]}, "latent_dim": 5, "encoder_range": "signed"},
             "objective": {"beta": 0.25},
             "optim": {"lr": 5e-3, "schedule": "cosine", "warmup_steps": 7},
             "training": {"epochs": 3, "global_batch_size": 32},
-            "workers": {"num": 0, "device": "cpu"},
+            "workers": {"num": 0, "cpus": 1, "device": "cpu"},
             "run": {"storage": str(storage), "name": "digits-in-process", "seed": 3},
         }
     )

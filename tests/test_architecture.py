@@ -93,7 +93,10 @@ def test_only_distributed_cluster_and_tuning_import_ray(module: Path) -> None:
         assert [name for name in imports_of(module) if name.split(".")[0] == "ray"] == []
 
 
-LIGHT = {"errors", "storage.reading", "signals", "cli", "cli.main", "cli.commands", "config", "config.experiment"}
+LIGHT = {
+    *("errors", "storage.reading", "signals", "cli", "cli.main", "cli.commands", "config"),
+    *(f"config.{name}" for name in ("experiment", "fields", "keys", "migration", "sections", "user_code")),
+}
 
 
 @pytest.mark.parametrize("name", ["__main__", *sorted(LIGHT)])

@@ -36,7 +36,24 @@ MISTAKES: list[tuple[str, list[str], str]] = [
     ("no value", ["train", "digits", "--optim.lr"], "needs a value"),
     ("bad number", ["train", "digits", "--optim.lr", "fast"], "optim.lr: got 'fast'"),
     ("bad range", ["train", "digits", "--optim.lr=-1"], "optim.lr: got '-1'"),
-    ("bad choice", ["train", "digits", "--model.likelihood=poisson"], "'bernoulli' or 'gaussian'"),
+    (
+        "bad choice",
+        ["train", "digits", "--likelihood=poisson"],
+        "likelihood: got 'poisson', should be one of bernoulli",
+    ),
+    (
+        "a key of 0.1",
+        ["train", "digits", "--model.likelihood=gaussian"],
+        "does not exist any more; use 'likelihood.name'",
+    ),
+    ("a setting of another entry", ["train", "digits", "--likelihood.scale=1"], "--likelihood gaussian"),
+    ("a setting of another network", ["train", "digits", "--model.network.top-dim=3"], "--model.network ladder"),
+    ("nearly an entry", ["train", "digits", "--model.network=lader"], "did you mean 'ladder'"),
+    ("no such module", ["train", "digits", HERE, "--model.network=no_such:net"], "there is no module 'no_such'"),
+    ("no such function", ["train", "digits", HERE, "--model.network=json:net"], "the module 'json' has no 'net'"),
+    ("no function", ["train", "digits", HERE, "--model.network=json:__name__"], "should be a function or a class"),
+    ("no run to resume", ["resume", "no/such/run"], "run no/such/run: there is no run"),
+    ("a preset to resume", ["resume", "digits"], "run digits: there is no run"),
     ("name with a path", ["train", "digits", "--name", "../up"], "run.name: got '../up'"),
     ("empty name", ["train", "digits", "--name", ""], "run.name: got ''"),
     ("storage on another planet", ["train", "digits", "--storage", "ftp://planet"], "or for example s3://BUCKET/runs"),
@@ -45,7 +62,7 @@ MISTAKES: list[tuple[str, list[str], str]] = [
     ("all for validation", ["train", "digits", HERE, "--data.num-validation=1438"], "less than the 1438"),
     ("more workers than images", ["train", "digits", "--workers.num=65"], "workers.num: got 65"),
     ("missing data", ["train", "mnist", HERE, "--data.root=/no", "--data.download=no"], "/no/MNIST/raw/train"),
-    ("key for another command", ["presets", "--optim.lr", "1"], "only train and sweep take"),
+    ("key for another command", ["presets", "--optim.lr", "1"], "only train, resume, sweep take"),
     ("no such run", ["evaluate", "no/such/run"], "no/such/run"),
     ("no such run to draw", ["generate", "no/such/run", "--out", "x.png"], "no/such/run"),
     ("no out", ["generate", "run"], "--out"),
@@ -78,7 +95,7 @@ MODEL_MISTAKES: list[tuple[list[str], str]] = [
     (["interpolate", "RUN", "--out", "x.png", "--num", "0"], "got 0, should be at least 1"),
     (["evaluate", "RUN", "--split", "validation"], "'validation'"),
     (["evaluate", "RUN/checkpoints"], "checkpoints"),
-    (["evaluate", "RUN", "--optim.lr", "1"], "only train and sweep take"),
+    (["evaluate", "RUN", "--optim.lr", "1"], "only train, resume, sweep take"),
 ]
 
 
@@ -165,4 +182,4 @@ def test_an_interrupt_is_exit_code_130(
     assert main(["train", experiment_file(quick, tmp_path)]) == 130
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
-    assert "--resume" in err
+    assert "vae-ray resume" in err

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from vae_ray import Experiment, UserError
-from vae_ray.config.experiment import DataConfig
+from vae_ray.config.sections import DigitsData, MnistData
 from vae_ray.data.arrow_store import Split, open_split
 from vae_ray.data.sources import SOURCES, Digits, Images
 from vae_ray.data.splits import Splits
@@ -29,11 +29,11 @@ class Unreadable(Digits):
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> DataConfig:
-    return DataConfig(source="digits", cache_dir=tmp_path / "cache")
+def config(tmp_path: Path) -> DigitsData:
+    return DigitsData(cache_dir=tmp_path / "cache")
 
 
-def arrow_file(config: DataConfig, split: str = "test") -> Path:
+def arrow_file(config: DigitsData, split: str = "test") -> Path:
     assert config.cache_dir is not None
     (file,) = config.cache_dir.glob(f"digits-{split}-*.arrow")
     return file
@@ -46,7 +46,7 @@ def equal(a: Split, b: Split) -> bool:
 # --- digits ---------------------------------------------------------------------------------------------
 
 
-def test_digits_are_those_of_scikit_learn_each_in_one_split(config: DataConfig) -> None:
+def test_digits_are_those_of_scikit_learn_each_in_one_split(config: DigitsData) -> None:
     from sklearn.datasets import load_digits
 
     known = load_digits()
@@ -62,7 +62,7 @@ def test_digits_are_those_of_scikit_learn_each_in_one_split(config: DataConfig) 
     assert np.array_equal(labels, known.target)
 
 
-def test_first_digit_is_the_known_zero(config: DataConfig) -> None:
+def test_first_digit_is_the_known_zero(config: DigitsData) -> None:
     train = open_split(config, "train")
     # scikit-learn's first row: levels 0 0 5 13 9 1 0 0 of 16
     assert train.pixels[0, 0, 0].tolist() == [0, 0, 80, 207, 143, 16, 0, 0]
@@ -71,7 +71,7 @@ def test_first_digit_is_the_known_zero(config: DataConfig) -> None:
     assert train.image_shape == (1, 8, 8)
 
 
-def test_validation_is_taken_from_train_and_never_from_test(config: DataConfig) -> None:
+def test_validation_is_taken_from_train_and_never_from_test(config: DigitsData) -> None:
     splits = Splits.open(Experiment(data=config.model_copy(update={"num_validation": 100})))
     pixels, validation = splits.select("val")
     assert len(validation) == 100
@@ -84,7 +84,7 @@ def test_validation_is_taken_from_train_and_never_from_test(config: DataConfig) 
 # --- the Arrow store ------------------------------------------------------------------------------------
 
 
-def test_what_is_opened_equals_what_was_decoded(config: DataConfig) -> None:
+def test_what_is_opened_equals_what_was_decoded(config: DigitsData) -> None:
     decoded = Digits().decode("test")
     for _ in range(2):  # decoded now, then from the file
         opened = open_split(config, "test")
@@ -92,7 +92,7 @@ def test_what_is_opened_equals_what_was_decoded(config: DataConfig) -> None:
         assert np.array_equal(opened.labels.numpy(), decoded.labels)
 
 
-def test_second_open_maps_the_file_and_decodes_nothing(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_second_open_maps_the_file_and_decodes_nothing(config: DigitsData, monkeypatch: pytest.MonkeyPatch) -> None:
     first = open_split(config, "test")
     monkeypatch.setitem(SOURCES, "digits", lambda config, root: Unreadable())
     second = open_split(config, "test")
@@ -107,7 +107,7 @@ def test_second_open_maps_the_file_and_decodes_nothing(config: DataConfig, monke
 
 @pytest.mark.parametrize("position", [0.0, 0.1, 0.5, 0.9, 0.999999])
 def test_a_flipped_byte_is_named_in_a_warning_and_the_file_made_anew(
-    config: DataConfig, position: float, caplog: pytest.LogCaptureFixture
+    config: DigitsData, position: float, caplog: pytest.LogCaptureFixture
 ) -> None:
     decoded = Digits().decode("test")
     open_split(config, "test")
@@ -128,7 +128,7 @@ def test_a_flipped_byte_is_named_in_a_warning_and_the_file_made_anew(
 
 @pytest.mark.parametrize("damage", ["missing", "empty", "not json", "another digest", "a list"])
 def test_without_a_good_sidecar_the_file_is_made_anew(
-    config: DataConfig, damage: str, monkeypatch: pytest.MonkeyPatch
+    config: DigitsData, damage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = open_split(config, "test")
     sidecar = arrow_file(config).with_suffix(".json")
@@ -143,7 +143,7 @@ def test_without_a_good_sidecar_the_file_is_made_anew(
     assert equal(open_split(config, "test"), first)
 
 
-def test_what_a_killed_writer_left_is_not_taken_for_the_file(config: DataConfig) -> None:
+def test_what_a_killed_writer_left_is_not_taken_for_the_file(config: DigitsData) -> None:
     first = open_split(config, "test")
     file = arrow_file(config)
     partial = file.with_suffix(".partial-1")
@@ -152,7 +152,7 @@ def test_what_a_killed_writer_left_is_not_taken_for_the_file(config: DataConfig)
     assert equal(open_split(config, "test"), first)
 
 
-def test_sidecar_is_the_sha256_of_the_file(config: DataConfig) -> None:
+def test_sidecar_is_the_sha256_of_the_file(config: DigitsData) -> None:
     open_split(config, "test")
     file = arrow_file(config)
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
@@ -162,13 +162,13 @@ def test_sidecar_is_the_sha256_of_the_file(config: DataConfig) -> None:
 def test_a_cache_that_cannot_be_written_is_refused_with_its_key(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a directory")
     with pytest.raises(UserError, match=r"data\.cache_dir .*file.*try --data.cache-dir DIR"):
-        open_split(DataConfig(cache_dir=tmp_path / "file"), "test")
+        open_split(DigitsData(cache_dir=tmp_path / "file"), "test")
 
 
 EIGHT_PROCESSES = """
 import os, sys, time
 import torch
-from vae_ray.config.experiment import DataConfig
+from vae_ray.config.sections import DigitsData, MnistData
 from vae_ray.data.arrow_store import open_split
 from vae_ray.data.sources import SOURCES, Digits
 
@@ -189,7 +189,7 @@ for _ in range(8):
     child = os.fork()
     if child == 0:
         time.sleep(max(0.0, start - time.time()))
-        opened = open_split(DataConfig(cache_dir=cache), "test")
+        opened = open_split(DigitsData(cache_dir=cache), "test")
         os._exit(0 if (opened.pixels.numpy() == pixels).all() else 1)
     children.append(child)
 sys.exit(sum(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0 for child in children))
@@ -226,9 +226,9 @@ def raw(tmp_path: Path) -> Path:
     return directory
 
 
-def mnist_config(raw: Path) -> DataConfig:
+def mnist_config(raw: Path) -> MnistData:
     root = raw.parents[1]
-    return DataConfig(source="mnist", root=root, download=False, cache_dir=root.parent / "cache")
+    return MnistData(root=root, download=False, cache_dir=root.parent / "cache")
 
 
 def test_raw_files_are_read_as_they_stand(raw: Path) -> None:
@@ -288,7 +288,7 @@ def test_labels_that_do_not_match_the_images_are_refused(raw: Path) -> None:
 
 @pytest.mark.mnist
 def test_mnist_is_the_known_data_set(mnist_root: Path, tmp_path: Path) -> None:
-    config = DataConfig(source="mnist", root=mnist_root, download=False, cache_dir=tmp_path)
+    config = MnistData(root=mnist_root, download=False, cache_dir=tmp_path)
     train, test = open_split(config, "train"), open_split(config, "test")
     assert (len(train), len(test), train.image_shape) == (60_000, 10_000, (1, 28, 28))
     assert train.labels[:10].tolist() == [5, 0, 4, 1, 9, 2, 1, 3, 1, 4]

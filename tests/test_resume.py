@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 
 from vae_ray import Experiment, TrainResult, UserError, train
+from vae_ray.cli.main import main
+from vae_ray.runs.train import resume as resume_run
 
 
 def numbers(run: Path) -> list[dict[str, Any]]:
@@ -145,6 +147,106 @@ def test_tensorboard_of_a_resumed_run_shows_every_epoch_once(stopped: Path) -> N
     assert shown == [(line["epoch"], np.float32(line["train/nelbo"])) for line in numbers(stopped)]
 
 
+# --- from the directory alone ---------------------------------------------------------------------------
+
+
+def command(capsys: pytest.CaptureFixture[str], run: Path, *arguments: str) -> dict[str, Any]:
+    """The answer of `vae-ray resume`."""
+    assert main(["resume", str(run), *arguments, "--json"]) == 0
+    answer: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return answer
+
+
+def test_resume_needs_nothing_but_the_directory(
+    whole: TrainResult, stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    remove_checkpoints(stopped, 3, 4)
+    cache = tmp_path / "cache"
+    answer = command(capsys, stopped, "--workers.cpus=1", f"--data.cache-dir={cache}")
+    assert (Path(answer["last_checkpoint"]) / "weights.safetensors").read_bytes() == last_weights(whole)
+    assert numbers(stopped) == numbers(whole.run_dir)
+    assert list(cache.glob("digits-train-*.arrow")) != []
+
+
+@pytest.mark.parametrize("is_finished", [True, False])
+def test_resume_refuses_to_change_what_a_run_computes(
+    stopped: Path, whole: TrainResult, is_finished: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if is_finished:
+        shutil.copy(whole.run_dir / "summary.json", stopped)
+    before = {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()}
+    for override in ("--optim.lr=0.1", "--training.epochs=3", "--model.network=ladder", "--run.seed=4"):
+        assert main(["resume", str(stopped), override]) == 2
+        err = capsys.readouterr().err
+        assert "cannot be resumed with a different experiment: " in err
+        assert err.count("\n") == 1
+    assert {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()} == before
+
+
+def test_a_finished_run_that_was_moved_is_returned_with_its_new_paths(
+    whole: TrainResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    moved = tmp_path / "elsewhere" / "another-name"
+    shutil.copytree(whole.run_dir, moved)
+    answer = command(capsys, moved)
+    assert answer["run_dir"] == str(moved)
+    assert answer["best_checkpoint"] == str(moved / "checkpoints" / whole.best_checkpoint.name)
+    assert answer["metrics"] == whole.metrics
+
+
+def test_more_epochs_extend_a_run_to_that_of_so_many_epochs(
+    quick: Experiment, capsys: pytest.CaptureFixture[str]
+) -> None:
+    constant = quick.with_overrides({"optim.schedule": "constant", "training.epochs": 2})
+    run = train(constant).run_dir
+    extended = command(capsys, run, "--training.epochs", "4")
+    at_once = train(constant.with_overrides({"training.epochs": 4, "run.name": "at-once"}))
+    assert extended["epochs"] == 4
+    assert (Path(extended["last_checkpoint"]) / "weights.safetensors").read_bytes() == last_weights(at_once)
+    assert numbers(run) == numbers(at_once.run_dir)
+    assert Experiment.from_file(run / "experiment.yaml").training.epochs == 4
+    assert command(capsys, run) == extended
+
+
+def test_extending_a_decaying_schedule_is_warned_of(quick: Experiment, caplog: pytest.LogCaptureFixture) -> None:
+    run = train(quick.with_overrides({"training.epochs": 1})).run_dir
+    resume_run(run, {"training.epochs": 2})
+    assert "optim.schedule: cosine is computed over training.epochs (2)" in caplog.text
+
+
+# --- version 0.1 ----------------------------------------------------------------------------------------
+
+OLD_RUN = Path(__file__).parent / "data" / "run-v0.1"
+
+
+def test_a_run_of_version_0_1_is_evaluated(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", str(OLD_RUN), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["metrics"]
+    recorded = json.loads((OLD_RUN / "summary.json").read_text())["metrics"]
+    # 0.2 draws other noise
+    assert found["test/nelbo"] == pytest.approx(recorded["test/nelbo"], abs=0.05)
+
+
+def test_a_finished_run_of_version_0_1_is_returned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "old"
+    shutil.copytree(OLD_RUN, run)
+    answer = command(capsys, run)
+    assert (answer["run_dir"], answer["best_epoch"], answer["stopped_early"]) == (str(run), 32, False)
+
+
+def test_an_unfinished_run_of_version_0_1_is_not_continued(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "old"
+    shutil.copytree(OLD_RUN, run)
+    (run / "summary.json").unlink()
+    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+    assert main(["resume", str(run)]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "written by vae_ray 0.1: it can be evaluated and used as --run.initial-weights, not continued" in err
+    after = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+    assert {file: content for file, content in after.items() if file.suffix != ".lock"} == before
+
+
 # --- kill -9 --------------------------------------------------------------------------------------------
 
 
@@ -163,17 +265,17 @@ def wait_for_lines(run: Path, num_lines: int, process: subprocess.Popen[bytes]) 
 
 
 def test_a_run_killed_twice_at_random_moments_ends_as_if_it_had_not_been(quick: Experiment, tmp_path: Path) -> None:
-    experiment = quick.with_overrides({"training.epochs": 30})
+    experiment = quick.with_overrides({"training.epochs": 9})
     run = Path(experiment.run.storage) / str(experiment.run.name)
     chance, done = random.Random(17), 0
     for _ in range(2):
         process = start(experiment, tmp_path / "experiment.yaml")
         wait_for_lines(run, done + 2, process)
-        time.sleep(chance.uniform(0, 0.3))
+        time.sleep(chance.uniform(0, 0.2))
         process.kill()
         assert process.wait() == -signal.SIGKILL
         done = len((run / "metrics.jsonl").read_text().splitlines())
-    result = train(experiment, resume=True)
+    result = resume_run(run)
     uninterrupted = train(experiment.with_overrides({"run.name": "uninterrupted"}))
     assert last_weights(result) == last_weights(uninterrupted)
     assert numbers(result.run_dir) == numbers(uninterrupted.run_dir)

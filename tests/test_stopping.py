@@ -13,9 +13,10 @@ from torch import nn
 
 from tests.thread_workers import ThreadWorkers, on_threads
 from vae_ray import Experiment, Stopped, TrainResult, train
-from vae_ray.parallel.group import SingleProcess
+from vae_ray.parallel.group import SingleProcess, WorkerGroup
 from vae_ray.run_files.run_directory import RunDirectory
-from vae_ray.training import stop_requests as interruptions
+from vae_ray.runs.train import resume
+from vae_ray.training import loop, stop_requests
 from vae_ray.training.fit import fit
 from vae_ray.training.stop_requests import Requests, StopRequests
 
@@ -36,24 +37,32 @@ def whole(module_quick: Experiment) -> TrainResult:
 
 @pytest.fixture
 def ask_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(interruptions, "AGREE_SECONDS", 0.0)
-    monkeypatch.setattr(interruptions, "PREEMPTION_SECONDS", 0.0)
+    monkeypatch.setattr(stop_requests, "AGREE_SECONDS", 0.0)
+    monkeypatch.setattr(stop_requests, "PREEMPTION_SECONDS", 0.0)
 
 
 class Counting(SingleProcess):
-    """Alone, and calls `at` in every training step, with how many there have been."""
+    """Alone, and calls `at` before every step's gradient, with how many there have been; see `counted_steps`."""
 
     def __init__(self, at: Callable[[int], None]) -> None:
         super().__init__(torch.device("cpu"))
         self.num_steps, self._at = 0, at
 
-    def wrap(self, model: nn.Module) -> nn.Module:
-        next(model.parameters()).register_post_accumulate_grad_hook(self._count)
-        return model
-
-    def _count(self, *_: Any) -> None:
+    def count(self) -> None:
         self.num_steps += 1
         self._at(self.num_steps)
+
+
+@pytest.fixture(autouse=True)
+def counted_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = loop.gradients_of
+
+    def counting(*args: Any, group: WorkerGroup, **options: Any) -> dict[str, list[nn.Parameter]]:
+        if isinstance(group, Counting):
+            group.count()
+        return original(*args, group=group, **options)
+
+    monkeypatch.setattr(loop, "gradients_of", counting)
 
 
 def run_of(experiment: Experiment) -> RunDirectory:
@@ -71,7 +80,7 @@ def numbers(run: Path) -> Iterator[dict[str, Any]]:
 
 def state(run: Path) -> dict[str, bytes]:
     files = (run / "checkpoints").rglob("*")
-    return {str(f.relative_to(run)): f.read_bytes() for f in files if f.suffix in (".safetensors", ".pt")}
+    return {str(f.relative_to(run)): f.read_bytes() for f in files if f.suffix == ".safetensors"}
 
 
 def assert_same(run: Path, other: Path) -> None:
@@ -85,18 +94,32 @@ def test_a_run_stopped_at_any_step_goes_on_to_the_same_bits(whole: TrainResult, 
     run = run_of(small)
     group = Counting(lambda n: run.stop_file.touch() if n == step else None)
     epoch, in_epoch = (step - 1) // STEPS_PER_EPOCH + 1, (step - 1) % STEPS_PER_EPOCH + 1
-    with pytest.raises(Stopped, match=rf"step {in_epoch} of 14 of epoch {epoch}; .* --resume --name digits-in-process"):
+    with pytest.raises(
+        Stopped, match=rf"step {in_epoch} of 14 of epoch {epoch}; .* vae-ray resume /.*/digits-in-process"
+    ):
         fit(small, run.path, group)
     assert group.num_steps == step
     assert (run.checkpoints / f"epoch={epoch:04d}-step={in_epoch:06d}").is_dir()
 
-    result = train(small, resume=True)
+    result = resume(run.path)
 
     assert_same(run.path, whole.run_dir)
     assert not run.stop_file.exists()
     assert [line["images_per_second"] * line["seconds"] for line in result.history] == pytest.approx([1338] * EPOCHS)
     assert 0 < result.seconds["training"] < result.seconds["total"]
     assert 0 < result.seconds["startup"] < result.seconds["total"]
+
+
+@pytest.mark.usefixtures("ask_every_step")
+def test_averaged_weights_too_go_on_to_the_same_bits(small: Experiment) -> None:
+    averaging = small.with_overrides({"training.ema_decay": 0.95})
+    undisturbed = train(averaging.with_overrides({"run.name": "undisturbed"}))
+    run = run_of(averaging)
+    with pytest.raises(Stopped):
+        fit(averaging, run.path, Counting(lambda n: run.stop_file.touch() if n == 17 else None))
+    resume(run.path)
+    assert any(name.endswith("averaged.safetensors") for name in state(run.path))
+    assert_same(run.path, undisturbed.run_dir)
 
 
 def test_a_run_asked_to_stop_before_its_first_step_has_nothing_to_save(whole: TrainResult, small: Experiment) -> None:
@@ -139,8 +162,8 @@ def test_workers_stopped_inside_an_epoch_go_on(small: Experiment, num_workers_af
     assert fitted(small, undisturbed, 2) == [None, None]
 
     def stop_in_a_while(group: ThreadWorkers) -> None:
-        if group.rank == 0:  # its 10th sum of a gradient tensor lies inside the second step
-            group.after_sums(10, stopped.stop_file.touch)
+        if group.rank == 0:  # a step has one sum of gradients and one that asks for requests
+            group.after_sums(5, stopped.stop_file.touch)
         fit(small, stopped.path, group)
 
     errors = on_threads(2, stop_in_a_while)
@@ -164,11 +187,11 @@ def test_workers_agree_on_what_rank_0_alone_sees(tmp_path: Path) -> None:
         for num_steps in range(10_000):
             if num_steps == 50 and group.rank == 0:
                 run.stop_file.touch()
-            if any(tooltip_columns := asked.after_step()):
-                return num_steps, tooltip_columns
+            if any(requests := asked.after_step()):
+                return num_steps, requests
         raise AssertionError("never told")
 
-    (steps, tooltip_columns), *others = on_threads(3, steps_until_told)
-    assert tooltip_columns == Requests(stop=True)
-    assert others == [(steps, tooltip_columns)] * 2
+    (steps, requests), *others = on_threads(3, steps_until_told)
+    assert requests == Requests(stop=True)
+    assert others == [(steps, requests)] * 2
     assert steps >= 50

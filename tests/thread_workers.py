@@ -13,13 +13,13 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from vae_ray.errors import Diverged, Stopped
-from vae_ray.models.vae import VAE, build_vae
-from vae_ray.training import fit as training_fit
-from vae_ray.training import trainer as training_worker
+from vae_ray.errors import Diverged, Stopped, UserError
+from vae_ray.training import fit, trainer
 from vae_ray.training.cpu_settings import cpu_settings
+
+CPU = torch.device("cpu")
 
 
 class Meeting:
@@ -27,80 +27,100 @@ class Meeting:
 
     def __init__(self, size: int) -> None:
         self.barrier = threading.Barrier(size, timeout=60)
-        self.given: list[Any] = [None] * size
+        self.values: list[Any] = [None] * size
 
 
 class ThreadWorkers:
     """One thread's view of its group."""
 
-    device = torch.device("cpu")
+    device = CPU
     node = "here"
 
     def __init__(self, rank: int, size: int, meeting: Meeting) -> None:
         self.rank, self.size, self._meeting = rank, size, meeting
-        self._num_sums, self._at, self._then = 0, 0, lambda: None
+        self.gradient_sums: list[int] = []
+        """Length of each vector of gradients that was summed."""
+        self._num_sums, self._action_at, self._action = 0, 0, lambda: None
 
-    def after_sums(self, num_sums: int, then: Callable[[], None]) -> None:
-        """Call `then` once this worker has taken part in so many sums."""
-        self._at, self._then = num_sums, then
-
-    def wrap(self, model: nn.Module) -> nn.Module:
-        for parameter in model.parameters():
-            parameter.register_post_accumulate_grad_hook(self._sum_gradient)
-        return model
-
-    def _sum_gradient(self, parameter: Tensor) -> None:
-        assert parameter.grad is not None
-        parameter.grad.copy_(self.sum(parameter.grad))
+    def after_sums(self, num_sums: int, action: Callable[[], None]) -> None:
+        """Call `action` once this worker has taken part in so many sums, those of gradients included."""
+        self._action_at, self._action = num_sums, action
 
     def sum(self, values: Tensor) -> Tensor:
-        total = torch.stack(self._exchanged(values)).sum(0)
+        exchanged = self._exchange(values)
+        total = exchanged[0].clone()
+        for other in exchanged[1:]:
+            total += other
         self._meeting.barrier.wait()
         self._num_sums += 1
-        if self._num_sums == self._at:
-            self._then()
+        if self._num_sums == self._action_at:
+            self._action()
         return total
 
-    def all_gather(self, value: Any) -> list[Any]:
-        values = list(self._exchanged(value))
-        self._meeting.barrier.wait()
-        return values
+    def sum_gradients(self, vector: Tensor) -> None:
+        assert vector.is_contiguous()
+        self.gradient_sums.append(vector.numel())
+        vector.copy_(self.sum(vector))
 
     def broadcast(self, value: Any) -> Any:
         return self.all_gather(value)[0]
 
-    def _exchanged(self, value: Any) -> list[Any]:
-        """What all have given; nobody may change it before the next barrier."""
-        self._meeting.given[self.rank] = value
+    def all_gather(self, value: Any) -> list[Any]:
+        values = list(self._exchange(value))
         self._meeting.barrier.wait()
-        return self._meeting.given
+        return values
 
     def preempted(self) -> bool:
         return False
+
+    def _exchange(self, value: Any) -> list[Any]:
+        """Every worker's value; nobody may change it before the next barrier."""
+        self._meeting.values[self.rank] = value
+        self._meeting.barrier.wait()
+        return self._meeting.values
 
 
 def on_threads(size: int, work: Callable[[ThreadWorkers], Any]) -> list[Any]:
     """What `work` returns, or the exception that it raises, for every rank."""
     meeting = Meeting(size)
 
-    def one(rank: int) -> Any:
+    def run(rank: int) -> Any:
         try:
             return work(ThreadWorkers(rank, size, meeting))
-        except (Stopped, Diverged) as error:  # on these all agree: nobody is left waiting
+        except (Stopped, Diverged, UserError) as error:  # all ranks raise these together: nobody is left waiting
             return error
         except Exception as error:
             meeting.barrier.abort()
             return error
 
-    # What belongs to the process is not for threads to change under each other: the precision of products, and the
-    # generator from which torch draws new weights.
-    untuned = patch.object(training_fit, "cpu_settings", lambda **_: contextlib.nullcontext())
+    # Threads must not change under each other what belongs to the process: its settings, and the generator from which
+    # torch draws new weights.
     building = threading.Lock()
 
-    def build_alone(*args: Any, **kwargs: Any) -> VAE:
-        with building:
-            return build_vae(*args, **kwargs)
+    def one_at_a_time(build: Callable[..., Any]) -> Callable[..., Any]:
+        def locked(*args: Any, **kwargs: Any) -> Any:
+            with building:
+                return build(*args, **kwargs)
 
-    one_by_one = patch.object(training_worker, "build_vae", build_alone)
-    with cpu_settings(num_threads=1), untuned, one_by_one, ThreadPoolExecutor(size) as threads:
-        return list(threads.map(one, range(size)))
+        return locked
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(cpu_settings(num_threads=1, device=CPU))
+        stack.enter_context(patch.object(fit, "cpu_settings", lambda **_: contextlib.nullcontext()))
+        for name in ("build_vae", "build_objective"):
+            stack.enter_context(patch.object(trainer, name, one_at_a_time(getattr(trainer, name))))
+        threads = stack.enter_context(ThreadPoolExecutor(size))
+        return list(threads.map(run, range(size)))
+
+
+def results_on_threads(size: int, work: Callable[[ThreadWorkers], Any]) -> list[Any]:
+    """What `work` returns for every rank; raises what it raises on one."""
+    results = on_threads(size, work)
+    # the others only report the barrier that the failing rank broke
+    errors = sorted(
+        (result for result in results if isinstance(result, BaseException)),
+        key=lambda error: isinstance(error, threading.BrokenBarrierError),
+    )
+    if errors:
+        raise errors[0]
+    return results

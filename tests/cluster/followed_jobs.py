@@ -1,4 +1,4 @@
-"""Jobs that are followed while nodes come and go."""
+"""Jobs that are followed while nodes join and leave."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vae_ray.run_files.run_directory import RunDirectory
 
 EPOCHS = 16
 # epochs of half a second or more, saved several times in each
-RUN = ["digits", "--training.epochs", str(EPOCHS), "--training.global-batch-size", "16", "--model.hidden", "256,128"]
+RUN = ["digits", "--training.epochs", str(EPOCHS), "--training.global-batch-size", "16"]
 RUN += ["--training.test-every-epochs", "0", "--run.checkpoint-every-steps", "20", "--run.seed", "5"]
 
 
@@ -33,9 +33,9 @@ class Job:
     @property
     def id(self) -> str:
         """As Ray calls it."""
-        return next(word.strip("'") for word in self.said().split() if word.startswith("'raysubmit_"))
+        return next(word.strip("'") for word in self.log_text().split() if word.startswith("'raysubmit_"))
 
-    def said(self) -> str:
+    def log_text(self) -> str:
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
     def wait_for_epochs(self, number: int, *, seconds: float = 120) -> None:
@@ -43,13 +43,13 @@ class Job:
 
     def wait_until(self, condition: Any, what: str, *, seconds: float) -> None:
         def holds_or_ended() -> bool:
-            assert self.process.poll() is None or condition(), f"the job ended before: {what}\n{self.said()}"
+            assert self.process.poll() is None or condition(), f"the job ended before: {what}\n{self.log_text()}"
             return bool(condition())
 
         try:
             wait_until(holds_or_ended, what, seconds=seconds)
         except AssertionError as error:
-            raise AssertionError(f"{error}\n{self.said()}") from None
+            raise AssertionError(f"{error}\n{self.log_text()}") from None
 
     def end(self, *, seconds: float = 240) -> int:
         return int(self.process.wait(timeout=seconds))

@@ -70,7 +70,7 @@ def _run(*command: str) -> str:
 
 
 def _first_process(flags: Sequence[str], *command: str) -> tuple[subprocess.Popen[str], int]:
-    """The process that holds new namespaces, once it says that it is up, and the pid of its child inside."""
+    """The process that holds new namespaces, once it prints "up", and the pid of its child inside."""
     process = subprocess.Popen(
         # both die with this process: setpriv's signal for the parent, --kill-child for the one inside
         ["setpriv", "--pdeathsig", "KILL", "unshare", *flags, "--fork", "--kill-child=KILL", *command],
@@ -229,5 +229,5 @@ class Network:
 
 
 def describe(done: subprocess.CompletedProcess[Any]) -> str:
-    """All that a command said, for the message of a failed assertion."""
+    """All output of a command, for the message of a failed assertion."""
     return f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"

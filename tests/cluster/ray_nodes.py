@@ -15,7 +15,7 @@ from tests.cluster.hosts import Host, Network, describe
 REPOSITORY = Path(__file__).resolve().parents[2]
 GCS_PORT, DASHBOARD_PORT = 6379, 8265
 SOON_DEAD = {"RAY_health_check_period_ms": "1000", "RAY_health_check_failure_threshold": "3"}
-"""A node that is gone is found out after seconds; at Ray's defaults it takes some twenty."""
+"""Ray notices a dead node after seconds; with its defaults it takes some twenty."""
 # prints what the dashboard answers; the token comes from the environment as for every client
 GET = """
 import os, sys, urllib.request
@@ -58,7 +58,7 @@ class RayNodes:
         return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token, "RAY_USAGE_STATS_ENABLED": "0"}
 
     def log(self, host: Host) -> Path:
-        """What `ray start` said on `host`."""
+        """The output of `ray start` on `host`."""
         return self.network.shared / f"ray-{host.name}.log"
 
     def start(self, host: Host, *more: str) -> None:
@@ -148,6 +148,6 @@ class RayNodes:
 
 
 def succeeded(done: CompletedProcess[str]) -> CompletedProcess[str]:
-    """`done`, or the failure of the test with all that the command said."""
+    """`done`, or the failure of the test with all output of the command."""
     assert done.returncode == 0, describe(done)
     return done

@@ -1,4 +1,4 @@
-"""A node that is announced to go away: what a run on two hosts then does."""
+"""A run on two hosts while one of them is announced to be preempted."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_a_node_that_is_announced_to_go_leads_to_a_checkpoint(whole: RayNodes, m
     succeeded(whole.nodes[0].run(*drain, env=whole.credentials, timeout=60))
     job.wait_until(lambda: any(job.run.checkpoints.glob("epoch=0001-step=*")), "a checkpoint", seconds=30)
     second.kill_everything()
-    job.wait_until(lambda: len(job.run.attempts()) > 1, "going on", seconds=150)
+    job.wait_until(lambda: len(job.run.attempts()) > 1, "the restart", seconds=150)
     assert job.run.attempts()[1]["steps_done"] > 0
     stop = ["ray", "job", "stop", f"--address={whole.job_address}", job.id]
     succeeded(whole.client.run(*stop, env=whole.credentials, timeout=60))

@@ -1,4 +1,4 @@
-"""A sweep on a cluster whose head runs no trials: nodes come for it, and go when they are idle.
+"""A cluster whose head runs no training: nodes join for a sweep, leave when idle, and join for a run that waits.
 
 Ray's `fake_multinode` provider: the real autoscaler, whose "machines" are raylets of one host.
 """
@@ -64,18 +64,19 @@ def autoscaling(address: str) -> str:
     )
 
 
-def test_a_sweep_makes_nodes_come_and_idle_ones_go(network: Network) -> None:
+def test_nodes_join_for_a_sweep_leave_when_idle_and_join_for_a_run_that_waits(network: Network) -> None:
     client, head = network.host("client"), network.host("h1")
     head.write("/tmp/autoscaling.yaml", autoscaling(head.address))
     head.environment = {
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
         "RAY_FAKE_CLUSTER": "1",
+        "RAY_NODE_TYPE_NAME": "ray.head.default",  # as `ray up` and KubeRay set it
         # Not as a submitted job: this provider's nodes share one session directory, and one that goes takes the job's
         # working directory along.
         "PYTHONPATH": str(REPOSITORY),
     }
     cluster = RayNodes(network, client, secrets.token_hex(32), num_cpus=0)
-    cluster.start(head, "--autoscaling-config=/tmp/autoscaling.yaml", "--labels=vae-ray/may-grow-by=2x1")
+    cluster.start(head, "--autoscaling-config=/tmp/autoscaling.yaml")
     cluster.wait_until_alive(head)
 
     storage = network.shared / "runs"
@@ -95,7 +96,8 @@ def test_a_sweep_makes_nodes_come_and_idle_ones_go(network: Network) -> None:
 
     wait_until(lambda: cluster.num_alive() == 1, "idle workers are gone", seconds=90)
 
-    too_many = ["--workers.num", "3", "--storage", str(storage)]
-    refused = head.run("python", "-m", "vae_ray", "train", "digits", *too_many, env=user)
-    assert refused.returncode == 2, describe(refused)
-    assert "should be at most what the Ray cluster has (2 CPUs)" in refused.stderr
+    options = ["--workers.num=2", "--training.epochs=1", "--storage", str(storage), "--name=waited"]
+    trained = head.run("python", "-m", "vae_ray", "train", "digits", *options, env=user)
+    assert trained.returncode == 0, describe(trained)
+    assert "waiting for nodes: the Ray cluster has room for 0 of 2 workers now" in trained.stderr
+    assert json.loads((storage / "waited" / "summary.json").read_text())["num_workers"] == 2

@@ -16,7 +16,7 @@ from vae_ray import TrainedVAE
 
 pytestmark = pytest.mark.cluster
 
-MNIST_EPOCH = ["--training.epochs", "1", "--model.hidden", "64", "--training.global-batch-size", "256"]
+MNIST_EPOCH = ["--training.epochs", "1", "--model.network.hidden", "64", "--training.global-batch-size", "256"]
 
 
 def test_a_job_from_a_third_place_trains_mnist_on_both_nodes(two_nodes: RayNodes, mnist_root: Path) -> None:
@@ -27,7 +27,7 @@ def test_a_job_from_a_third_place_trains_mnist_on_both_nodes(two_nodes: RayNodes
     summary = json.loads((storage / "mnist" / "summary.json").read_text())
     assert summary["num_workers"] == 2
     assert sorted(summary["nodes"]) == sorted(host.address for host in two_nodes.nodes)
-    # not only said: each node has a home of its own, and has decoded the images there for its own worker
+    # each node has its own home, in which its worker has decoded the images
     for host in two_nodes.nodes:
         decoded = host.run("find", f"{HOME}/.cache/vae_ray", "-name", "*.arrow").stdout.split()
         assert decoded, f"no worker has read MNIST on {host.name}"
@@ -36,14 +36,14 @@ def test_a_job_from_a_third_place_trains_mnist_on_both_nodes(two_nodes: RayNodes
     nelbo = trained.evaluate("test")["test/nelbo"]
     assert nelbo < 250
     job = succeeded(two_nodes.submit("python", "jobs/evaluate.py", str(storage / "mnist")))
-    (said,) = re.findall(r"^test/nelbo +([\d.]+) nats$", job.stdout, re.MULTILINE)
-    assert float(said) == pytest.approx(nelbo, abs=2e-3)
+    (printed,) = re.findall(r"^test/nelbo +([\d.]+) nats$", job.stdout, re.MULTILINE)
+    assert float(printed) == pytest.approx(nelbo, abs=2e-3)
 
 
 def test_a_failing_job_returns_non_zero_and_says_why(two_nodes: RayNodes) -> None:
     job = two_nodes.submit("python", "jobs/train.py", "digits", "--workers.num", "64")
     assert job.returncode != 0
-    assert "vae-ray: workers.num: got 64 with 1 CPU each, should be at most" in job.stdout
+    assert "vae-ray: workers.num: got 64 with 1 CPU each, but the Ray cluster has room for 2" in job.stdout
     assert "exit code 2" in job.stdout
 
 
@@ -72,6 +72,6 @@ def test_a_submission_uploads_the_package_and_neither_data_nor_results(two_nodes
     job = two_nodes.submit("sh", "-c", f"find . -type f -printf '%s %P\\n' > {listing}", cwd=checkout)
     succeeded(job)
     sizes = {name: int(size) for size, name in (line.split(maxsplit=1) for line in listing.read_text().splitlines())}
-    assert {"jobs/train.py", "jobs/sweep.py", "vae_ray/config.py", "vae_ray/presets/mnist.yaml"} <= set(sizes)
+    assert {"jobs/train.py", "vae_ray/config/experiment.py", "vae_ray/config/presets/mnist.yaml"} <= set(sizes)
     assert set(sizes) & set(heavy) == set()
     assert sum(sizes.values()) < 2_000_000

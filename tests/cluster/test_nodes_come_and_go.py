@@ -1,4 +1,4 @@
-"""A node dies, comes back; a job is stopped: what a run on two hosts then does."""
+"""A run on two hosts while a node leaves and joins again, and while its job is stopped and submitted again."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(420)]
 def undisturbed(two_nodes: RayNodes) -> RunDirectory:
     """The run with two workers to which nothing happens."""
     job = Job(two_nodes, "undisturbed", "--workers.num", "2")
-    assert job.end() == 0, job.said()
+    assert job.end() == 0, job.log_text()
     return job.run
 
 
@@ -35,7 +35,7 @@ def assert_nothing_repeated(run: RunDirectory, before: list[dict[str, Any]]) -> 
     assert run.history()[:resumed_from] == before[:resumed_from]
 
 
-def test_a_range_of_workers_goes_on_with_one_when_a_node_dies_and_grows_when_it_is_back(
+def test_a_range_of_workers_continues_with_one_when_a_node_leaves_and_grows_when_it_joins(
     whole: RayNodes, undisturbed: RunDirectory
 ) -> None:
     second = whole.nodes[1]
@@ -43,10 +43,10 @@ def test_a_range_of_workers_goes_on_with_one_when_a_node_dies_and_grows_when_it_
     job.wait_for_epochs(3)
     before = job.run.history()
     second.kill_everything()
-    job.wait_until(lambda: len(job.run.attempts()) > 1, "going on with one worker", seconds=150)
+    job.wait_until(lambda: len(job.run.attempts()) > 1, "the restart with one worker", seconds=150)
     assert job.run.attempts()[1]["num_workers"] == 1
-    assert job.end() == 0, job.said()
-    assert f"node {second.address} is gone" in job.said()
+    assert job.end() == 0, job.log_text()
+    assert f"node {second.address} left the cluster" in job.log_text()
     assert_nothing_repeated(job.run, before)
     assert abs(last_nelbo(job.run) - last_nelbo(undisturbed)) < 0.5
 
@@ -57,18 +57,18 @@ def test_a_fixed_number_of_workers_waits_for_the_node_and_says_so(whole: RayNode
     job.wait_for_epochs(3)
     before = job.run.history()
     second.kill_everything()
-    job.wait_until(lambda: "waiting for nodes" in job.said(), "the message", seconds=90)
-    assert "room for 1 of 2 workers" in job.said()
+    job.wait_until(lambda: "waiting for nodes" in job.log_text(), "the message", seconds=90)
+    assert "room for 1 of 2 workers" in job.log_text()
     time.sleep(5)
     assert len(job.run.attempts()) == 1, "it waits"
     whole.start(second)
-    assert job.end() == 0, job.said()
-    assert "room for 2 workers again" in job.said()
+    assert job.end() == 0, job.log_text()
+    assert "room for 2 workers; training continues" in job.log_text()
     assert_nothing_repeated(job.run, before)
     assert last_nelbo(job.run) == pytest.approx(last_nelbo(undisturbed), abs=1e-3)
 
 
-def test_a_stopped_job_goes_on_when_it_is_submitted_again_with_resume(
+def test_a_stopped_job_continues_when_it_is_submitted_again_with_resume(
     whole: RayNodes, undisturbed: RunDirectory
 ) -> None:
     job = Job(whole, "stopped", "--workers.num", "2")
@@ -78,7 +78,7 @@ def test_a_stopped_job_goes_on_when_it_is_submitted_again_with_resume(
     job.end()
     attempt = job.run.attempts()[-1]
     again = Job(whole, "stopped", "--workers.num", "2", "--resume")
-    assert again.end() == 0, again.said()
+    assert again.end() == 0, again.log_text()
     resumed = job.run.attempts()[-1]
     assert (resumed["epochs_done"], resumed["steps_done"]) > (attempt["epochs_done"], attempt["steps_done"])
     assert resumed["epochs_done"] >= 3

@@ -17,7 +17,7 @@ from vae_ray import Experiment, TrainResult, train
 DIGITS = {
     "data.num_validation": 157,
     "training.epochs": 3,
-    "model.hidden": (48, 24),
+    "model.network.hidden": (48, 24),
     "model.latent_dim": 6,
     "run.seed": 11,
 }

@@ -57,12 +57,12 @@ def doctor(head: Head, *arguments: str, **environment: str) -> tuple[int, Any]:
 
 
 def levels(answer: Any) -> dict[str, str]:
-    """ok, warning or error of each subject."""
+    """The level (ok, warning or error) of each subject."""
     return {finding["subject"]: finding["level"] for finding in answer["findings"]}
 
 
 def text(answer: Any, subject: str) -> str:
-    """What it says of a subject."""
+    """The text of the finding about `subject`."""
     return str(next(finding["text"] for finding in answer["findings"] if finding["subject"] == subject))
 
 
@@ -74,7 +74,7 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def head(*, token: bool = True, num_cpus: int = 2) -> Iterator[Head]:
-    """A head node on loopback ports that nobody has, which asks for a token or, as Ray's default is, for none."""
+    """A head node on free loopback ports, which requires a token unless `token` is False."""
     gcs, dashboard = f"127.0.0.1:{free_port()}", f"http://127.0.0.1:{free_port()}"
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}

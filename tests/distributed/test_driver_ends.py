@@ -59,9 +59,7 @@ def test_a_run_stopped_by_ctrl_c_goes_on_to_the_same_bits(undisturbed: TrainResu
     assert said.count("stopping after a checkpoint; once more to stop at once") == 1
     newest = all_checkpoints(training.run.checkpoints)[-1]
     assert newest.step is not None, said
-    assert (
-        f"stopped after step {newest.step} of 161 of epoch {newest.epoch}; go on with --resume --name stopped" in said
-    )
+    assert f"stopped after step {newest.step} of 161 of epoch {newest.epoch}; continue with: vae-ray resume " in said
     assert seconds < 10
     assert_resumes_to_the_same_bits(experiment, undisturbed)
 
@@ -93,5 +91,5 @@ def test_a_sweep_ends_at_sigterm_with_130_and_leaves_no_process(tmp_path: Path) 
     finally:
         sweep.process.kill()
     assert code == 130, said
-    assert "interrupted; go on with --resume and the same --name" in said
+    assert "interrupted; continue with: " in said
     assert seconds < 10

@@ -1,4 +1,4 @@
-"""`vae-ray submit` to a real cluster: what is refused before, what runs there, and what the caller is told."""
+"""`vae-ray submit` to a real cluster: what is refused before, what runs there, and what is reported."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_files_of_mine_are_swept_on_the_cluster_from_any_directory(head: Head, t
     """The repository is not where the user is; the experiment, the search and a directory of theirs travel along."""
     mine, storage = tmp_path / "mine", tmp_path / "storage"
     mine.mkdir()
-    experiment = Experiment.preset("digits").with_overrides({"training.epochs": 1, "model.hidden": (16,)})
+    experiment = Experiment.preset("digits").with_overrides({"training.epochs": 1, "model.network.hidden": (16,)})
     (mine / "mine.yaml").write_text(experiment.to_yaml())
     (mine / "search.yaml").write_text(yaml.safe_dump({"model.latent_dim": {"grid": [2, 3]}}))
     done = submit(
@@ -63,7 +63,7 @@ def test_files_of_mine_are_swept_on_the_cluster_from_any_directory(head: Head, t
     assert (tmp_path / "cache").is_dir()
     assert json.loads((storage / "sent" / "summary.json").read_text())["num_trials"] == 2
     trained = TrainedVAE.load(storage / "sent").experiment
-    assert (trained.model.hidden, trained.optim.lr) == ((16,), 2e-3)
+    assert (trained.model.network.hidden, trained.optim.lr) == ((16,), 2e-3)
     assert trained.model.latent_dim in (2, 3)
 
 
@@ -78,16 +78,18 @@ def test_a_mistake_that_only_the_job_can_find_has_its_exit_code_and_its_line(hea
 
 
 @pytest.mark.parametrize(
-    ("environment", "said"),
+    ("environment", "problem"),
     [
-        ({"RAY_AUTH_MODE": "disabled"}, "wants a token; set RAY_AUTH_MODE=token"),
+        ({"RAY_AUTH_MODE": "disabled"}, "requires a token; none is set here: set RAY_AUTH_MODE=token"),
         ({"RAY_AUTH_TOKEN": "0" * 64}, "refuses this token; set RAY_AUTH_MODE=token"),
     ],
 )
-def test_without_the_token_nothing_is_sent(head: Head, tmp_path: Path, environment: dict[str, str], said: str) -> None:
+def test_without_the_token_nothing_is_sent(
+    head: Head, tmp_path: Path, environment: dict[str, str], problem: str
+) -> None:
     done = submit(head, "train", "digits", "--storage", str(tmp_path), cwd=tmp_path, **environment)
     assert done.returncode == 2
-    assert said in done.stderr
+    assert problem in done.stderr
     assert done.stderr.count("\n") == 1
 
 
@@ -95,8 +97,7 @@ def test_more_workers_than_the_cluster_has_are_refused_and_no_job_is_made(head: 
     before = jobs(head)
     done = submit(head, "train", "digits", "--storage", str(tmp_path), "--workers.num", "64", cwd=tmp_path)
     assert done.returncode == 2
-    assert "workers.num: got 64 with 1 CPU each, should be at most what the cluster has room for (" in done.stderr
-    assert "for example --workers.num" in done.stderr
+    assert "workers.num: got 64 with 1 CPU each, but the cluster has room for 2 (2 CPUs); for example" in done.stderr
     assert jobs(head) == before
 
 
@@ -121,7 +122,7 @@ def test_ctrl_c_leaves_the_job_running_and_says_how_to_stop_it(head: Head, tmp_p
     out, err = following.communicate(timeout=30)
     assert following.returncode == 130, err
     job_id = json.loads(out)["job_id"]
-    assert f"{job_id} goes on; stop it with: ray job stop --address {head.dashboard} {job_id}" in err
+    assert f"{job_id} keeps running; stop it with: ray job stop --address {head.dashboard} {job_id}" in err
     assert "Traceback" not in err
     epochs = tmp_path / "long" / "metrics.jsonl"
     before = len(epochs.read_text().splitlines())
@@ -135,7 +136,7 @@ def test_ctrl_c_leaves_the_job_running_and_says_how_to_stop_it(head: Head, tmp_p
     assert TrainedVAE.load(tmp_path / "long").checkpoint.epoch >= 1
 
 
-def test_a_job_that_is_not_followed_goes_on_alone(head: Head, tmp_path: Path) -> None:
+def test_a_job_that_is_not_followed_runs_to_its_end(head: Head, tmp_path: Path) -> None:
     options = ["--training.epochs=1", "--workers.num=0", "--name=alone", "--no-follow", "--json"]
     done = submit(head, "train", "digits", "--storage", str(tmp_path), *options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

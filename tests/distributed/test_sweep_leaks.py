@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster")]
 
 NUM_TRIALS = 16
 SPACE = {"optim.lr": {"loguniform": [1e-3, 1e-2]}, "objective.beta": {"uniform": [0.5, 2.0]}}
-TINY = {"training.epochs": 1, "model.hidden": (8,), "training.global_batch_size": 512}
+TINY = {"training.epochs": 1, "model.network.hidden": (8,), "training.global_batch_size": 512}
 
 
 def num_descendants() -> int:

@@ -13,7 +13,7 @@ from vae_ray.run_files.run_directory import RunDirectory
 
 pytestmark = pytest.mark.ray
 
-TERMS = ("nelbo", "distortion", "rate", "loss")
+TERMS = ("nelbo", "distortion", "rate")
 
 
 def weights(result: TrainResult) -> bytes:
@@ -26,7 +26,7 @@ def test_one_ray_worker_computes_the_same_bits_as_no_ray(trained_by: Callable[[i
 
 
 def test_two_workers_give_the_curve_of_one(trained_by: Callable[[int], TrainResult]) -> None:
-    """Gradients of other numbers of shards: tests/test_loop.py; sums of three workers: test_shared_memory.py."""
+    """Gradients of other numbers of shards: tests/training/test_loop.py; sums of three: test_shared_memory.py."""
     # Only the order of float32 additions differs; 63 Adam steps of it stay far below 0.01 nats of about 30.
     for alone, together in zip(trained_by(0).history, trained_by(2).history, strict=True):
         for split in ("train", "val", "test"):
@@ -62,7 +62,7 @@ def test_the_result_says_how_many_workers_computed_it(trained_by: Callable[[int]
 def test_a_loss_that_is_not_finite_is_warned_of_and_fails_at_last_and_keeps_no_checkpoint_of_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    policy = {"optim.lr": 1e30, "training.nonfinite": "skip", "training.nonfinite_limit": 1}
+    policy = {"optim.lr": 1e30, "training.nonfinite": "skip", "training.nonfinite.limit": 1}
     with pytest.raises(TrainingFailed, match=r"epoch 1, step \d+ of 21: the loss or its gradient is .*--optim\.lr"):
         train(digits(tmp_path, 2, name="diverges", **policy), quiet=False)
     assert list((tmp_path / "diverges" / "checkpoints").glob("epoch=*")) == []

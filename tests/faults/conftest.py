@@ -39,7 +39,7 @@ class Row:
 def rows() -> dict[str, Row]:
     """The events of docs/promises.md, in its order, by the name that tests use."""
     return {
-        "worker killed": Row("kill -9 of a worker, or of the loop, at any step"),
+        "worker killed": Row("kill -9 of a worker at any step", needs_ray=True),
         "worker hangs": Row("a worker hangs (SIGSTOP)", needs_ray=True),
         "driver killed": Row("kill -9 of the driver, at any file operation"),
         "inside epochs": Row("checkpoints every N steps"),

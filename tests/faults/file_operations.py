@@ -1,8 +1,8 @@
 """Processes that end with a real SIGKILL at their n-th file operation, forked from one that has torch imported.
 
 Every operation that changes something below a directory is counted: files opened for writing, the bytes that reach
-them, fsync, rename, mkdir, unlink, rmdir. The n-th is not done at all, or (`torn`) a write is done by half and
-everything else whole, before the process dies.
+them, fsync, rename, exchange of two names, mkdir, unlink, rmdir. The n-th is not done at all, or (`torn`) a write is
+done by half and everything else whole, before the process dies.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+
+from vae_ray.storage import atomic
 
 # What costs a second when it is first done in a process: here it is done once, in the fork server.
 torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))], fused=True)
@@ -101,6 +103,10 @@ class _Watch:
         """Put the watch around whatever changes files; threads that write are counted too."""
         for name in ("mkdir", "unlink", "remove", "rmdir", "replace", "rename"):
             setattr(os, name, self._around(name, getattr(os, name)))
+        exchange = atomic._exchange
+        atomic._exchange = lambda new, directory: self.did(
+            "exchange", str(directory), functools.partial(exchange, new, directory)
+        )
         os.fsync = self._fsync  # type: ignore[assignment]
         builtins.open = io.open = self._open  # type: ignore[assignment]
         try:

@@ -16,7 +16,7 @@ from tests.conftest import digits_in_this_process
 from tests.faults.conftest import Count
 from tests.faults.file_operations import SERVER
 from vae_ray import Experiment
-from vae_ray.config.experiment import DataConfig
+from vae_ray.config.sections import DigitsData
 from vae_ray.data.arrow_store import open_split
 from vae_ray.data.sources import SOURCES, Digits, Images
 
@@ -39,7 +39,7 @@ class Counted(Digits):
 def opened(cache: str, log: str, start: float, answer: Any) -> None:
     SOURCES["digits"] = lambda config, root: Counted(log)
     time.sleep(max(0.0, start - time.time()))
-    split = open_split(DataConfig(cache_dir=Path(cache)), "test")
+    split = open_split(DigitsData(cache_dir=Path(cache)), "test")
     answer.put(split.pixels.numpy().tobytes())
 
 
@@ -49,7 +49,7 @@ def test_eight_processes_that_ask_for_the_same_data_decode_it_once(
 ) -> None:
     cache, log = tmp_path / "cache", tmp_path / "log"
     if cache_was == "damaged":
-        open_split(DataConfig(cache_dir=cache), "test")
+        open_split(DigitsData(cache_dir=cache), "test")
         (file,) = cache.glob("*.arrow")
         content = bytearray(file.read_bytes())
         content[len(content) // 2] ^= 1
@@ -94,8 +94,8 @@ def test_of_two_runs_with_one_name_at_the_same_time_the_second_is_refused(
     assert (second.returncode, out) == (2, "")
     assert err.strip().count("\n") == 0
     assert "'digits-in-process'" in err
-    answer, tooltip_columns = first.communicate(timeout=200)
-    assert first.returncode == 0, tooltip_columns
+    answer, stderr = first.communicate(timeout=200)
+    assert first.returncode == 0, stderr
     assert json.loads(answer)["epochs"] == 30
     lines = [json.loads(line)["epoch"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert lines == list(range(1, 31))

@@ -17,14 +17,21 @@ from tests.faults.damage import damages, fresh_copy
 from tests.faults.test_kills_at_every_operation import outcome, tiny
 from vae_ray import Experiment, TrainedVAE, UserError, train
 from vae_ray.checkpoints.loading import complete_checkpoints, read_checkpoint
-from vae_ray.config.experiment import DataConfig
+from vae_ray.config.sections import DigitsData, MnistData
 from vae_ray.data.arrow_store import open_split
 from vae_ray.run_files.run_directory import RunDirectory
+from vae_ray.runs.train import resume
 from vae_ray.tuning.directory import SweepDirectory
 
 pytestmark = pytest.mark.faults
 
-CHECKPOINT_FILES = ("manifest.json", "experiment.json", "weights.safetensors", "training_state.pt")
+CHECKPOINT_FILES = (
+    "manifest.json",
+    "experiment.json",
+    "weights.safetensors",
+    "averaged.safetensors",
+    "training_state.safetensors",
+)
 
 
 @pytest.fixture(scope="module")
@@ -35,14 +42,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return result.run_dir
 
 
-def resumed(run: Path) -> None:
-    experiment = Experiment.from_file(run / "experiment.yaml")
-    place = {"run.storage": str(run.parent), "run.name": run.name}
-    train(experiment.with_overrides(place), resume=True)
-
-
 @pytest.mark.parametrize("name", CHECKPOINT_FILES)
-def test_a_damaged_checkpoint_is_refused_by_name_and_passed_over_by_the_run(
+def test_a_damaged_checkpoint_is_refused_by_name_and_skipped_by_the_run(
     run: Path, name: str, tmp_path: Path, fault_counts: Count, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Given itself it is refused in one line; given its run, the best of the others is loaded, with a warning."""
@@ -54,18 +55,19 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_passed_over_by_the_run(
         checkpoint = copy / "checkpoints" / best.name
         damage(checkpoint / name)
         with pytest.raises(UserError, match=rf"{name}|has no manifest") as refusal:
-            read_checkpoint(checkpoint).verify()
+            read_checkpoint(checkpoint).in_memory()
         assert "\n" not in str(refusal.value)
         caplog.clear()
-        loaded = TrainedVAE.load(copy)
-        assert loaded.checkpoint.path != checkpoint, what
-        assert name == "manifest.json" or str(checkpoint / name) in caplog.text, what
+        loaded = TrainedVAE.load(copy).checkpoint.path
+        is_needed = name not in ("manifest.json", "training_state.safetensors")
+        assert loaded != checkpoint or name == "training_state.safetensors", what
+        assert not is_needed or str(checkpoint / name) in caplog.text, what
         tried += 1
     fault_counts("damaged file", tried=tried, survived=tried, note="checkpoints")
 
 
 @pytest.mark.parametrize("name", CHECKPOINT_FILES)
-def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before_to_the_same_bits(
+def test_a_run_whose_newest_checkpoint_is_damaged_continues_from_the_one_before_to_the_same_bits(
     run: Path, name: str, tmp_path: Path, fault_counts: Count, caplog: pytest.LogCaptureFixture
 ) -> None:
     expected, tried = outcome(run), 0
@@ -75,21 +77,21 @@ def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before_to
         (copy / "summary.json").unlink()
         damage(copy / "checkpoints" / "epoch=0003" / name)
         caplog.clear()
-        resumed(copy)
-        assert "set aside as .damaged-epoch=0003" in caplog.text, what
+        resume(copy)
+        assert "renamed to .damaged-epoch=0003" in caplog.text, what
         assert (copy / "checkpoints" / ".damaged-epoch=0003").is_dir()
         found = outcome(copy)
         found["checkpoints"].remove(".damaged-epoch=0003")
         assert found == expected, what
         tried += 1
-    fault_counts("damaged file", tried=tried, survived=tried, note="newest checkpoints of runs that go on")
+    fault_counts("damaged file", tried=tried, survived=tried, note="newest checkpoints of runs that continue")
 
 
 @pytest.mark.parametrize("suffix", [".arrow", ".json"])
-def test_a_damaged_cache_is_made_anew_or_refused_by_name(
+def test_a_damaged_cache_is_decoded_again_or_refused_by_name(
     suffix: str, tmp_path: Path, fault_counts: Count, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = DataConfig(cache_dir=tmp_path / "whole")
+    config = DigitsData(cache_dir=tmp_path / "whole")
     pixels = open_split(config, "test").pixels.clone()
     (file,) = (tmp_path / "whole").glob(f"digits-test-*{suffix}")
     tried = 0
@@ -98,9 +100,9 @@ def test_a_damaged_cache_is_made_anew_or_refused_by_name(
         damage(copy / file.name)
         caplog.clear()
         try:
-            assert (open_split(DataConfig(cache_dir=copy), "test").pixels == pixels).all(), what
+            assert (open_split(DigitsData(cache_dir=copy), "test").pixels == pixels).all(), what
             assert what == "gone" or file.stem in caplog.text, what
-            assert (open_split(DataConfig(cache_dir=copy), "test").pixels == pixels).all(), what
+            assert (open_split(DigitsData(cache_dir=copy), "test").pixels == pixels).all(), what
         except UserError as error:  # something that is no file, and not ours to remove
             assert what in ("a directory", "a pipe", "a device", "a link to something else"), what
             assert str(copy) in str(error), what
@@ -122,15 +124,15 @@ def test_damaged_raw_files_are_refused_by_name_or_are_other_data(
         copy = fresh_copy(tmp_path / "whole", tmp_path / "copy")
         file = copy / "MNIST" / "raw" / name
         damage(file)
-        config = DataConfig(source="mnist", root=str(copy), download=False, cache_dir=cache)
+        config = MnistData(root=str(copy), download=False, cache_dir=cache)
         try:
             opened = open_split(config, "test")
         except UserError as error:
             assert "MNIST" in str(error), what
             assert "\n" not in str(error)
         else:
-            exclusive_run = (opened.pixels if "images" in prefix else opened.labels.byte()).numpy().tobytes()
-            assert exclusive_run == file.read_bytes()[-len(exclusive_run) :], what
+            content = (opened.pixels if "images" in prefix else opened.labels.byte()).numpy().tobytes()
+            assert content == file.read_bytes()[-len(content) :], what
         tried += 1
     fault_counts("damaged file", tried=tried, survived=tried, note="raw files")
 
@@ -148,7 +150,7 @@ def test_a_changed_pixel_of_the_published_mnist_is_named(
     content[5000] ^= 1
     images.unlink()
     images.write_bytes(content)
-    open_split(DataConfig(source="mnist", root=str(tmp_path), download=False, cache_dir=tmp_path / "cache"), "test")
+    open_split(MnistData(root=str(tmp_path), download=False, cache_dir=tmp_path / "cache"), "test")
     assert f"{images}: is not the published file" in caplog.text
     fault_counts("damaged file", tried=1, survived=1, note="published MNIST")
 
@@ -259,11 +261,11 @@ def test_any_change_of_any_byte_of_a_checkpoint_is_found(run: Path, data: st.Dat
     try:
         file.write_bytes(changed)
         if changed == content:
-            read_checkpoint(file.parent).verify()
+            read_checkpoint(file.parent).in_memory()
         else:
             with pytest.raises(UserError):
                 checkpoint = read_checkpoint(file.parent)
-                checkpoint.verify()
+                checkpoint.in_memory()
                 # the manifest is JSON: other spaces or escapes say the same
                 assert name == "manifest.json"
                 assert json.loads(changed) == json.loads(content)
@@ -272,7 +274,7 @@ def test_any_change_of_any_byte_of_a_checkpoint_is_found(run: Path, data: st.Dat
         file.write_bytes(content)
 
 
-def test_a_checkpoint_that_cannot_be_read_now_is_not_set_aside(
+def test_a_checkpoint_that_cannot_be_read_now_is_not_renamed(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault_counts: Count
 ) -> None:
     """A storage that is away for a while is no damage."""
@@ -288,6 +290,6 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_set_aside(
     with monkeypatch.context() as patched:
         patched.setattr(os, "open", away)
         with pytest.raises(UserError, match="Input/output error"):
-            resumed(copy)
+            resume(copy)
     assert sorted(path.name for path in (copy / "checkpoints").iterdir()) == [f"epoch=000{n}" for n in (1, 2, 3)]
     fault_counts("damaged file", tried=1, survived=1)

@@ -20,8 +20,8 @@ import torch
 
 from tests.conftest import digits_in_this_process
 from tests.faults.conftest import FORM
-from vae_ray import Experiment, TrainingFailed, UserError, train
-from vae_ray.checkpoints.loading import complete_checkpoints, read_checkpoint
+from vae_ray import Experiment, TrainedVAE, TrainingFailed, UserError, train
+from vae_ray.checkpoints.loading import complete_checkpoints
 from vae_ray.parallel.group import SingleProcess
 from vae_ray.run_files.run_directory import RunDirectory
 from vae_ray.storage import retry as patient_files
@@ -108,13 +108,13 @@ def test_a_disk_full_for_some_epochs_costs_their_checkpoints_and_pictures_only(
     before = complete_checkpoints(run.checkpoints)
     filler.fill(leave_bytes=leave_bytes)
     for epoch in (2, 3):
-        assert next(epochs).line["epoch"] == epoch
+        assert next(epochs).record["epoch"] == epoch
         assert complete_checkpoints(run.checkpoints) == before
         assert not list(run.checkpoints.glob(".partial*"))
-        read_checkpoint(before[-1].path).build_model()
+        TrainedVAE.load(before[-1].path)
     filler.clear()
     for epoch in (4, 5):
-        assert next(epochs).line["epoch"] == epoch
+        assert next(epochs).record["epoch"] == epoch
     assert next(epochs, None) is None
     assert same_end(run, undisturbed)
     assert numbers(run) == numbers(undisturbed)
@@ -123,7 +123,7 @@ def test_a_disk_full_for_some_epochs_costs_their_checkpoints_and_pictures_only(
     assert ["epoch=0002" in not_saved[0], "epoch=0003" in not_saved[1], len(not_saved)] == [True, True, 2]
     assert "bytes needed" in not_saved[0]
     assert " free" in not_saved[0]
-    assert "training goes on" in not_saved[0]
+    assert "training continues" in not_saved[0]
     assert len(said) <= 3, "one of metrics, pictures or events, and one a checkpoint"
     assert run.warnings() == said, "for the driver of a Ray worker"
 

@@ -1,30 +1,30 @@
-"""kill -9 at every file operation: --resume goes on from the newest complete checkpoint to the same bits."""
+"""kill -9 at every file operation: the run continues from its newest complete checkpoint and ends with equal bits."""
 
 from __future__ import annotations
 
 import json
-import re
+import random
 import shutil
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
+from tests.checkpoints.written import save
 from tests.faults.conftest import FORM, Count
 from tests.faults.file_operations import Ended, run
-from vae_ray import Experiment, TrainedVAE, train
-from vae_ray.checkpoints.loading import complete_checkpoints, read_checkpoint
-from vae_ray.checkpoints.saving import prune_checkpoints, save_checkpoint
-from vae_ray.config.experiment import DataConfig, OptimConfig
+from vae_ray import Experiment, train
+from vae_ray.checkpoints.finding import find_checkpoint
+from vae_ray.checkpoints.loading import NAME, all_checkpoints, complete_checkpoints, read_checkpoint
+from vae_ray.checkpoints.saving import copy_checkpoint, prune_checkpoints
+from vae_ray.config.sections import DigitsData
 from vae_ray.data.arrow_store import open_split
 from vae_ray.data.sources import Digits
-from vae_ray.models.vae import build_vae
+from vae_ray.run_files.recorder import Recorder
 from vae_ray.run_files.run_directory import RunDirectory
-from vae_ray.training.optimization import build_optimizer
+from vae_ray.training import loop
 from vae_ray.tuning.directory import SweepDirectory
-from vae_ray.tuning.leaderboard import write_best
 
 pytestmark = pytest.mark.faults
 
@@ -32,20 +32,32 @@ TIMING = ("images_per_second", "seconds", "started_at")
 
 
 def tiny(storage: Path) -> Experiment:
-    """Three epochs of three steps."""
+    """Three epochs of three steps, with a checkpoint after every two."""
     return Experiment.from_dict(
         {
             "data": {"source": "digits", "num_validation": 100},
-            "model": {"hidden": [8], "latent_dim": 2},
-            "training": {"epochs": 3, "global_batch_size": 512},
-            "workers": {"num": 0, "device": "cpu"},
-            "run": {"storage": str(storage), "name": "killed", "seed": 5},
+            "model": {"network": {"name": "mlp", "hidden": [8]}, "latent_dim": 2},
+            "training": {"epochs": 3, "global_batch_size": 512, "ema_decay": 0.9},
+            "workers": {"num": 0, "device": "cpu", "cpus": 1},
+            "run": {"storage": str(storage), "name": "killed", "seed": 5, "checkpoint_every_steps": 2},
         }
     )
 
 
-def trained(sections: dict[str, Any]) -> None:
+def trained(sections: dict[str, Any], updates_file: str | None = None) -> None:
+    """Train with resume, and write the number of updates; the same file operations every time."""
+    Recorder.progress_is_due = lambda recorder: True  # type: ignore[method-assign]
+    num_updates, apply_gradients = 0, loop.apply_gradients
+
+    def counted(*args: Any, **kwargs: Any) -> bool:
+        nonlocal num_updates
+        num_updates += 1
+        return apply_gradients(*args, **kwargs)
+
+    loop.apply_gradients = counted
     train(Experiment.from_dict(sections), resume=True)
+    if updates_file is not None:
+        Path(updates_file).write_text(str(num_updates))
 
 
 def outcome(directory: Path) -> dict[str, Any]:
@@ -55,7 +67,7 @@ def outcome(directory: Path) -> dict[str, Any]:
     return {
         "checkpoints": sorted(path.name for path in (directory / "checkpoints").iterdir()),
         "weights": last.read("weights.safetensors"),
-        "state": last.read("training_state.pt"),
+        "state": last.read("training_state.safetensors"),
         "metrics": [{key: value for key, value in line.items() if key not in TIMING} for line in lines],
         "pictures": {
             str(file.relative_to(directory)): file.read_bytes() for file in sorted(directory.glob("images/*/*.png"))
@@ -69,10 +81,19 @@ def chosen(num_operations: int, *, short_every: int) -> list[tuple[int, bool]]:
     return every[::short_every] if FORM == "short" else every
 
 
-def promised(ended: Ended) -> list[int]:
-    """The epochs whose checkpoints had been renamed into place before the process died."""
-    renamed = [path for name, path in ended.operations[:-1] if name == "replace"]
-    return [int(match[1]) for path in renamed if (match := re.search(r"/epoch=(\d+)$", path))]
+def promised(ended: Ended) -> list[tuple[int, int]]:
+    """Positions of the checkpoints that had their names before the process died."""
+    named = [path for name, path in ended.operations[:-1] if name in ("replace", "exchange")]
+    matches = [match for path in named if (match := NAME.fullmatch(Path(path).name))]
+    return [(int(m[1]) - 1, int(m[2])) if m[2] else (int(m[1]), 0) for m in matches]
+
+
+def killed(*args: Any, **kwargs: Any) -> Ended:
+    """`run`, of which every kill must have killed."""
+    ended = run(*args, **kwargs)
+    assert ended.exit_code == -signal.SIGKILL, kwargs
+    assert len(ended.operations) == kwargs["kill_at"] + 1
+    return ended
 
 
 @pytest.mark.timeout(3600)  # in the full form every operation, twice
@@ -85,43 +106,59 @@ def test_a_run_killed_at_any_file_operation_ends_with_the_bits_of_an_undisturbed
     assert reference.exit_code == 0
     expected = outcome(tmp_path / "whole" / "killed")
     assert {name for name, _ in reference.operations} >= {"open", "write", "fsync", "replace", "mkdir", "unlink"}
-    survived = 0
     cases = chosen(len(reference.operations), short_every=59)
     for number, torn in cases:
         storage = tmp_path / f"run-{number}-{torn}"
         sections = tiny(storage).to_dict()
-        killed = run(trained, sections, below=storage, trace=trace, kill_at=number, torn=torn)
-        if killed.exit_code == 0:  # a writing thread of TensorBoard counts a few more or fewer operations
-            survived += outcome(storage / "killed") == expected
-            continue
-        assert killed.exit_code == -signal.SIGKILL
-        if kept := promised(killed):
-            newest = complete_checkpoints(storage / "killed" / "checkpoints")[-1]
-            newest.verify()
-            assert newest.epoch >= kept[-1], killed.operations[-1]
-        assert run(trained, sections, below=storage, trace=trace).exit_code == 0, killed.operations[-1]
-        assert outcome(storage / "killed") == expected, killed.operations[-1]
-        survived += 1
+        ended = killed(trained, sections, below=storage, trace=trace, kill_at=number, torn=torn)
+        if kept := promised(ended):
+            newest = all_checkpoints(storage / "killed" / "checkpoints")[-1]
+            newest.in_memory()
+            assert newest.position >= kept[-1], ended.operations[-1]
+        assert run(trained, sections, below=storage, trace=trace).exit_code == 0, ended.operations[-1]
+        assert outcome(storage / "killed") == expected, ended.operations[-1]
         shutil.rmtree(storage)
-    fault_counts("driver killed", tried=len(cases), survived=survived, note="all files of a run")
+    fault_counts("driver killed", tried=len(cases), survived=len(cases), note="all files of a run")
+
+
+def test_no_update_is_computed_twice_but_those_since_the_last_checkpoint(tmp_path: Path, fault_counts: Count) -> None:
+    """Killed as it writes the checkpoint after update 8 of 9, the run continues from the one after update 6."""
+    trace, updates = tmp_path / "trace", tmp_path / "updates"
+    whole = tiny(tmp_path / "whole")
+    operations = run(trained, whole.to_dict(), str(updates), below=tmp_path / "whole", trace=trace).operations
+    assert updates.read_text() == "9"
+    written = [Path(path).name for name, path in operations if name == "replace"]
+    cases = {"epoch=0001-step=000002": 9, "epoch=0001": 7, "epoch=0002-step=000001": 6, "epoch=0003-step=000002": 3}
+    for name, num_left in cases.items():
+        assert name in written
+        storage = tmp_path / name
+        number = next(i for i, (kind, path) in enumerate(operations) if kind == "replace" and Path(path).name == name)
+        killed(trained, tiny(storage).to_dict(), below=storage, trace=trace, kill_at=number)
+        assert run(trained, tiny(storage).to_dict(), str(updates), below=storage, trace=trace).exit_code == 0
+        assert updates.read_text() == str(num_left), name
+        assert outcome(storage / "killed") == outcome(tmp_path / "whole" / "killed")
+    fault_counts("inside epochs", tried=len(cases), survived=len(cases))
+
+
+@pytest.mark.parametrize("seed", range(2 if FORM == "short" else 5))
+def test_a_run_killed_again_and_again_ends_with_the_same_bits(seed: int, tmp_path: Path, fault_counts: Count) -> None:
+    trace, storage, chance = tmp_path / "trace", tmp_path / "runs", random.Random(seed)
+    run(trained, tiny(tmp_path / "whole").to_dict(), below=tmp_path / "whole", trace=trace)
+    kills = 0
+    while ended := run(trained, tiny(storage).to_dict(), below=storage, trace=trace, kill_at=chance.randrange(150)):
+        if ended.exit_code == 0:
+            break
+        assert ended.exit_code == -signal.SIGKILL
+        kills += 1
+    assert kills >= 2
+    assert outcome(storage / "killed") == outcome(tmp_path / "whole" / "killed")
+    fault_counts("driver killed", tried=kills, survived=kills, note="again and again")
 
 
 def saved(directory: str, epoch: int, score: float) -> None:
-    if not Path(directory).exists():
-        Path(directory).mkdir(parents=True)
-    model = build_vae(Experiment().model.model_copy(update={"hidden": (6,)}), (1, 4, 5), seed=epoch)
-    optimizer = build_optimizer(OptimConfig(), model.parameters())
-    model(torch.zeros(2, 1, 4, 5), torch.zeros(2, 20)).logits.sum().backward()
-    optimizer.step()
-    save_checkpoint(
-        Path(directory),
-        epoch=epoch,
-        model=model,
-        optimizer=optimizer,
-        experiment=Experiment.from_dict({"model": {"hidden": [6]}}),
-        metrics={"val/nelbo": score},
-        selection_metric="val/nelbo",
-    )
+    """Save a checkpoint and delete those that are no longer kept."""
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    save(Path(directory), epoch=epoch, score=score)
     prune_checkpoints(Path(directory), num_best=1)
 
 
@@ -132,31 +169,28 @@ def test_no_kill_while_a_checkpoint_is_written_and_others_deleted_loses_the_one_
     before, trace = tmp_path / "before", tmp_path / "trace"
     for epoch, score in ((1, 3.0), (2, 5.0)):
         saved(str(before), epoch, score)
-    shutil.copytree(before / "epoch=0002", before / "epoch=0003")  # says of itself that it is epoch 2
+    shutil.copytree(before / "epoch=0002", before / "epoch=0003")  # its manifest says epoch 2
     operations = run(saved, str(shutil.copytree(before, tmp_path / "w")), 3, 4.0, below=tmp_path / "w", trace=trace)
-    cases, survived = chosen(len(operations.operations), short_every=3), 0
+    assert "exchange" in {name for name, _ in operations.operations}
+    cases = chosen(len(operations.operations), short_every=3)
     for number, torn in cases:
         directory = tmp_path / f"{number}-{torn}"
         shutil.copytree(before, directory)
-        ended = run(saved, str(directory), 3, 4.0, below=directory, trace=trace, kill_at=number, torn=torn)
-        assert ended.exit_code == -signal.SIGKILL
-        found = {checkpoint.epoch: checkpoint for checkpoint in complete_checkpoints(directory)}
-        for checkpoint in found.values():
-            checkpoint.verify()
+        ended = killed(saved, str(directory), 3, 4.0, below=directory, trace=trace, kill_at=number, torn=torn)
+        found = {checkpoint.epoch: checkpoint.in_memory() for checkpoint in complete_checkpoints(directory)}
         assert 1 in found
         assert found.keys() & {2, 3}
         if promised(ended):
             assert 3 in found
         saved(str(directory), 3, 4.0)
         assert sorted(path.name for path in directory.iterdir()) == ["epoch=0001", "epoch=0003"]
-        survived += 1
         shutil.rmtree(directory)
-    fault_counts("driver killed", tried=len(cases), survived=survived, note="checkpoint and pruning")
+    fault_counts("driver killed", tried=len(cases), survived=len(cases), note="checkpoint and pruning")
 
 
 def cached(cache: str) -> None:
     for split in ("test", "train"):
-        open_split(DataConfig(cache_dir=Path(cache)), split)
+        open_split(DigitsData(cache_dir=Path(cache)), split)
 
 
 def test_a_decoder_killed_at_any_file_operation_leaves_a_cache_that_the_next_one_completes(
@@ -164,18 +198,16 @@ def test_a_decoder_killed_at_any_file_operation_leaves_a_cache_that_the_next_one
 ) -> None:
     trace, decoded = tmp_path / "trace", {split: Digits().decode(split) for split in ("test", "train")}
     operations = run(cached, str(tmp_path / "whole"), below=tmp_path / "whole", trace=trace).operations
-    cases, survived = chosen(len(operations), short_every=5), 0
+    cases = chosen(len(operations), short_every=5)
     for number, torn in cases:
         cache = tmp_path / f"{number}-{torn}"
-        ended = run(cached, str(cache), below=cache, trace=trace, kill_at=number, torn=torn)
-        assert ended.exit_code == -signal.SIGKILL
+        killed(cached, str(cache), below=cache, trace=trace, kill_at=number, torn=torn)
         for split, images in decoded.items():
-            opened = open_split(DataConfig(cache_dir=cache), split)
+            opened = open_split(DigitsData(cache_dir=cache), split)
             assert (opened.pixels.numpy() == images.pixels).all()
             assert (opened.labels.numpy() == images.labels).all()
         assert not list(cache.glob("*.partial-*"))
-        survived += 1
-    fault_counts("driver killed", tried=len(cases), survived=survived, note="data cache")
+    fault_counts("driver killed", tried=len(cases), survived=len(cases), note="data cache")
 
 
 ENTRIES = [
@@ -202,16 +234,13 @@ def test_journal_metrics_and_summaries_are_never_half_there(
     tmp_path: Path, fault_counts: Count, caplog: pytest.LogCaptureFixture
 ) -> None:
     trace = tmp_path / "trace"
-    operations = run(journalled, str(tmp_path / "whole"), below=tmp_path, trace=trace).operations
-    cases, survived = chosen(len(operations), short_every=1), 0
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    cases = chosen(len(run(journalled, str(whole), below=whole, trace=trace).operations), short_every=1)
     for number, torn in cases:
         path = tmp_path / f"{number}-{torn}"
         path.mkdir()
-        ended = run(journalled, str(path), below=path, trace=trace, kill_at=number, torn=torn)
-        if ended.exit_code == 0:
-            assert number >= len(ended.operations)
-            survived += 1
-            continue
+        killed(journalled, str(path), below=path, trace=trace, kill_at=number, torn=torn)
         directory, history = SweepDirectory(path), RunDirectory(path / "trials" / "0000").history()
         journal = directory.journal()
         assert journal == ENTRIES[: len(journal)]
@@ -221,36 +250,28 @@ def test_journal_metrics_and_summaries_are_never_half_there(
         assert directory.trial("0000").summary() in ({}, {"epochs": 1})
         directory.append_to_journal({"more": 1})
         assert directory.journal() == [*journal, {"more": 1}]
-        survived += 1
     assert "damaged" not in caplog.text, "what a kill cuts short is no damage"
-    fault_counts("driver killed", tried=len(cases), survived=survived, note="journal, metrics and summaries")
+    fault_counts("driver killed", tried=len(cases), survived=len(cases), note="journal, metrics and summaries")
 
 
-def installed(sweep: str, checkpoint: str) -> None:
-    write_best(read_checkpoint(checkpoint), SweepDirectory(Path(sweep)))
+def copied(directory: str, checkpoint: str) -> None:
+    copy_checkpoint(read_checkpoint(checkpoint), Path(directory) / "best")
 
 
-def test_best_of_a_sweep_is_whole_after_any_kill_and_the_next_report(tmp_path: Path, fault_counts: Count) -> None:
-    trace, source = tmp_path / "trace", tmp_path / "checkpoints"
-    saved(str(source), 1, 3.0)
-    saved(str(source), 2, 2.0)
-    old, new = str(source / "epoch=0001"), str(source / "epoch=0002")
-    if not Path(old).exists():
-        saved(str(source), 1, 1.0)
+def test_best_of_a_sweep_is_the_old_or_the_new_one_after_any_kill(tmp_path: Path, fault_counts: Count) -> None:
+    trace = tmp_path / "trace"
+    old, new = (save(tmp_path, epoch=epoch).path for epoch in (1, 2))
     before = tmp_path / "before"
     before.mkdir()
-    installed(str(before), old)
-    copy = str(shutil.copytree(before, tmp_path / "whole"))
-    operations = run(installed, copy, new, below=Path(copy), trace=trace).operations
-    cases, survived = chosen(len(operations), short_every=3), 0
+    copied(str(before), str(old))
+    whole = shutil.copytree(before, tmp_path / "whole")
+    cases = chosen(len(run(copied, str(whole), str(new), below=whole, trace=trace).operations), short_every=3)
     for number, torn in cases:
         sweep = shutil.copytree(before, tmp_path / f"{number}-{torn}")
-        ended = run(installed, str(sweep), new, below=sweep, trace=trace, kill_at=number, torn=torn)
-        assert ended.exit_code == -signal.SIGKILL
-        if (sweep / "best").exists():  # for a moment, between two renames, there is none
-            TrainedVAE.load(sweep)
-        installed(str(sweep), new)
-        assert TrainedVAE.load(sweep).checkpoint.epoch == 2
+        ended = killed(copied, str(sweep), str(new), below=sweep, trace=trace, kill_at=number, torn=torn)
+        is_exchanged = ("exchange", str(sweep / "best")) in ended.operations[: None if torn else -1]
+        assert find_checkpoint(sweep).in_memory().epoch == (2 if is_exchanged else 1)
+        copied(str(sweep), str(new))
+        assert find_checkpoint(sweep).in_memory().epoch == 2
         assert [path.name for path in sweep.iterdir()] == ["best"]
-        survived += 1
-    fault_counts("driver killed", tried=len(cases), survived=survived, note="best/ of a sweep")
+    fault_counts("driver killed", tried=len(cases), survived=len(cases), note="best/ of a sweep")

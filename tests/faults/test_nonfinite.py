@@ -11,25 +11,29 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from torch import Tensor
 
-from tests.test_stopping import Counting, assert_same, fitted, numbers, run_of
+from tests.test_stopping import Counting, assert_same, counted_steps, fitted, numbers, run_of
 from tests.thread_workers import ThreadWorkers, on_threads
 from vae_ray import Experiment, train
 from vae_ray.checkpoints.loading import all_checkpoints
-from vae_ray.config.experiment import OptimConfig
-from vae_ray.data.batches import Shards, training_batches
+from vae_ray.config.sections import OptimConfig
+from vae_ray.data.batches import Loader, Shards
 from vae_ray.data.splits import Splits
 from vae_ray.errors import Diverged
+from vae_ray.models.noise import latent_noise
+from vae_ray.objectives.base import MODEL, Losses
+from vae_ray.objectives.elbo import Elbo
 from vae_ray.parallel.group import SingleProcess
 from vae_ray.run_files.run_directory import RunDirectory
-from vae_ray.training import loop
-from vae_ray.training import stop_requests as interruptions
+from vae_ray.training import loop, stop_requests
 from vae_ray.training.fit import fit
-from vae_ray.training.optimization import apply_gradient, build_optimizer
+from vae_ray.training.optimization import apply_gradients, build_optimizer
 
 STEPS_PER_EPOCH = 14
 CPU = torch.device("cpu")
+
+__all__ = ["counted_steps"]
+"""A fixture of every test here."""
 
 pytestmark = [pytest.mark.faults, pytest.mark.event("not finite")]
 
@@ -41,19 +45,19 @@ def small(quick: Experiment) -> Experiment:
 
 @pytest.fixture
 def spoiled(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
-    """Spoils the loss of chosen calls of the objective; returns the list of calls, which grows."""
+    """Spoils the loss of chosen steps; returns the list of steps, which grows."""
 
-    def spoil(*calls: int, value: float = float("nan")) -> list[int]:
-        original, made = loop.beta_weighted_loss, list[int]()
+    def spoil(*steps: int, value: float = float("nan")) -> list[int]:
+        original, made = Elbo.losses, list[int]()
 
-        def spoiling(terms: Any, beta: float) -> Tensor:
-            loss = original(terms, beta)
-            if not torch.is_grad_enabled():  # an evaluation
-                return loss
+        def spoiling(self: Elbo, *args: Any) -> Losses:
+            losses = original(self, *args)
             made.append(len(made) + 1)
-            return loss * value if made[-1] in calls else loss
+            if made[-1] not in steps:
+                return losses
+            return losses._replace(loss={name: loss * value for name, loss in losses.loss.items()})
 
-        monkeypatch.setattr(loop, "beta_weighted_loss", spoiling)
+        monkeypatch.setattr(Elbo, "losses", spoiling)
         return made
 
     return spoil
@@ -68,33 +72,39 @@ def weights(run: RunDirectory) -> bytes:
 
 @pytest.mark.parametrize("grad_clip", [None, 1.0])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("where", ["first", "middle", "last"])
+@pytest.mark.parametrize("where", [0, 1, 2])
 def test_one_element_of_the_gradient_is_enough_to_leave_everything_as_it_was(
-    value: float, where: str, grad_clip: float | None
+    value: float, where: int, grad_clip: float | None
 ) -> None:
     parameters = [torch.nn.Parameter(torch.ones(n)) for n in (3, 1001, 2)]
     optimizer = build_optimizer(OptimConfig(lr=0.1), parameters)
-    for parameter in parameters:
-        parameter.grad = torch.ones_like(parameter)
-    assert apply_gradient(optimizer, lr=0.1, grad_clip=grad_clip)
+    gradients = [torch.ones_like(parameter) for parameter in parameters]
+    assert apply_gradients({"model": optimizer}, {"model": gradients}, lr=0.1, grad_clip=grad_clip)
     before = [parameter.detach().clone() for parameter in parameters]
     state = [{k: v.clone() for k, v in optimizer.state[parameter].items()} for parameter in parameters]
-    gradient = parameters[{"first": 0, "middle": 1, "last": 2}[where]].grad
-    assert gradient is not None
-    gradient[-1] = value
-    assert not apply_gradient(optimizer, lr=0.1, grad_clip=grad_clip)
+    gradients = [torch.ones_like(parameter) for parameter in parameters]
+    gradients[where][-1] = value
+    assert not apply_gradients({"model": optimizer}, {"model": gradients}, lr=0.1, grad_clip=grad_clip)
     for parameter, old, old_state in zip(parameters, before, state, strict=True):
         assert torch.equal(parameter, old)
         assert all(torch.equal(optimizer.state[parameter][key], value) for key, value in old_state.items())
+
+
+def test_one_set_of_parameters_that_is_not_finite_leaves_all_sets_as_they_were() -> None:
+    sets = {name: [torch.nn.Parameter(torch.ones(3))] for name in ("model", "discriminator")}
+    optimizers = {name: build_optimizer(OptimConfig(lr=0.1), parameters) for name, parameters in sets.items()}
+    gradients = {"model": [torch.ones(3)], "discriminator": [torch.full((3,), float("nan"))]}
+    assert not apply_gradients(optimizers, gradients, lr=0.1, grad_clip=None)
+    assert all(torch.equal(parameter, torch.ones(3)) for (parameter,) in sets.values())
 
 
 def test_clipping_is_that_of_torch_to_the_bit() -> None:
     generator = torch.Generator().manual_seed(0)
     gradients = [torch.randn(7, 5, generator=generator), torch.randn(5, generator=generator)]
     ours, theirs = ([torch.nn.Parameter(torch.zeros_like(g)) for g in gradients] for _ in range(2))
-    for parameter, other, gradient in zip(ours, theirs, gradients, strict=True):
-        parameter.grad, other.grad = gradient.clone(), gradient.clone()
-    apply_gradient(torch.optim.SGD(ours, lr=1.0), lr=1.0, grad_clip=0.5)
+    for parameter, gradient in zip(theirs, gradients, strict=True):
+        parameter.grad = gradient.clone()
+    apply_gradients({"model": torch.optim.SGD(ours, lr=1.0)}, {"model": gradients}, lr=1.0, grad_clip=0.5)
     torch.nn.utils.clip_grad_norm_(theirs, 0.5)
     torch.optim.SGD(theirs, lr=1.0).step()
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
@@ -116,43 +126,39 @@ def test_stop_names_the_step_keeps_the_batch_and_makes_no_update(
     (file,) = run.nonfinite.iterdir()
     assert file.name == "epoch=0002-step=000014.safetensors"
     splits = Splits.open(small)
-    *_, (x, eps, size) = training_batches(
-        splits.train.pixels,
-        splits.train_indices,
-        seed=small.run.seed,
-        epoch=2,
-        global_batch_size=100,
-        latent_dim=small.model.latent_dim,
-        shards=Shards(0, 1, CPU),
-    )
+    loader = Loader(*splits.select("train"), seed=small.run.seed, shards=Shards(0, 1, CPU))
+    *_, (x, rows, size) = loader.training(2, global_batch_size=100)
+    shapes = ((small.model.latent_dim,),)
+    (eps,) = latent_noise(shapes, rows, small.run.seed, loop.NOISE, 2, 13)
     with safe_open(file, "pt") as batch:
         assert torch.equal(batch.get_tensor("pixels").float() * (1 / 255), x)
         assert torch.equal(batch.get_tensor("pixels"), splits.train.pixels[batch.get_tensor("indices")])
-        assert torch.equal(batch.get_tensor("eps"), eps)
+        assert torch.equal(batch.get_tensor("eps.0"), eps)
         assert len(batch.get_tensor("indices")) == size == 38
-        assert batch.metadata()["epoch"] == "2"
-        assert batch.metadata()["noise"] == f"{small.run.seed}/training noise/2/13"
+        metadata = batch.metadata()
+    assert (metadata["epoch"], metadata["step"], float(metadata["beta"])) == ("2", "14", 0.25)
 
 
 def test_a_loss_that_is_not_finite_on_one_worker_stops_all_in_that_step(
     small: Experiment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, original = run_of(small), loop.elbo_terms
+    run, original, original_apply = run_of(small), Elbo.losses, loop.apply_gradients
     num_steps, updates = [0, 0, 0], [0, 0, 0]
     rank_of: dict[int, int] = {}
 
-    def spoiling(forward: Any, x: Tensor, likelihood: Any) -> Any:
-        terms, rank = original(forward, x, likelihood), rank_of[threading.get_ident()]
+    def spoiling(self: Elbo, *args: Any) -> Losses:
+        losses, rank = original(self, *args), rank_of[threading.get_ident()]
         num_steps[rank] += 1
-        return terms._replace(rate=terms.rate * float("nan")) if (rank, num_steps[rank]) == (2, 5) else terms
+        is_spoiled = (rank, num_steps[rank]) == (2, 5)
+        return losses._replace(loss={MODEL: losses.loss[MODEL] * float("nan")}) if is_spoiled else losses
 
     def counted(*args: Any, **kwargs: Any) -> bool:
-        was_finite = apply_gradient(*args, **kwargs)
+        was_finite = original_apply(*args, **kwargs)
         updates[rank_of[threading.get_ident()]] += was_finite
         return was_finite
 
-    monkeypatch.setattr(loop, "elbo_terms", spoiling)
-    monkeypatch.setattr(loop, "apply_gradient", counted)
+    monkeypatch.setattr(Elbo, "losses", spoiling)
+    monkeypatch.setattr(loop, "apply_gradients", counted)
 
     def one(group: ThreadWorkers) -> None:
         rank_of[threading.get_ident()] = group.rank
@@ -188,8 +194,8 @@ def test_skip_leaves_the_batch_out_and_goes_on(
 def test_skipping_is_allowed_as_often_as_the_limit_says(small: Experiment, spoiled: Callable[..., list[int]]) -> None:
     run = run_of(small)
     spoiled(3, 5, 7)
-    limited = small.with_overrides({"training.nonfinite": "skip", "training.nonfinite_limit": 2})
-    with pytest.raises(Diverged, match=r"epoch 1, step 7 of 14: .*2 times before \(training\.nonfinite_limit\)"):
+    limited = small.with_overrides({"training.nonfinite": "skip", "training.nonfinite.limit": 2})
+    with pytest.raises(Diverged, match=r"epoch 1, step 7 of 14: .*2 times before \(training\.nonfinite\.limit\)"):
         fit(limited, run.path, SingleProcess(CPU))
 
 
@@ -202,8 +208,8 @@ def test_a_run_that_stopped_can_go_on_by_skipping(small: Experiment, spoiled: Ca
     spoiled(6)
     result = train(small.with_overrides({"training.nonfinite": "skip"}), resume=True)
     assert result.epochs == 2
-    state = torch.load(result.last_checkpoint / "training_state.pt", weights_only=True)
-    assert state["progress"] == {"lr_factor": 1.0, "num_nonfinite": 1}
+    scalars = all_checkpoints(run.checkpoints)[-1].scalars
+    assert (scalars["lr_factor"], scalars["num_nonfinite"]) == (1.0, 1)
 
 
 # --- rollback -------------------------------------------------------------------------------------------
@@ -245,7 +251,7 @@ def stop_after_the_fifth(experiment: Experiment, run: RunDirectory) -> None:
 
 
 def test_rollback_without_a_checkpoint_begins_again(small: Experiment, spoiled: Callable[..., list[int]]) -> None:
-    small = small.with_overrides({"training.nonfinite": "rollback", "training.rollback_lr_factor": 1.0})
+    small = small.with_overrides({"training.nonfinite": "rollback", "training.nonfinite.lr_factor": 1.0})
     undisturbed, run = run_of(small.with_overrides({"run.name": "undisturbed"})), run_of(small)
     fit(small, undisturbed.path, SingleProcess(CPU))
     made = spoiled(4)
@@ -258,7 +264,7 @@ def test_rollback_without_a_checkpoint_begins_again(small: Experiment, spoiled: 
 def test_what_rollbacks_left_of_the_learning_rate_survives_a_resume(
     small: Experiment, spoiled: Callable[..., list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(interruptions, "AGREE_SECONDS", 0.0)
+    monkeypatch.setattr(stop_requests, "AGREE_SECONDS", 0.0)
     small = small.with_overrides({"training.nonfinite": "rollback", "optim.schedule": "constant"})
     undisturbed, run = run_of(small.with_overrides({"run.name": "undisturbed"})), run_of(small)
     spoiled(17)
@@ -277,7 +283,7 @@ def test_what_rollbacks_left_of_the_learning_rate_survives_a_resume(
 
 def test_two_workers_roll_back_together(small: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
     small = small.with_overrides({"training.nonfinite": "rollback", "run.checkpoint_every_steps": 4})
-    run, original, calls = run_of(small), loop.apply_gradient, [0]
+    run, original, calls = run_of(small), loop.apply_gradients, [0]
 
     def failing_once(*args: Any, **kwargs: Any) -> bool:
         calls[0] += 1
@@ -285,7 +291,7 @@ def test_two_workers_roll_back_together(small: Experiment, monkeypatch: pytest.M
             return False
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(loop, "apply_gradient", failing_once)
+    monkeypatch.setattr(loop, "apply_gradients", failing_once)
     assert fitted(small, run, 2) == [None, None]
     assert calls[0] == 2 * (2 * STEPS_PER_EPOCH + 3)
     assert [line["epoch"] for line in map(json.loads, run.metrics_file.read_text().splitlines())] == [1, 2]

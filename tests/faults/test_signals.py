@@ -19,7 +19,9 @@ SAID = "vae-ray: stopping after a checkpoint; once more to stop at once"
 @pytest.fixture
 def long(quick: Experiment) -> Experiment:
     """Epochs of about a second: a stop falls inside one."""
-    return quick.with_overrides({"training.epochs": 300, "training.global_batch_size": 2, "model.hidden": (256, 256)})
+    return quick.with_overrides(
+        {"training.epochs": 300, "training.global_batch_size": 2, "model.network.hidden": (256, 256)}
+    )
 
 
 @pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
@@ -34,7 +36,8 @@ def test_one_signal_ends_a_run_after_a_checkpoint_inside_the_epoch(
     assert said.count(SAID) == 1
     newest = all_checkpoints(training.run.checkpoints)[-1]
     assert newest.step is not None, said
-    assert f"vae-ray: stopped after step {newest.step} of 669 of epoch {newest.epoch}; go on with --resume" in said
+    done = f"step {newest.step} of 669 of epoch {newest.epoch}"
+    assert f"vae-ray: stopped after {done}; continue with: vae-ray resume {training.run.path}" in said
 
 
 @pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
@@ -44,4 +47,4 @@ def test_two_signals_end_a_run_at_once(long: Experiment, tmp_path: Path, which: 
     code, seconds, said = training.ends_after(which, which)
     assert code == 130
     assert seconds < 10
-    assert "go on with --resume" in said, "at once, or it had stopped already"
+    assert "vae-ray resume" in said, "at once, or it had stopped already"

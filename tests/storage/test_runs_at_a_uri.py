@@ -19,7 +19,7 @@ from vae_ray.cli.main import main
 from vae_ray.errors import Stopped
 from vae_ray.run_files.run_directory import RunDirectory
 
-PACKAGE = {"manifest.json", "experiment.json", "weights.safetensors", "training_state.pt"}
+PACKAGE = {"manifest.json", "experiment.json", "weights.safetensors", "training_state.safetensors"}
 
 
 def at(store: ObjectStore, name: str, **overrides: object) -> Experiment:
@@ -55,7 +55,8 @@ def test_a_trained_model_is_loaded_from_the_uri_of_its_run_or_checkpoint(
     assert stored.run_dir == f"{stored.experiment['run']['storage']}/stored"
     assert str(stored.best_checkpoint).startswith(f"{stored.run_dir}/checkpoints/epoch=")
     assert weights(stored.run_dir) == weights(stored.best_checkpoint) == weights(trained_run.run_dir)
-    assert TrainedVAE.load(stored.run_dir).evaluate("test")["test/nelbo"] == stored.metrics["test/nelbo"]
+    evaluated = TrainedVAE.load(stored.run_dir).evaluate("test")
+    assert evaluated["test/nelbo"] == pytest.approx(stored.metrics["test/nelbo"], rel=1e-6)  # sums in another order
 
 
 def test_commands_take_a_uri(stored: TrainResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -63,7 +64,7 @@ def test_commands_take_a_uri(stored: TrainResult, tmp_path: Path, capsys: pytest
     assert (tmp_path / "new.png").stat().st_size > 1000
     capsys.readouterr()
     assert main(["generate", f"{stored.run_dir}-not", "--out", str(tmp_path / "no.png")]) == 2
-    assert "there is none" in capsys.readouterr().err
+    assert "does not exist" in capsys.readouterr().err
 
 
 def test_a_finished_run_at_a_uri_is_refused_again_and_returned_with_resume(
@@ -130,7 +131,7 @@ def test_a_run_at_a_uri_is_stopped_and_goes_on(store: ObjectStore, tmp_path: Pat
     process.send_signal(signal.SIGTERM)
     said = process.communicate(timeout=30)[1]
     assert process.returncode == 130, said
-    assert "go on with --resume --name stopped" in said
+    assert "vae-ray resume s3://models/runs/stopped" in said
     last = max(name for name in store.names("stopped") if name.endswith("/manifest.json"))
     assert last.startswith("checkpoints/epoch=")
 
@@ -152,7 +153,7 @@ def test_a_store_that_is_not_there_is_refused_within_seconds(
 def test_raw_data_at_a_uri_are_copied_once_to_this_node(
     store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mnist_root: Path
 ) -> None:
-    from vae_ray.config.experiment import DataConfig
+    from vae_ray.config.sections import MnistData
     from vae_ray.data.arrow_store import open_split
 
     raw = mnist_root / "MNIST" / "raw"
@@ -160,14 +161,14 @@ def test_raw_data_at_a_uri_are_copied_once_to_this_node(
         with filesystem().open_output_stream(f"models/data/MNIST/raw/{file.name}") as stream:
             stream.write(file.read_bytes())
     monkeypatch.setenv("VAE_RAY_CACHE", str(tmp_path))
-    config = DataConfig(source="mnist", root="s3://models/data")
+    config = MnistData(root="s3://models/data")
     assert len(open_split(config, "test")) == 10_000
     copies = {p: p.stat().st_ino for p in tmp_path.rglob("*-ubyte")}
     assert len(copies) == 4
     assert len(open_split(config, "train")) == 60_000
     assert {p: p.stat().st_ino for p in tmp_path.rglob("*-ubyte")} == copies
     with pytest.raises(UserError, match=r"data\.root: got 's3://models/none', which lacks MNIST/raw/"):
-        open_split(DataConfig(source="mnist", root="s3://models/none"), "test")
+        open_split(MnistData(root="s3://models/none"), "test")
 
 
 def test_two_drivers_of_one_run_at_a_uri_exclude_each_other(store: ObjectStore) -> None:

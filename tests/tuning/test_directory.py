@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from vae_ray import UserError
 from vae_ray.tuning.directory import SweepDirectory
 
-PROPOSED = {"trial": "0007", "event": "proposed", "overrides": {"optim.lr": 0.001, "model.hidden": "[16, 8]"}}
+PROPOSED = {"trial": "0007", "event": "proposed", "overrides": {"optim.lr": 0.001, "model.network.hidden": "[16, 8]"}}
 ENDED = {"trial": "0007", "event": "ended", "epoch": 3, "state": "failed", "reason": 'ValueError: "ünlucky" {3}\n'}
 NEXT = {"trial": "0008", "event": "proposed", "overrides": {}}
 
@@ -78,7 +78,7 @@ def test_a_cut_in_any_line_loses_only_what_was_written_from_there(
 
 DESCRIPTION = {
     "experiment": {"optim": {"lr": 1e-05, "grad_clip": None}, "run": {"name": "1e3", "storage": "/a: b"}},
-    "search": {"model.hidden": {"choice": [[16], [400, 100]]}, "optim.lr": {"loguniform": [1e-05, 0.1]}},
+    "search": {"model.network.hidden": {"choice": [[16], [400, 100]]}, "optim.lr": {"loguniform": [1e-05, 0.1]}},
     "metrics": ["val/nelbo"],
     "num_trials": 7,
     "scheduler": "asha",

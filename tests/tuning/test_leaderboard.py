@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from tests.tuning.test_records import end, propose, small_sweep, train_trial
 from vae_ray import TrainedVAE
 from vae_ray.checkpoints.loading import Checkpoint
+from vae_ray.checkpoints.saving import copy_checkpoint
 from vae_ray.run_files.run_directory import RunDirectory
 from vae_ray.tuning import leaderboard
 from vae_ray.tuning.directory import SweepDirectory
@@ -33,6 +34,9 @@ REASON = 'a "quoted" reason, with a comma;\nand a second line: ünlucky'
 def record_of(name: str, metrics: dict[str, float] | None, *, state: str = "finished") -> TrialRecord:
     """A record as it would be read; without metrics it has no checkpoint."""
     checkpoint = Checkpoint(
+        step=None,
+        scalars={},
+        format_version=3,
         path=Path(name, "checkpoints", "epoch=0003"),
         epoch=3,
         image_shape=(1, 8, 8),
@@ -133,7 +137,11 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> SweepDirectory:
     directory = small_sweep(tmp_path_factory.mktemp("leaderboard") / "sweep")
     betas = {SMALL_BETA: 0.01, MIDDLE_BETA: 0.5, LARGE_BETA: 4.0, FAILED: 1.0, PROPOSED: 2.0}
     for name, beta in betas.items():
-        own = {"objective.beta": beta, "model.hidden": "[16]" if beta == 0.5 else "[12, 8]", "optim.grad_clip": None}
+        own = {
+            "objective.beta": beta,
+            "model.network.hidden": "[16]" if beta == 0.5 else "[12, 8]",
+            "optim.grad_clip": None,
+        }
         propose(directory, name, **own)
         if name != PROPOSED:
             train_trial(directory, name, epochs=1 if name == FAILED else 2, **own)
@@ -154,7 +162,7 @@ def table(directory: SweepDirectory, records: list[TrialRecord]) -> list[dict[st
 
 
 def test_the_smallest_beta_has_the_smallest_loss_and_does_not_win(records: list[TrialRecord]) -> None:
-    loss = {record.name: min(line["val/loss"] for line in record.history) for record in records if record.history}
+    loss = {record.name: min(line["train/loss"] for line in record.history) for record in records if record.history}
     nelbo = {record.name: record.value("val/nelbo") for record in records if record.history}
     assert min(loss, key=lambda name: loss[name]) == SMALL_BETA
     winner = ranked(records, ["val/nelbo"])[0].name
@@ -185,7 +193,7 @@ def test_a_row_tells_what_a_trial_s_own_files_tell(
             assert measured == {key: value for key, value in row.items() if "/" in key}
             flat = record.best.experiment().flat()
             assert row["objective.beta"] == flat["objective.beta"]
-            assert json.loads(row["model.hidden"]) == flat["model.hidden"]
+            assert json.loads(row["model.network.hidden"]) == flat["model.network.hidden"]
 
 
 def test_ranks_count_from_1_and_only_trials_that_can_be_compared_have_one(table: list[dict[str, Any]]) -> None:
@@ -243,21 +251,19 @@ def test_best_is_the_winner_s_checkpoint_and_nothing_of_an_earlier_one(
     directory: SweepDirectory, records: list[TrialRecord]
 ) -> None:
     order = [record.best for record in ranked(records, ["val/nelbo"]) if record.best is not None]
-    leaderboard.write_best(order[1], directory)
+    copy_checkpoint(order[1], directory.best)
     (directory.best / "stray").write_text("of the earlier one")
-    for leftover in (".partial-best", ".old-best"):  # of a driver that was killed
-        (directory.path / leftover).mkdir()
-        (directory.path / leftover / "torn").write_text("torn")
-    leaderboard.write_best(order[0], directory)
+    (directory.path / ".partial-best").mkdir()  # of a driver that was killed
+    (directory.path / ".partial-best" / "torn").write_text("torn")
+    copy_checkpoint(order[0], directory.best)
     assert content_of(directory.best) == content_of(order[0].path)
     assert not (directory.path / ".partial-best").exists()
-    assert not (directory.path / ".old-best").exists()
 
 
 def test_best_evaluates_to_the_winner_s_metrics(directory: SweepDirectory, records: list[TrialRecord]) -> None:
     winner = ranked(records, ["val/nelbo"])[0].best
     assert winner is not None
-    leaderboard.write_best(winner, directory)
+    copy_checkpoint(winner, directory.best)
     evaluated = TrainedVAE.load(directory.best).evaluate("test")
     # float32 sums in another order
     assert evaluated == pytest.approx({key: winner.metrics[key] for key in evaluated}, rel=1e-6)

@@ -62,7 +62,17 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     content = json.dumps(Experiment().to_dict()).encode()
     (path / EXPERIMENT).write_bytes(content)
     digest = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    return Checkpoint(path, 1, image_shape=(1, 8, 8), metrics={}, selection_metric=METRIC, files={EXPERIMENT: digest})
+    return Checkpoint(
+        path,
+        1,
+        step=None,
+        scalars={},
+        format_version=3,
+        image_shape=(1, 8, 8),
+        metrics={},
+        selection_metric=METRIC,
+        files={EXPERIMENT: digest},
+    )
 
 
 def record_of(name: str, state: str, saved: Checkpoint, *, epochs: int, nelbo: float = 50.0) -> TrialRecord:
@@ -100,7 +110,7 @@ def test_off_a_terminal_every_end_is_one_line_and_the_sweep_another() -> None:
 def test_markup_in_a_reason_is_text(make_console: Any) -> None:
     console, written = make_console()
     with view_on(console, num_trials=2) as view:
-        run_epochs(view, "0000", 1, **{"model.hidden": "[400, 100]"})
+        run_epochs(view, "0000", 1, **{"model.network.hidden": "[400, 100]"})
         view.ended("0000", "failed", f"ValueError: {HOSTILE}", 1)
     assert f"ValueError: {HOSTILE}" in shown(written)
     assert "hidden=[400, 100]" in shown(written)
@@ -207,7 +217,12 @@ def test_a_failed_trial_is_not_the_best(saved: Checkpoint) -> None:
 
 def test_a_hundred_trials_fit_a_screen() -> None:
     console, written = terminal()
-    overrides = {"optim.lr": 0.001234, "objective.beta": 0.5678, "model.hidden": "[400, 100]", "model.latent_dim": 20}
+    overrides = {
+        "optim.lr": 0.001234,
+        "objective.beta": 0.5678,
+        "model.network.hidden": "[400, 100]",
+        "model.latent_dim": 20,
+    }
     with view_on(console, num_trials=100) as view:
         for number in range(100):
             run_epochs(view, f"{number:04d}", 1, best=100.0 - number, **overrides)

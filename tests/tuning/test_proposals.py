@@ -26,7 +26,7 @@ EVERY_KIND = {
     "objective.beta": {"uniform": [0, 4]},
     "model.latent_dim": {"int": [2, 17]},
     "optim.warmup_steps": {"logint": [1, 300]},
-    "model.hidden": {"choice": [[16], [400, 100]]},
+    "model.network.hidden": {"choice": [[16], [400, 100]]},
     "optim.grad_clip": {"grid": [None, 1, 2.5]},
 }
 SPACE = SearchSpace.from_dict(EVERY_KIND).checked(Experiment())
@@ -47,6 +47,9 @@ def directory(tmp_path: Path) -> SweepDirectory:
 def record_of(number: int, state: str, metrics: dict[str, float] | None = None) -> TrialRecord:
     """A trial as its files would tell it."""
     checkpoint = Checkpoint(
+        step=None,
+        scalars={},
+        format_version=3,
         path=Path("epoch=0002"),
         epoch=2,
         image_shape=(1, 8, 8),
@@ -94,7 +97,7 @@ def test_distributions_have_the_ends_and_scales_of_the_domains() -> None:
         "objective.beta": optuna.distributions.FloatDistribution(0, 4),
         "model.latent_dim": optuna.distributions.IntDistribution(2, 17),
         "optim.warmup_steps": optuna.distributions.IntDistribution(1, 300, log=True),
-        "model.hidden": optuna.distributions.CategoricalDistribution((0, 1)),
+        "model.network.hidden": optuna.distributions.CategoricalDistribution((0, 1)),
         "optim.grad_clip": optuna.distributions.CategoricalDistribution((0, 1, 2)),
     }
 
@@ -270,7 +273,7 @@ def test_more_trials_only_extend_what_was_proposed(
 
 
 def test_a_grid_is_proposed_whole_and_in_order(directory: SweepDirectory) -> None:
-    search = {"model.latent_dim": {"grid": [2, 5]}, "model.hidden": {"choice": [[16], [8, 4], [32]]}}
+    search = {"model.latent_dim": {"grid": [2, 5]}, "model.network.hidden": {"choice": [[16], [8, 4], [32]]}}
     grid = chosen(None, searcher="grid", search=search)  # type: ignore[arg-type]
     propose_all(directory, grid, seed=0)
     assert list(proposed_in(directory).values()) == grid.space.grid()

@@ -49,7 +49,7 @@ WHY_KILLED = 'its process died, with "quotes", a, comma; and a\nsecond line, ün
 
 def small_sweep(path: Path) -> SweepDirectory:
     """The directory of a sweep of two epochs of the digits, before its first trial."""
-    small = {"model.hidden": "16", "model.latent_dim": 3, "training.epochs": 2, "run.checkpoints_kept": 2}
+    small = {"model.network.hidden": "16", "model.latent_dim": 3, "training.epochs": 2, "run.checkpoints_kept": 2}
     place = {"workers.num": 1, "run.name": path.name}
     base = digits_in_this_process(path.parent).with_overrides({**small, **place})
     path.mkdir()

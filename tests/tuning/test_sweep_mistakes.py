@@ -126,7 +126,7 @@ MISTAKES: list[tuple[str, list[str], str]] = [
     ("report of nothing", ["report"], "SWEEP_DIR"),
     ("report of no directory", ["report", "no/such"], "no/such: no such sweep"),
     ("report of no sweep", ["report", "."], "no such sweep, it has no sweep.yaml"),
-    ("keys for a report", ["report", ".", "--optim.lr", "1"], "only train and sweep take"),
+    ("keys for a report", ["report", ".", "--optim.lr", "1"], "only train, resume, sweep take"),
 ]
 
 
@@ -157,7 +157,7 @@ def test_a_batch_too_small_for_the_workers_is_a_mistake(place: Path, capsys: pyt
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_a_mistake(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "workers.num: got 1 with 1 GPU" in mistake(capsys, "sweep", "digits", "--workers.device=cuda")
+    assert "workers.num: got 1 with 1 CPU and 1 GPU" in mistake(capsys, "sweep", "digits", "--workers.device=cuda")
 
 
 def test_a_name_too_long_for_a_file_is_a_mistake(capsys: pytest.CaptureFixture[str]) -> None:
@@ -228,7 +228,7 @@ def test_a_run_does_not_move_into_a_sweep(place: Path, capsys: pytest.CaptureFix
     (place / "runs").mkdir()
     small_sweep(place / "runs" / "mine")
     before = content_of(place)
-    small = ["--workers.num=0", "--training.epochs=1", "--model.hidden=8"]
+    small = ["--workers.num=0", "--training.epochs=1", "--model.network.hidden=8"]
     assert "run.name: 'mine' is already used" in mistake(capsys, "train", "digits", "--name", "mine", *small)
     assert content_of(place) == before
 

@@ -1,0 +1,326 @@
+"""System, in one process: a user's own network, likelihood, prior, objective, data and callback, by import path."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+from tests.conftest import digits_in_this_process
+from vae_ray import Experiment, TrainedVAE, TrainResult, UserError, train
+from vae_ray.cli.main import main
+from vae_ray.config import user_code
+from vae_ray.runs.preflight import preflight
+from vae_ray.runs.train import resume
+
+MODULE = """
+import math
+
+import numpy as np
+import torch
+from torch import nn
+
+from vae_ray.models.latents import DiagonalGaussian
+from vae_ray.models.likelihoods import Bernoulli
+from vae_ray.models.priors import Prior
+from vae_ray.objectives.elbo import Elbo
+
+
+def tiny(*, image_shape, latent_dim, num_params, width=16, normalization=nn.Identity, extra=0):
+    num_pixels, params_shape = math.prod(image_shape), (num_params + extra, *image_shape[1:])
+    encoder = nn.Sequential(
+        nn.Flatten(), nn.Linear(num_pixels, width), normalization(width), nn.ReLU(), nn.Linear(width, 2 * latent_dim)
+    )
+    decoder = nn.Sequential(nn.Linear(latent_dim, math.prod(params_shape)), nn.Unflatten(1, params_shape))
+    return encoder, decoder
+
+
+def with_batch_norm(**given):
+    return tiny(**given, normalization=nn.BatchNorm1d)
+
+
+def with_a_parameter_too_many(**given):
+    return tiny(**given, extra=1)
+
+
+def with_a_wrong_encoder(**given):
+    encoder, decoder = tiny(**given)
+    return nn.Sequential(encoder, nn.Linear(3, 4)), decoder
+
+
+def no_network(**given):
+    return "tiny"
+
+
+class Moving(Prior):
+    def __init__(self, latent_shape, start=0.0):
+        super().__init__(latent_shape)
+        self.center = nn.Parameter(torch.full(latent_shape, start))
+
+    def forward(self, num, like):
+        mean = self.center.expand(num, *self.latent_shape)
+        return DiagonalGaussian(mean, torch.zeros_like(mean))
+
+
+class Weighted(Bernoulli):
+    def __init__(self, factor=1.0):
+        super().__init__()
+        self.factor = factor
+
+    def log_prob(self, params, x):
+        return self.factor * super().log_prob(params, x)
+
+
+class Reporting(Elbo):
+    terms = ("half_rate",)
+
+    def losses(self, output, x, likelihood, settings, batch):
+        losses = super().losses(output, x, likelihood, settings, batch)
+        return losses._replace(terms={**losses.terms, "half_rate": losses.terms["rate"] / 2})
+
+
+def stripes(num=400):
+    pixels = np.zeros((num, 1, 6, 8), np.uint8)
+    pixels[:, :, ::2] = np.arange(num, dtype=np.uint8)[:, None, None, None]
+    return {"train": pixels, "test": pixels[:50]}
+
+
+def floats():
+    return {"train": np.zeros((9, 1, 6, 8)), "test": np.zeros((9, 1, 6, 8))}
+
+
+class Diary:
+    def run_began(self, run_dir, experiment):
+        self.file = open(run_dir + "/diary.txt", "w")
+        print("began", experiment.training.epochs, file=self.file)
+
+    def epoch_ended(self, record, decode):
+        print("epoch", record["epoch"], tuple(decode(torch.zeros(2, 5)).shape), file=self.file)
+
+    def run_ended(self, run_dir):
+        print("ended", file=self.file)
+        self.file.close()
+
+
+class Failing:
+    def epoch_ended(self, record, decode):
+        raise ValueError("the disk of the diary is full")
+"""
+
+
+def importable(directory: Path, patch: pytest.MonkeyPatch) -> None:
+    """Make `own_code` a module of the working directory."""
+    (directory / "own_code.py").write_text(MODULE)
+    patch.chdir(directory)
+    patch.setattr(sys, "path", list(sys.path))  # loading adds the working directory
+    patch.delitem(sys.modules, "own_code", raising=False)
+
+
+@pytest.fixture(autouse=True)
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    importable(tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def one_epoch(quick: Experiment) -> Experiment:
+    return quick.with_overrides({"training.epochs": 1})
+
+
+@pytest.fixture(scope="module")
+def own_run(tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
+    """A run of the user's own network."""
+    directory = tmp_path_factory.mktemp("own")
+    experiment = digits_in_this_process(directory / "runs")
+    with pytest.MonkeyPatch.context() as patch:
+        importable(directory, patch)
+        return train(experiment.with_overrides({"training.epochs": 1, "model.network": "own_code:tiny"}))
+
+
+def weights(result: TrainResult) -> dict[str, Any]:
+    return load_file(Path(result.last_checkpoint) / "weights.safetensors")
+
+
+# --- each kind of code -----------------------------------------------------------------------------------
+
+
+def test_a_network_is_given_shapes_and_its_own_settings(one_epoch: Experiment) -> None:
+    result = train(one_epoch.with_overrides({"model.network": "own_code:tiny", "model.network.width": "24"}))
+    assert weights(result)["network.encoder.1.weight"].shape == (24, 64)
+    model = TrainedVAE.load(result.run_dir, trust_code=True)
+    assert model.evaluate("val")["val/nelbo"] == pytest.approx(result.metrics["val/nelbo"], rel=1e-6)
+
+
+def test_a_prior_with_parameters_is_trained(one_epoch: Experiment) -> None:
+    center = weights(train(one_epoch.with_overrides({"model.prior": "own_code:Moving", "model.prior.start": 2.0})))
+    assert 0.5 < float(center["prior.center"].mean()) < 1.999
+
+
+def test_a_likelihood_scales_the_distortion(one_epoch: Experiment) -> None:
+    slow = one_epoch.with_overrides({"optim.lr": 1e-12})
+    own = slow.with_overrides({"likelihood": "own_code:Weighted", "likelihood.factor": 2, "run.name": "own"})
+    before, after = train(slow).metrics, train(own).metrics
+    assert after["val/distortion"] == pytest.approx(2 * before["val/distortion"], rel=1e-5)
+    assert after["val/rate"] == pytest.approx(before["val/rate"], rel=1e-5)
+
+
+def test_an_objective_logs_its_own_terms(one_epoch: Experiment) -> None:
+    result = train(one_epoch.with_overrides({"objective": {"name": "own_code:Reporting", "beta": 0.25}}))
+    assert result.metrics["train/half_rate"] == pytest.approx(result.metrics["train/rate"] / 2, rel=1e-9)
+    same = train(one_epoch.with_overrides({"run.name": "same"}))
+    assert result.metrics["train/loss"] == same.metrics["train/loss"]
+
+
+def test_a_data_source_is_decoded_once_and_again_when_its_code_changes(
+    one_epoch: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = one_epoch.with_overrides({"data.source": "own_code:stripes", "data.num": 300, "run.name": None})
+    result = train(own)
+    assert TrainedVAE.load(result.run_dir, trust_code=True).image_shape == (1, 6, 8)
+    line = result.history[0]
+    assert line["images_per_second"] * line["seconds"] == pytest.approx(300 - own.data.num_validation)
+    (tmp_path / "own_code.py").write_text(MODULE.replace("::2", "::3"))
+    monkeypatch.delitem(sys.modules, "own_code")
+    assert train(own).metrics["test/nelbo"] != result.metrics["test/nelbo"]
+
+
+def test_a_callback_is_called_as_the_run_and_its_epochs_begin_and_end(quick: Experiment) -> None:
+    run = train(quick.with_overrides({"training.epochs": 2, "run.callbacks": "own_code:Diary"})).run_dir
+    assert (Path(run) / "diary.txt").read_text().splitlines() == [
+        "began 2",
+        "epoch 1 (2, 1, 8, 8)",
+        "epoch 2 (2, 1, 8, 8)",
+        "ended",
+    ]
+
+
+def test_a_callback_that_fails_is_a_warning(quick: Experiment, caplog: pytest.LogCaptureFixture) -> None:
+    result = train(quick.with_overrides({"training.epochs": 2, "run.callbacks": "own_code:Failing,own_code:Diary"}))
+    assert result.epochs == 2
+    warning = "run.callbacks: own_code:Failing.epoch_ended failed (ValueError: the disk of the diary is full)"
+    assert [record.getMessage() for record in caplog.records] == [warning] * 2
+    assert "epoch 2" in (Path(result.run_dir) / "diary.txt").read_text()
+
+
+# --- mistakes --------------------------------------------------------------------------------------------
+
+MISTAKES: list[tuple[dict[str, Any], str]] = [
+    ({"model.network": "own_code:tiny", "model.network.widht": 3}, r"model\.network\.widht: .* no setting 'widht'"),
+    ({"model.network": "own_code:tiny", "model.network.latent_dim": 3}, r"model\.network\.latent_dim: .* no setting"),
+    ({"model.prior": "own_code:Moving", "model.prior.begin": 3}, r"model\.prior\.begin: .* it takes start"),
+    ({"likelihood": "own_code:Weighted", "likelihood.scale": 3}, r"likelihood\.scale: .* it takes factor"),
+    ({"objective": "own_code:Reporting", "objective.gamma": 3}, r"objective\.gamma: .* no setting 'gamma'"),
+    ({"data.source": "own_code:stripes", "data.number": 3}, r"data\.number: .* it takes num"),
+    (
+        {"model.network": "own_code:with_a_parameter_too_many"},
+        r"gives parameters of shape \(N, 2, 8, 8\), should be \(N, 1",
+    ),
+    ({"model.network": "own_code:with_a_wrong_encoder"}, "does not fit images of shape"),
+    ({"model.network": "own_code:no_network"}, "returned a str, should return"),
+    ({"model.prior": "own_code:Weighted"}, r"model\.prior: own_code:Weighted cannot be called"),
+    ({"likelihood": "own_code:Diary"}, r"likelihood: .* returned a Diary, should return a vae_ray"),
+    ({"objective": "own_code:Diary"}, r"objective: .* returned a Diary, should return a vae_ray"),
+    (
+        {"data.source": "own_code:Diary"},
+        r"data\.source: own_code:Diary returned a Diary, should return a source or a dict",
+    ),
+    ({"data.source": "own_code:floats"}, r"gave float64 of shape \(9, 1, 6, 8\) for 'train', should be uint8"),
+    ({"model.network": "no_code:tiny"}, r"model\.network: got 'no_code:tiny', there is no module 'no_code'"),
+    ({"run.callbacks": "own_code:Nothing"}, r"run\.callbacks: .* the module 'own_code' has no 'Nothing'"),
+    ({"model.network": "own_code"}, r"model\.network: got 'own_code', should be one of mlp, ladder or MODULE:NAME"),
+    (
+        {"workers.num": 2, "model.network": "own_code:with_batch_norm"},
+        r"workers\.num: got 2, .* BatchNorm1d.*GroupNorm",
+    ),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), MISTAKES, ids=[json.dumps(m[0]) for m in MISTAKES])
+def test_a_mistake_is_refused_before_anything_is_written(
+    overrides: dict[str, Any], message: str, one_epoch: Experiment
+) -> None:
+    with pytest.raises(UserError, match=message) as refusal:
+        train(one_epoch.with_overrides(overrides))
+    assert "\n" not in str(refusal.value)
+    assert list(Path(one_epoch.run.storage).glob("*/*")) == []
+
+
+def test_a_module_that_fails_is_refused_with_its_error(one_epoch: Experiment, tmp_path: Path) -> None:
+    (tmp_path / "own_code.py").write_text("import math\nmath.nothing\n")
+    with pytest.raises(UserError, match=r"model\.network: .* importing it fails|has no"):
+        train(one_epoch.with_overrides({"model.network": "own_code:tiny"}))
+
+
+def test_batch_norm_is_accepted_for_one_worker(one_epoch: Experiment) -> None:
+    preflight(one_epoch.with_overrides({"model.network": "own_code:with_batch_norm"}))
+
+
+# --- trust -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["evaluate", "generate", "resume", "train"])
+def test_code_that_a_file_names_is_run_only_if_trusted(
+    command: str, own_run: TrainResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = {
+        "evaluate": ["evaluate", str(own_run.run_dir)],
+        "generate": ["generate", str(own_run.run_dir), "--out", str(tmp_path / "x.png")],
+        "resume": ["resume", str(own_run.run_dir)],
+        "train": ["train", f"{own_run.run_dir}/experiment.yaml", "--storage", str(tmp_path / "again")],
+    }[command]
+    assert main(arguments) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "names its own code (own_code:tiny), which is run only if you trust it; add --trust-code" in err
+    assert "own_code" not in sys.modules
+    assert main([*arguments, "--trust-code"]) == 0
+
+
+def test_python_needs_trust_too(own_run: TrainResult) -> None:
+    with pytest.raises(UserError, match="trust_code=True"):
+        TrainedVAE.load(own_run.run_dir)
+    with pytest.raises(UserError, match="trust_code=True"):
+        resume(own_run.run_dir)
+    assert TrainedVAE.load(own_run.run_dir, trust_code=True).generate(2).shape == (2, 1, 8, 8)
+
+
+def test_initial_weights_run_no_code_of_their_own(own_run: TrainResult, one_epoch: Experiment) -> None:
+    """Only tensors are read of them: the experiment that trains names the code."""
+    own = one_epoch.with_overrides({"model.network": "own_code:tiny", "run.initial_weights": str(own_run.run_dir)})
+    assert train(own).metrics["train/loss"] < own_run.metrics["train/loss"]
+    with pytest.raises(UserError, match=r"run\.initial_weights: .*weights\.safetensors: "):
+        train(one_epoch.with_overrides({"run.name": "other", "run.initial_weights": str(own_run.run_dir)}))
+
+
+# --- what travels to other processes ---------------------------------------------------------------------
+
+
+def test_the_files_of_a_module_or_a_package_are_collected_and_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "own_package"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "nets.py").write_text("def net():\n    return 5\n")
+    files = user_code.collect(["own_code:tiny", "own_package.nets:net", "numpy:zeros"])
+    assert set(files) == {"own_code.py", "own_package/__init__.py", "own_package/nets.py"}
+    monkeypatch.chdir("/")
+    for name in ("own_code", "own_package", "own_package.nets"):
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry != str(tmp_path)])
+    user_code.install(files)
+    assert user_code.load("own_package.nets:net", key="model.network")() == 5
+    assert Path(str(sys.modules["own_package"].__file__)).parent != package
+
+
+def test_a_digest_changes_with_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = user_code.digest(user_code.load("own_code:stripes", key="data.source"))
+    (tmp_path / "own_code.py").write_text(MODULE + "#")
+    monkeypatch.delitem(sys.modules, "own_code")
+    assert user_code.digest(user_code.load("own_code:stripes", key="data.source")) != before
+    assert len(user_code.digest(functools.partial(np.zeros, 3))) == 16  # it has no source file of its own

@@ -1,0 +1,86 @@
+"""Truth: a traversal moves one dimension at a time, through the prior, the informative dimensions first."""
+
+import pytest
+import torch
+
+from vae_ray import Experiment
+from vae_ray.models.latents import DiagonalGaussian, Group, StandardNormal
+from vae_ray.models.traversal import elementwise_rate, join_groups, split_groups, traverse
+from vae_ray.models.vae import VAE, build_vae
+
+SHAPE = (1, 3, 5)
+
+
+def build(network: dict[str, object]) -> VAE:
+    model = {"network": network, "latent_dim": 4}
+    return build_vae(Experiment.from_dict({"model": model}), SHAPE, seed=1).double()
+
+
+@pytest.fixture
+def mlp() -> VAE:
+    return build({"name": "mlp", "hidden": [7]})
+
+
+@pytest.fixture
+def ladder() -> VAE:
+    return build({"name": "ladder", "hidden": [7, 6], "top_dim": 3})
+
+
+def images() -> torch.Tensor:
+    return torch.rand(6, *SHAPE, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+
+def test_each_row_moves_its_own_dimension_from_minus_to_plus_extent(mlp: VAE) -> None:
+    moved = traverse(mlp, images(), steps=5, extent=2.0, num_dimensions=3)
+    assert moved.images.shape == (3, 5, *SHAPE)
+    for row, dimension in enumerate(moved.dimensions):
+        for step, value in enumerate([-2.0, -1.0, 0.0, 1.0, 2.0]):
+            z = torch.zeros(1, 4, dtype=torch.float64)
+            z[0, dimension] = value
+            torch.testing.assert_close(moved.images[row, step], mlp.decode([z])[0], atol=1e-12, rtol=0)
+
+
+def test_the_lower_group_of_a_ladder_moves_around_the_mean_of_its_prior(ladder: VAE) -> None:
+    moved = traverse(ladder, images(), steps=3, extent=2.0)
+    assert sorted(moved.dimensions) == list(range(3 + 4))
+    prior = ladder.network.top_down(None, lambda group, q, p: p.mean, ladder.prior(1, images()))[1][1].prior
+    for row, dimension in enumerate(moved.dimensions):
+        if dimension >= 3:
+            z = prior.mean.clone()
+            z[0, dimension - 3] += 2.0 * prior.sigma[0, dimension - 3]
+            expected = ladder.decode([torch.zeros(1, 3, dtype=torch.float64), z])[0]
+            torch.testing.assert_close(moved.images[row, 2], expected, atol=1e-12, rtol=0)
+
+
+def test_dimensions_come_in_order_of_their_rate(mlp: VAE, monkeypatch: pytest.MonkeyPatch) -> None:
+    mean = torch.tensor([[0.0, 3.0, 1.0, 2.0]] * 6, dtype=torch.float64)
+    posterior = DiagonalGaussian(mean, torch.zeros_like(mean))
+    monkeypatch.setattr(mlp, "posteriors", lambda x: (Group(mean, posterior, StandardNormal(mean)),))
+    moved = traverse(mlp, images())
+    assert moved.dimensions == [1, 3, 2, 0]
+    assert moved.rates == pytest.approx([4.5, 2.0, 0.5, 0.0])  # mean^2 / 2
+    assert moved.row_labels()[0] == "z[1]  4.5 nats"
+
+
+def test_rates_by_dimension_add_up_to_the_rate(ladder: VAE) -> None:
+    for group in ladder.posteriors(images()):
+        torch.testing.assert_close(elementwise_rate(group).flatten(1).sum(1), group.rate(), rtol=1e-12, atol=1e-14)
+
+
+def test_a_rate_without_closed_form_is_shared_out_evenly() -> None:
+    class Sampled(DiagonalGaussian):
+        def kl(self, prior: object) -> None:
+            return None
+
+    z, mean, logvar = torch.randn(3, 6, 2, 5, generator=torch.Generator().manual_seed(2))
+    group = Group(z, Sampled(mean, logvar), StandardNormal(torch.zeros_like(z)))
+    rates = elementwise_rate(group)
+    assert rates.shape == (6, 2, 5)
+    torch.testing.assert_close(rates, (group.rate() / 10)[:, None, None].expand_as(rates))
+
+
+def test_codes_of_several_groups_are_joined_and_split_again() -> None:
+    latents = (torch.randn(2, 3), torch.randn(2, 4, 5, 1))
+    codes = join_groups(latents)
+    assert codes.shape == (2, 23)
+    assert all(torch.equal(a, b) for a, b in zip(split_groups(codes, ((3,), (4, 5, 1))), latents, strict=True))

@@ -1,0 +1,158 @@
+"""Truth: the terms of the bound, and the bound itself on a linear-Gaussian model whose log p(x) is known."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.distributions import Independent, MultivariateNormal, Normal, kl_divergence
+
+from vae_ray import Experiment
+from vae_ray.evaluation.metrics import TermSums
+from vae_ray.models.latents import DiagonalGaussian, Group, StandardNormal
+from vae_ray.models.likelihoods import Gaussian, Likelihood
+from vae_ray.models.vae import Output
+from vae_ray.objectives import build_objective
+from vae_ray.objectives.base import Losses, elbo_terms
+from vae_ray.objectives.elbo import Elbo
+from vae_ray.parallel.global_batch import GlobalBatch
+from vae_ray.parallel.group import SingleProcess
+
+CPU = torch.device("cpu")
+DISTORTION = torch.tensor([1.0, 2.0, 3.5])
+RATE = torch.tensor([10.0, 20.0, 40.0])
+
+
+class KnownLikelihood(Likelihood):
+    """log p(x|z) is minus the only parameter of the only pixel."""
+
+    def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
+        return -params.flatten()
+
+
+class KnownRate(DiagonalGaussian):
+    """A posterior whose rate is its mean."""
+
+    def kl(self, prior: object) -> Tensor:
+        return self.mean
+
+
+def known_losses(objective: Elbo, beta: float, *, num_samples: int = 1) -> Losses:
+    """The losses of three images with the terms above; further samples have twice the distortion of the first."""
+    factors = torch.arange(1.0, num_samples + 1)[:, None]
+    params = (factors * DISTORTION).reshape(-1, 1, 1, 1)
+    mean = RATE.repeat(num_samples)[:, None]
+    group = Group(mean, KnownRate(mean, mean), StandardNormal(torch.zeros_like(mean)))
+    batch = GlobalBatch(3, slice(0, 3), 3, SingleProcess(CPU))
+    output = Output(params, (group,), num_samples)
+    return objective.losses(output, torch.zeros(3, 1, 1, 1), KnownLikelihood(), {"beta": beta}, batch)
+
+
+@pytest.mark.parametrize(("beta", "loss"), [(0.0, 6.5), (0.5, 41.5), (1.0, 76.5), (4.0, 286.5)])
+def test_loss_is_distortion_plus_beta_times_rate_summed_over_the_batch(beta: float, loss: float) -> None:
+    losses = known_losses(Elbo(), beta)
+    assert float(losses.loss["model"]) == loss
+    assert torch.equal(losses.terms["loss"], DISTORTION + beta * RATE)
+
+
+def test_nelbo_does_not_depend_on_beta_and_the_loss_does() -> None:
+    means = {}
+    for beta in (0.0, 1.0, 4.0):
+        sums = TermSums(("loss", "distortion", "rate"), CPU)
+        sums.add(known_losses(Elbo(), beta).terms)
+        means[beta] = sums.means()
+    assert {values["nelbo"] for values in means.values()} == {76.5 / 3}
+    assert [values["loss"] for values in means.values()] == [6.5 / 3, 76.5 / 3, 286.5 / 3]
+
+
+def test_terms_are_means_over_samples_of_each_image() -> None:
+    losses = known_losses(Elbo(), 0.5, num_samples=3)
+    torch.testing.assert_close(losses.terms["distortion"], 2 * DISTORTION)
+    torch.testing.assert_close(losses.terms["rate"], RATE)
+
+
+@pytest.mark.parametrize(("epochs", "beta"), [(0.0, 0.0), (1.0, 0.75), (3.9, 2.925), (4.0, 3.0), (100.0, 3.0)])
+def test_beta_rises_linearly_over_the_epochs_of_its_schedule(epochs: float, beta: float) -> None:
+    section = {"name": "elbo", "beta": 3.0, "beta_schedule": {"name": "linear", "epochs": 4}}
+    objective = build_objective(Experiment.from_dict({"objective": section}).objective)
+    assert objective.settings(epochs) == {"beta": pytest.approx(beta, rel=1e-15)}
+    assert Elbo(beta=3.0).settings(epochs) == {"beta": 3.0}
+
+
+class LinearGaussian:
+    """p(z) = N(0, I), p(x|z) = N(W z + b, s^2 I): probabilistic PCA (Tipping & Bishop 1999).
+
+    The columns of W are orthogonal, so that the posterior is a diagonal Gaussian. W is small, so that W z + b
+    stays inside (0, 1) and our Gaussian, whose mean is sigmoid(logits), is exactly this p(x|z).
+    """
+
+    num_pixels, latent_dim, scale = 6, 2, 0.1
+    image_shape = (1, 2, 3)
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(4)
+        columns = torch.linalg.qr(torch.randn(6, 2, generator=generator, dtype=torch.float64)).Q
+        self.weight = columns * torch.tensor([0.08, 0.05], dtype=torch.float64)
+        self.offset = 0.4 + 0.2 * torch.rand(6, generator=generator, dtype=torch.float64)
+        z = torch.randn(5, 2, generator=generator, dtype=torch.float64)
+        noise = torch.randn(5, 6, generator=generator, dtype=torch.float64)
+        self.x = z @ self.weight.T + self.offset + self.scale * noise
+
+    def log_evidence(self) -> Tensor:
+        covariance = self.weight @ self.weight.T + self.scale**2 * torch.eye(6, dtype=torch.float64)
+        return MultivariateNormal(self.offset, covariance).log_prob(self.x)
+
+    def exact_posterior(self) -> DiagonalGaussian:
+        # Sigma = (I + W'W / s^2)^-1, diagonal here; mu = Sigma W'(x - b) / s^2
+        variance = 1 / (1 + (self.weight**2).sum(0) / self.scale**2)
+        mu = variance * ((self.x - self.offset) @ self.weight) / self.scale**2
+        return DiagonalGaussian(mu, variance.log().expand_as(mu))
+
+    def bound(self, posterior: DiagonalGaussian) -> Tensor:
+        """The ELBO of each x, exact: log p(x|z) is quadratic in z, so 2k sigma points give its expectation."""
+        k = self.latent_dim
+        nodes = k**0.5 * torch.cat([torch.eye(k, dtype=torch.float64), -torch.eye(k, dtype=torch.float64)])
+        totals = []
+        for eps in nodes:
+            z = posterior.rsample(eps.expand_as(posterior.mean))
+            totals.append(self.elbo(posterior, z, self.x))
+        return torch.stack(totals).mean(0)
+
+    def elbo(self, posterior: DiagonalGaussian, z: Tensor, x: Tensor) -> Tensor:
+        """One sample's ELBO of each x."""
+        logits = torch.logit(z @ self.weight.T + self.offset).reshape(-1, *self.image_shape)
+        group = Group(z, posterior, StandardNormal(torch.zeros_like(z)))
+        images = x.reshape(-1, *self.image_shape)
+        distortion, rate = elbo_terms(Output(logits, (group,), 1), images, Gaussian(self.scale))
+        return -(distortion[0] + rate[0])
+
+
+def test_bound_of_the_exact_posterior_is_log_p_of_x() -> None:
+    model = LinearGaussian()
+    # the round trip logit -> sigmoid costs a few float64 roundings per pixel, times 1 / s^2 = 100
+    torch.testing.assert_close(model.bound(model.exact_posterior()), model.log_evidence(), rtol=0, atol=1e-11)
+
+
+def test_single_samples_of_the_exact_posterior_give_log_p_of_x_on_average() -> None:
+    model, n = LinearGaussian(), 20_000
+    exact = model.exact_posterior()
+    x = model.x[:1].expand(n, -1)
+    posterior = DiagonalGaussian(exact.mean[:1].expand(n, -1), exact.logvar[:1].expand(n, -1))
+    eps = torch.randn(n, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    elbo = model.elbo(posterior, posterior.rsample(eps), x)
+    assert abs(float(elbo.mean() - model.log_evidence()[0])) < 5 * float(elbo.std()) / n**0.5
+
+
+shift = st.floats(-1.5, 1.5)
+
+
+@settings(deadline=None)  # a busy machine
+@given(shift, shift, shift, shift)
+def test_bound_lies_below_log_p_of_x_by_the_kl_to_the_exact_posterior(a: float, b: float, c: float, d: float) -> None:
+    model = LinearGaussian()
+    exact = model.exact_posterior()
+    other = DiagonalGaussian(exact.mean + torch.tensor([a, b]), exact.logvar + torch.tensor([c, d]))
+    gap = model.log_evidence() - model.bound(other)
+    expected = kl_divergence(*(Independent(Normal(q.mean, (0.5 * q.logvar).exp()), 1) for q in (other, exact)))
+    assert bool((gap > -1e-10).all())
+    torch.testing.assert_close(gap, expected, rtol=1e-9, atol=1e-10)

@@ -1,0 +1,242 @@
+"""Truth: what a trained model does afterwards is deterministic, exact, and the same as during training."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from vae_ray import TrainedVAE, TrainResult, UserError, train
+from vae_ray.config.experiment import Experiment
+from vae_ray.data.splits import Splits
+from vae_ray.inference import INTERPOLATIONS, Method
+
+
+@pytest.fixture(scope="module")
+def model(trained_run: TrainResult) -> TrainedVAE:
+    return TrainedVAE.load(trained_run.run_dir)
+
+
+def flat_weights(model: TrainedVAE) -> torch.Tensor:
+    return torch.cat([tensor.flatten() for tensor in model.model.state_dict().values()])
+
+
+def test_a_run_directory_stands_for_its_best_checkpoint(trained_run: TrainResult, model: TrainedVAE) -> None:
+    assert model.checkpoint.path == trained_run.best_checkpoint
+    assert torch.equal(flat_weights(model), flat_weights(TrainedVAE.load(trained_run.best_checkpoint)))
+
+
+def test_best_is_by_nelbo_and_neither_the_last_nor_by_the_loss(quick: Experiment) -> None:
+    """Without a weight on the rate the loss falls for ever, while the bound soon gets worse (NUMBERS.md, traps)."""
+    result = train(quick.with_overrides({"objective.beta": 0, "training.epochs": 6}))
+    history = [json.loads(line) for line in (result.run_dir / "metrics.jsonl").read_text().splitlines()]
+    by_nelbo, by_loss = (min(history, key=lambda line: line[key])["epoch"] for key in ("val/nelbo", "train/loss"))
+    assert by_nelbo < by_loss
+    assert TrainedVAE.load(result.run_dir).checkpoint.epoch == result.best_epoch == by_nelbo
+    assert result.last_checkpoint.name == "epoch=0006"
+    assert result.metrics["val/nelbo"] == history[by_nelbo - 1]["val/nelbo"]
+
+
+# --- generate, encode, reconstruct ----------------------------------------------------------------------
+
+
+def test_generated_images_are_a_function_of_the_seed(model: TrainedVAE) -> None:
+    first, again, other = (model.generate(6, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert len(torch.unique(first, dim=0)) == 6
+    assert first.min() >= 0
+    assert first.max() <= 1
+
+
+@pytest.mark.parametrize("num", [1, 8, 63, 65])
+def test_the_first_images_do_not_depend_on_how_many_are_generated(model: TrainedVAE, num: int) -> None:
+    torch.testing.assert_close(model.generate(100)[:num], model.generate(num), rtol=0, atol=1e-6)
+
+
+def test_temperature_scales_the_prior(model: TrainedVAE) -> None:
+    at_zero = model.generate(3, temperature=0.0)
+    torch.testing.assert_close(at_zero, model.decode(torch.zeros(3, model.latent_dim)), rtol=0, atol=1e-6)
+
+
+def test_generating_leaves_and_ignores_the_global_random_state(model: TrainedVAE) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    images = model.generate(4, seed=1)
+    assert torch.equal(torch.rand(3), expected)
+    assert torch.equal(model.generate(4, seed=1), images)
+
+
+def test_encode_is_the_posterior_mean_and_never_a_sample(model: TrainedVAE) -> None:
+    images = model.test_images(9)
+    codes = model.encode(images)
+    assert torch.equal(codes, model.posterior(images).mean)
+    assert torch.equal(codes, model.encode(images))
+    assert len(torch.unique(codes, dim=0)) == 9
+
+
+def test_a_reconstruction_is_the_decoded_code(model: TrainedVAE) -> None:
+    images = model.test_images(9)
+    assert torch.equal(model.reconstruct(images), model.decode(model.encode(images)))
+
+
+def test_reconstructions_are_nearer_to_their_images_than_to_others(model: TrainedVAE) -> None:
+    images = model.test_images(50)
+    distances = torch.cdist(model.reconstruct(images).flatten(1), images.flatten(1))
+    own = distances.diagonal().mean()
+    assert float(own) < 0.8 * float(distances.mean())
+
+
+def test_bytes_and_floats_of_the_same_image_agree(model: TrainedVAE) -> None:
+    as_bytes = Splits.open(model.experiment).test.pixels[:7]
+    as_floats = as_bytes.double() / 255
+    torch.testing.assert_close(model.encode(as_bytes), model.encode(as_floats), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(model.reconstruct(as_bytes), model.reconstruct(as_floats), rtol=1e-5, atol=1e-6)
+
+
+def test_using_a_model_leaves_its_weights_alone(model: TrainedVAE) -> None:
+    before = flat_weights(model).clone()
+    model.evaluate("test")
+    model.generate(3)
+    assert torch.equal(flat_weights(model), before)
+    assert not any(parameter.requires_grad for parameter in model.model.parameters())
+
+
+# --- interpolation --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", sorted(INTERPOLATIONS))
+def test_a_path_begins_and_ends_with_the_reconstructions(model: TrainedVAE, method: Method) -> None:
+    images = model.test_images(6)
+    start, end = images[:3], images[3:]
+    path = model.interpolate(start, end, steps=5, method=method)
+    assert path.shape == (3, 5, 1, 8, 8)
+    # sin(w) / sin(w) and products of other sizes: a few float32 roundings
+    torch.testing.assert_close(path[:, 0], model.reconstruct(start), rtol=0, atol=2e-5)
+    torch.testing.assert_close(path[:, -1], model.reconstruct(end), rtol=0, atol=2e-5)
+    assert float((path[:, 2] - path[:, 0]).abs().max()) > 0.01
+
+
+def codes(*, n: int = 4, latent_dim: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(8)
+    a, b = torch.randn(2, n, latent_dim, generator=generator, dtype=torch.float64)
+    return 2.5 * F.normalize(a), 2.5 * F.normalize(b)
+
+
+def test_spherical_keeps_the_norm_of_equal_codes_and_turns_at_constant_speed() -> None:
+    a, b = codes()
+    path = INTERPOLATIONS["spherical"](a, b, torch.linspace(0, 1, 7, dtype=torch.float64))
+    torch.testing.assert_close(path.norm(dim=2), torch.full((4, 7), 2.5, dtype=torch.float64), rtol=1e-12, atol=0)
+    angles = torch.acos((path[:, 1:] * path[:, :-1]).sum(2) / 2.5**2)
+    whole = torch.acos((a * b).sum(1) / 2.5**2)
+    torch.testing.assert_close(angles, whole[:, None].expand(-1, 6) / 6, rtol=1e-7, atol=1e-9)
+
+
+def test_spherical_at_a_right_angle_is_the_circle() -> None:
+    a, b = torch.eye(2, dtype=torch.float64).split(1)
+    t = torch.linspace(0, 1, 5, dtype=torch.float64)
+    expected = torch.stack([torch.cos(t * torch.pi / 2), torch.sin(t * torch.pi / 2)], dim=1)[None]
+    torch.testing.assert_close(INTERPOLATIONS["spherical"](a, b, t), expected, rtol=0, atol=1e-15)
+
+
+def test_linear_is_the_straight_line() -> None:
+    a, b = codes()
+    path = INTERPOLATIONS["linear"](a, b, torch.tensor([0.0, 0.25, 1.0], dtype=torch.float64))
+    torch.testing.assert_close(path, torch.stack([a, 0.75 * a + 0.25 * b, b], dim=1), rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.0 + 1e-9, 3.0, -1.0])
+def test_spherical_between_parallel_codes_is_finite_and_has_the_right_ends(factor: float) -> None:
+    a, _ = codes()
+    path = INTERPOLATIONS["spherical"](a, factor * a, torch.linspace(0, 1, 4, dtype=torch.float64))
+    assert bool(path.isfinite().all())
+    torch.testing.assert_close(path[:, [0, -1]], torch.stack([a, factor * a], dim=1), rtol=1e-9, atol=1e-9)
+
+
+# --- evaluation -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_evaluation_equals_the_metrics_recorded_in_the_checkpoint(model: TrainedVAE, split: str) -> None:
+    found = model.evaluate(split)  # type: ignore[arg-type]
+    assert set(found) == {f"{split}/{name}" for name in ("nelbo", "distortion", "rate")}
+    # training ran under its own matmul precision, exact to 1e-5 of the largest element
+    assert found == pytest.approx({key: model.checkpoint.metrics[key] for key in found}, rel=1e-6)
+
+
+def test_evaluation_is_deterministic(model: TrainedVAE) -> None:
+    assert model.evaluate("test") == model.evaluate("test")
+
+
+def test_evaluation_samples_z_and_does_not_use_the_posterior_mean(model: TrainedVAE) -> None:
+    """NUMBERS.md: a test value far below the train value means z = mu, which is not the ELBO."""
+    images = model.test_images(359)
+    posterior = model.posterior(images)
+    of_mean = F.binary_cross_entropy(model.decode(posterior.mean), images, reduction="sum") / 359
+    found = model.evaluate("test")
+    assert found["test/distortion"] > float(of_mean) + 0.1
+    (group,) = model.groups(images)
+    assert found["test/rate"] == pytest.approx(float(group.rate().mean()), rel=1e-5)
+
+
+def test_nelbo_has_beta_one_whatever_the_loss_had(model: TrainedVAE) -> None:
+    found, trained = model.evaluate("test"), model.checkpoint.metrics
+    assert model.experiment.flat()["objective.beta"] == 0.25
+    assert found["test/nelbo"] == pytest.approx(found["test/distortion"] + found["test/rate"], rel=1e-12)
+    assert trained["train/loss"] == pytest.approx(trained["train/distortion"] + 0.25 * trained["train/rate"], rel=1e-6)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+def test_evaluation_does_not_depend_on_the_batch_size(model: TrainedVAE, batch_size: int) -> None:
+    other = TrainedVAE.load(model.checkpoint.path)
+    other.experiment = model.experiment.with_overrides({"training.evaluation_batch_size": batch_size})
+    assert model.experiment.training.evaluation_batch_size == 1000
+    assert other.evaluate("test") == pytest.approx(model.evaluate("test"), rel=1e-6)
+
+
+def test_labels_say_what_the_numbers_mean(model: TrainedVAE) -> None:
+    labels = model.labels("val")
+    assert labels["data"] == "digits"
+    assert labels["split"] == "val"
+    assert labels["likelihood"] == "bernoulli"
+    assert labels["beta"] == 0.25
+    assert labels["z"] == "sampled"
+    assert labels["epoch"] == model.checkpoint.epoch
+    assert {"binarization", "importance_samples"} <= set(labels)
+
+
+# --- refusals -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (1, 8, 8), (3, 1, 8, 7), (3, 2, 8, 8), (3, 64)])
+def test_images_of_another_shape_are_refused_with_both_shapes(model: TrainedVAE, shape: tuple[int, ...]) -> None:
+    for use in (model.encode, model.reconstruct, model.posterior):
+        with pytest.raises(UserError, match=r"got shape .*should be \(N, .*1, 8, 8"):
+            use(torch.rand(shape))
+
+
+def test_impossible_requests_are_refused(model: TrainedVAE) -> None:
+    images = model.test_images(2)
+    with pytest.raises(UserError, match="num: got 0"):
+        model.generate(0)
+    with pytest.raises(UserError, match="steps: got 1"):
+        model.interpolate(images, images, steps=1)
+    with pytest.raises(UserError, match="method: got 'cubic', should be one of linear, spherical"):
+        model.interpolate(images, images, method="cubic")  # type: ignore[arg-type]
+
+
+def test_paths_between_unequal_numbers_of_images_are_refused(model: TrainedVAE) -> None:
+    with pytest.raises(UserError, match=r"start|end"):
+        model.interpolate(model.test_images(3), model.test_images(2))
+
+
+def test_codes_of_another_size_are_refused(model: TrainedVAE) -> None:
+    with pytest.raises(UserError, match="z: got shape"):
+        model.decode(torch.zeros(3, model.latent_dim + 1))
+
+
+def test_validation_of_a_run_without_one_is_refused(quick: Experiment) -> None:
+    result = train(quick.with_overrides({"data.num_validation": 0, "training.epochs": 1}))
+    with pytest.raises(UserError, match=r"split val: .*data\.num_validation 0"):
+        TrainedVAE.load(result.run_dir).evaluate("val")

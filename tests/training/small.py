@@ -1,0 +1,102 @@
+"""A small model, its data and an epoch of it in float64, for the tests of the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vae_ray import Experiment
+from vae_ray.data.batches import Batch, Loader
+from vae_ray.evaluation.metrics import ELBO_TERMS, TermSums
+from vae_ray.models.vae import build_vae
+from vae_ray.objectives import Objective, build_objective
+from vae_ray.parallel.group import SingleProcess, WorkerGroup, shards_of
+from vae_ray.training.loop import EpochSettings, StepSettings, train_epoch
+from vae_ray.training.state import TrainState
+
+CPU = torch.device("cpu")
+ALONE = SingleProcess(CPU)
+SHAPE, NUM_IMAGES, BATCH, BETA, LR, SEED = (2, 3, 5), 23, 5, 0.7, 0.02, 1
+NETWORKS: dict[str, dict[str, Any]] = {
+    "mlp": {"name": "mlp", "hidden": [7]},
+    "ladder": {"name": "ladder", "hidden": [7, 6], "top_dim": 3},
+}
+
+
+def experiment(**sections: Any) -> Experiment:
+    """An experiment of the small mlp; `sections` replace or add to its sections."""
+    model = {"network": NETWORKS["mlp"], "latent_dim": 2, "encoder_range": "signed"}
+    base = {"model": model, "objective": {"name": "elbo", "beta": BETA}, "optim": {"lr": LR}}
+    return Experiment.from_dict({**base, **sections})
+
+
+def begin(config: Experiment, objective: Objective | None = None, *, dtype: torch.dtype = torch.float64) -> TrainState:
+    """The state before the first step; the model and the objective in `dtype`."""
+    model = build_vae(config, SHAPE, seed=5).to(dtype)
+    objective = build_objective(config.objective) if objective is None else objective
+    return TrainState.begin(config, model, objective.to(dtype))
+
+
+def pixels() -> Tensor:
+    return torch.randint(0, 256, (NUM_IMAGES, *SHAPE), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def batches(
+    epoch: int = 1, group: WorkerGroup = ALONE, *, global_batch_size: int = BATCH, dtype: torch.dtype = torch.float64
+) -> Iterator[Batch]:
+    """A worker's batches of an epoch: 5 + 5 + 5 + 5 + 3 images."""
+    loader = Loader(pixels(), torch.arange(NUM_IMAGES), seed=SEED, shards=shards_of(group))
+    for x, rows, global_size in loader.training(epoch, global_batch_size=global_batch_size):
+        yield Batch(x.to(dtype), rows, global_size)
+
+
+def run_epoch(
+    state: TrainState,
+    epoch: int = 1,
+    group: WorkerGroup = ALONE,
+    *,
+    data: Any = None,
+    lr: float = LR,
+    settings: dict[str, float] | None = None,
+    dtype: torch.dtype = torch.float64,
+    **options: Any,
+) -> dict[str, float]:
+    """Train an epoch; the means of the logged terms over all workers. `options` are of `EpochSettings`."""
+    sums = TermSums(("loss", *ELBO_TERMS, *state.objective.terms), CPU)
+    given = state.objective.settings(0.0) if settings is None else settings
+    train_epoch(
+        state,
+        batches(epoch, group, dtype=dtype) if data is None else data,
+        group,
+        epoch=EpochSettings(seed=SEED, epoch=epoch, num_data=NUM_IMAGES, **options),
+        step_settings=lambda index: StepSettings(lr, given),
+        sums=sums,
+    )
+    return sums.reduced(group)
+
+
+def parameters(module: torch.nn.Module) -> Tensor:
+    """All parameters in one vector."""
+    return torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
+
+
+class GradientRecorder(torch.optim.Optimizer):
+    """Keeps every step's gradient, and leaves the weights as they are."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(list(parameters), {"lr": 1.0})
+        self.gradients: list[Tensor] = []
+
+    def step(self, closure: Any = None) -> None:
+        self.gradients.append(torch.cat([p.grad.flatten().clone() for p in self.param_groups[0]["params"]]))
+
+
+def record_gradients(state: TrainState) -> dict[str, GradientRecorder]:
+    """Put a recorder in place of every optimizer of the state."""
+    sets = state.objective.parameter_sets(state.model)
+    recorders = {name: GradientRecorder(members) for name, members in sets.items()}
+    state.optimizers = dict(recorders)
+    return recorders
