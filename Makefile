@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TWO := --numprocesses=2 --dist=worksteal
 
-.PHONY: train sweep test lint types unit ray test-system test-cluster faults faults-short soak audit bench clean
+.PHONY: train sweep test lint types unit ray test-ray test-system test-cluster faults faults-short soak audit bench clean
 
 train: $(INSTALLED)  ## train the digits preset data-parallel on two Ray workers
 	$(BIN)/vae-ray train digits --workers.num 2
@@ -25,8 +25,12 @@ types: $(INSTALLED)
 unit: $(INSTALLED)  ## no Ray, under three minutes on two cores
 	$(BIN)/pytest $(TWO) -m "not ray and not system and not faults and not cluster"
 
-ray: $(INSTALLED)  ## real Ray workers
-	$(BIN)/pytest -m "ray and not faults"
+CORE_RAY := tests/distributed/test_workers.py tests/distributed/test_sweep.py tests/distributed/test_readme.py
+ray: $(INSTALLED)  ## real Ray workers: training, sweeps, the pages' examples
+	$(BIN)/pytest -m "ray and not faults" $(CORE_RAY)
+
+test-ray: $(INSTALLED)  ## the other tests with Ray: drivers that end, restored sweeps, jobs, object stores, nodes
+	$(BIN)/pytest -m "ray and not faults" $(addprefix --ignore=,$(CORE_RAY))
 
 test-system: $(INSTALLED)  ## the HTML report in a real browser: needs Debian's chromium
 	$(BIN)/pytest -m system
@@ -46,7 +50,7 @@ audit: $(INSTALLED)  ## known vulnerabilities of the pinned dependencies; needs 
 	$(BIN)/python -m tests.faults.audit
 
 test-cluster: $(INSTALLED)  ## Ray on hosts that are network namespaces: needs root, iproute2, openssh-server, rsync
-	$(BIN)/pytest --numprocesses=2 --dist=loadfile tests/cluster
+	$(BIN)/pytest --numprocesses=2 --dist=loadfile -m cluster tests/cluster
 
 bench: $(INSTALLED)  ## the README's numbers; wants an idle machine and MNIST in ../shared/data
 	$(BIN)/python -m benchmarks.throughput

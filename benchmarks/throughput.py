@@ -50,6 +50,7 @@ def measure(configuration: str, *, root: Path, batch_size: int) -> float:
                 "training.global_batch_size": batch_size,
                 "training.test_every_epochs": 0,
                 "workers.num": int(configuration.split()[0]),
+                "workers.cpus": 1,
                 "workers.device": "cpu",
                 "run.storage": storage,
             }
