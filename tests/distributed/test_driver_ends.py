@@ -39,7 +39,7 @@ def content(checkpoint: Path | str, name: str) -> bytes:
 def assert_resumes_to_the_same_bits(experiment: Experiment, undisturbed: TrainResult) -> TrainResult:
     resumed = train(experiment, resume=True)
     assert [line["epoch"] for line in resumed.history] == [1, 2, 3, 4]
-    for name in ("weights.safetensors", "training_state.pt"):
+    for name in ("weights.safetensors", "training_state.safetensors"):
         assert content(resumed.last_checkpoint, name) == content(undisturbed.last_checkpoint, name)
     assert resumed.metrics == undisturbed.metrics
     assert [line["train/nelbo"] for line in resumed.history] == [line["train/nelbo"] for line in undisturbed.history]

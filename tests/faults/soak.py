@@ -50,7 +50,7 @@ def bits(wanted: Experiment) -> bytes:
     """The last checkpoint's weights and optimizer."""
     last = complete_checkpoints(Path(wanted.run.storage) / str(wanted.run.name) / "checkpoints")[-1]
     assert last.epoch == wanted.training.epochs
-    return last.read("weights.safetensors") + last.read("training_state.pt")
+    return last.read("weights.safetensors") + last.read("training_state.safetensors")
 
 
 def killed_until_it_ends(wanted: Experiment, directory: Path, chance: random.Random) -> int:

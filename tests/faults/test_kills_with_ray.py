@@ -89,7 +89,7 @@ def wait_for_number(
 
 def weights(run: RunDirectory, epochs: int) -> list[bytes]:
     last = run.checkpoints / f"epoch={epochs:04d}"
-    return [(last / name).read_bytes() for name in ("weights.safetensors", "training_state.pt")]
+    return [(last / name).read_bytes() for name in ("weights.safetensors", "training_state.safetensors")]
 
 
 @pytest.fixture(scope="module")
