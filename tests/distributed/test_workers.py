@@ -83,5 +83,5 @@ def test_more_workers_than_the_cluster_has_are_refused_before_anything_starts(tm
 @pytest.mark.usefixtures("cluster")
 @pytest.mark.timeout(30)
 def test_gpus_that_the_cluster_does_not_have_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"workers\.num: got 2 with 1 GPU each.*\(0 GPUs\).*--workers\.device cpu"):
+    with pytest.raises(UserError, match=r"workers\.num: got 2 with .*1 GPU each.* 0 GPUs\).*--workers\.device cpu"):
         train(digits(tmp_path, 2, name="no-gpu", **{"workers.device": "cuda"}))
