@@ -21,7 +21,7 @@ from vae_ray.models.interpolation import INTERPOLATIONS
 from vae_ray.models.latents import Distribution, Group
 from vae_ray.models.noise import latent_noise, num_elements
 from vae_ray.models.traversal import Traversal, join_groups, split_groups, traverse
-from vae_ray.models.vae import VAE, build_vae, new_vae
+from vae_ray.models.vae import VAE, build_vae, shape_vae
 from vae_ray.parallel.group import SingleProcess, shards_of
 
 SplitName = Literal["train", "val", "test"]
@@ -196,8 +196,7 @@ def meta_model(experiment: Experiment, checkpoint: Checkpoint) -> VAE:
     Raises `CorruptFile` if there can be no such network.
     """
     try:
-        with torch.device("meta"):
-            return new_vae(experiment, checkpoint.image_shape)
+        return shape_vae(experiment, checkpoint.image_shape)
     except (RuntimeError, OverflowError, MemoryError) as error:  # more numbers than there can be
         reason = " ".join(str(error).split())[:200]
         raise CorruptFile(

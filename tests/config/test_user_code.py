@@ -16,102 +16,9 @@ from tests.conftest import digits_in_this_process
 from vae_ray import Experiment, TrainedVAE, TrainResult, UserError, train
 from vae_ray.cli.main import main
 from vae_ray.config import user_code
-from vae_ray.runs.preflight import preflight
 from vae_ray.runs.train import resume
 
-MODULE = """
-import math
-
-import numpy as np
-import torch
-from torch import nn
-
-from vae_ray.models.latents import DiagonalGaussian
-from vae_ray.models.likelihoods import Bernoulli
-from vae_ray.models.priors import Prior
-from vae_ray.objectives.elbo import Elbo
-
-
-def tiny(*, image_shape, latent_dim, num_params, width=16, normalization=nn.Identity, extra=0):
-    num_pixels, params_shape = math.prod(image_shape), (num_params + extra, *image_shape[1:])
-    encoder = nn.Sequential(
-        nn.Flatten(), nn.Linear(num_pixels, width), normalization(width), nn.ReLU(), nn.Linear(width, 2 * latent_dim)
-    )
-    decoder = nn.Sequential(nn.Linear(latent_dim, math.prod(params_shape)), nn.Unflatten(1, params_shape))
-    return encoder, decoder
-
-
-def with_batch_norm(**given):
-    return tiny(**given, normalization=nn.BatchNorm1d)
-
-
-def with_a_parameter_too_many(**given):
-    return tiny(**given, extra=1)
-
-
-def with_a_wrong_encoder(**given):
-    encoder, decoder = tiny(**given)
-    return nn.Sequential(encoder, nn.Linear(3, 4)), decoder
-
-
-def no_network(**given):
-    return "tiny"
-
-
-class Moving(Prior):
-    def __init__(self, latent_shape, start=0.0):
-        super().__init__(latent_shape)
-        self.center = nn.Parameter(torch.full(latent_shape, start))
-
-    def forward(self, num, like):
-        mean = self.center.expand(num, *self.latent_shape)
-        return DiagonalGaussian(mean, torch.zeros_like(mean))
-
-
-class Weighted(Bernoulli):
-    def __init__(self, factor=1.0):
-        super().__init__()
-        self.factor = factor
-
-    def log_prob(self, params, x):
-        return self.factor * super().log_prob(params, x)
-
-
-class Reporting(Elbo):
-    terms = ("half_rate",)
-
-    def losses(self, output, x, likelihood, settings, batch):
-        losses = super().losses(output, x, likelihood, settings, batch)
-        return losses._replace(terms={**losses.terms, "half_rate": losses.terms["rate"] / 2})
-
-
-def stripes(num=400):
-    pixels = np.zeros((num, 1, 6, 8), np.uint8)
-    pixels[:, :, ::2] = np.arange(num, dtype=np.uint8)[:, None, None, None]
-    return {"train": pixels, "test": pixels[:50]}
-
-
-def floats():
-    return {"train": np.zeros((9, 1, 6, 8)), "test": np.zeros((9, 1, 6, 8))}
-
-
-class Diary:
-    def run_began(self, run_dir, experiment):
-        self.file = open(run_dir + "/diary.txt", "w")
-        print("began", experiment.training.epochs, file=self.file)
-
-    def epoch_ended(self, record, decode):
-        print("epoch", record["epoch"], tuple(decode(torch.zeros(2, 5)).shape), file=self.file)
-
-    def run_ended(self, run_dir):
-        print("ended", file=self.file)
-        self.file.close()
-
-
-class Failing:
-    def epoch_ended(self, record, decode):
-        raise ValueError("the disk of the diary is full")
-"""
+MODULE = (Path(__file__).parents[1] / "data" / "own_code.py").read_text()
 
 
 def importable(directory: Path, patch: pytest.MonkeyPatch) -> None:
@@ -229,6 +136,12 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
         {"data.source": "own_code:Diary"},
         r"data\.source: own_code:Diary returned a Diary, should return a source or a dict",
     ),
+    ({"objective": "mmd", "model.prior": "own_code:Moving"}, r"objective: mmd needs --model\.prior standard"),
+    (
+        {"objective": "own_code:ByRow"},
+        r"own_code:ByRow fails .* the loss of 'model' has shape \(3,\), should be a sc",
+    ),
+    ({"objective": "own_code:WithoutTerms"}, r"objective: own_code:WithoutTerms fails on a batch \(KeyError: 'forgo"),
     ({"data.source": "own_code:floats"}, r"gave float64 of shape \(9, 1, 6, 8\) for 'train', should be uint8"),
     ({"model.network": "no_code:tiny"}, r"model\.network: got 'no_code:tiny', there is no module 'no_code'"),
     ({"run.callbacks": "own_code:Nothing"}, r"run\.callbacks: .* the module 'own_code' has no 'Nothing'"),
@@ -256,8 +169,11 @@ def test_a_module_that_fails_is_refused_with_its_error(one_epoch: Experiment, tm
         train(one_epoch.with_overrides({"model.network": "own_code:tiny"}))
 
 
-def test_batch_norm_is_accepted_for_one_worker(one_epoch: Experiment) -> None:
-    preflight(one_epoch.with_overrides({"model.network": "own_code:with_batch_norm"}))
+@pytest.mark.parametrize("name", ["with_batch_norm", "that_reads_its_weights"])
+def test_a_network_that_needs_one_process_or_memory_is_trained_and_loaded(name: str, one_epoch: Experiment) -> None:
+    result = train(one_epoch.with_overrides({"model.network": f"own_code:{name}"}))
+    model = TrainedVAE.load(result.run_dir, trust_code=True)
+    assert model.evaluate("val")["val/nelbo"] == pytest.approx(result.metrics["val/nelbo"], rel=1e-6)
 
 
 # --- trust -----------------------------------------------------------------------------------------------

@@ -246,7 +246,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
     """One line for the first of pydantic's errors: key, value received, what is allowed, what to try."""
     first = error.errors()[0]
     key = _dotted(first["loc"], model)
-    docs = {doc.key: doc for doc in field_docs(model)}
+    docs = {doc.key: doc for doc in reversed(list(field_docs(model)))}  # the first entry that has the field
     hint = f"; for example {_example(docs[key])}" if key in docs else ""
     reason = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
     if key == "run.name":

@@ -119,6 +119,18 @@ def build_vae(experiment: Experiment, image_shape: tuple[int, int, int], *, seed
         return new_vae(experiment, image_shape)
 
 
+def shape_vae(experiment: Experiment, image_shape: tuple[int, int, int]) -> VAE:
+    """The VAE without memory for its weights: for names and shapes.
+
+    A user's own network or prior may compute with values when it is built, so it gets memory.
+    """
+    model = experiment.model
+    if ":" in model.network.name + model.prior.name + experiment.likelihood.name:
+        return build_vae(experiment, image_shape, seed=0)
+    with torch.device("meta"):
+        return new_vae(experiment, image_shape)
+
+
 def new_vae(experiment: Experiment, image_shape: tuple[int, int, int]) -> VAE:
     """The VAE that an experiment describes, on torch's current default device (which may be meta)."""
     model = experiment.model

@@ -14,9 +14,12 @@ from vae_ray.config.sections import MnistData
 from vae_ray.data.arrow_store import file_name
 from vae_ray.data.splits import Splits
 from vae_ray.errors import UserError
-from vae_ray.models.noise import num_elements
-from vae_ray.models.vae import VAE, build_vae, new_vae
-from vae_ray.objectives import build_objective
+from vae_ray.evaluation.metrics import ELBO_TERMS
+from vae_ray.models.vae import VAE, build_vae, shape_vae
+from vae_ray.objectives import Objective, build_objective
+from vae_ray.objectives.base import Losses
+from vae_ray.parallel.global_batch import GlobalBatch
+from vae_ray.parallel.group import SingleProcess
 from vae_ray.storage.locations import absolute, check_writable
 from vae_ray.training import placement
 from vae_ray.training.trainer import initial_weights
@@ -52,7 +55,7 @@ def preflight(experiment: Experiment) -> Experiment:
             f"training.global_batch_size: got {batch}, should be at most the {num_training} training images; "
             f"for example --training.global-batch-size {min(64, num_training)}"
         )
-    model = checked_model(experiment, splits.train.image_shape)
+    model = checked_model(experiment, splits.train.image_shape, num_training=num_training)
     for path in experiment.run.callbacks:
         user_code.call(path, {}, key="run.callbacks")
     if placement.uses_cluster() and experiment.workers.num != 0:
@@ -88,38 +91,62 @@ def check_workers(experiment: Experiment, model: VAE) -> None:
 LARGEST_CHECKED_ON_CPU = 50_000_000
 """Weights of a model whose shapes are checked by a real pass. A pass on the meta device imports torch's compiler, which
 takes three seconds; a real one of a small model takes milliseconds."""
+CHECKED_ROWS = 3
+"""Unlike any other dimension that is likely."""
+MISFITS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, OverflowError, MemoryError, AssertionError)
+"""What a pass raises whose shapes do not fit, or that calls a user's code wrongly."""
 
 
-def checked_model(experiment: Experiment, image_shape: tuple[int, int, int]) -> VAE:
-    """The model without memory for its weights, after one pass that checks every shape; raises `UserError`."""
-    build_objective(experiment.objective)
+def checked_model(experiment: Experiment, image_shape: tuple[int, int, int], *, num_training: int) -> VAE:
+    """The model, without memory for its weights where possible, after one pass that checks every shape.
+
+    Raises `UserError` that names the network, or the objective, if it does not fit.
+    """
+    objective = build_objective(experiment.objective)
     try:
-        with torch.device("meta"):
-            model = new_vae(experiment, image_shape)
+        model = shape_vae(experiment, image_shape)
         if experiment.run.initial_weights is not None:
             initial_weights(str(experiment.run.initial_weights), model)
         is_small = sum(parameter.numel() for parameter in model.parameters()) <= LARGEST_CHECKED_ON_CPU
-        num = 3  # rows; unlike any other dimension that is likely
         with torch.device("cpu" if is_small else "meta"), torch.inference_mode():
             checked = build_vae(experiment, image_shape, seed=0) if is_small else model
-            x = torch.zeros(num, *image_shape)
-            params = checked(x, tuple(torch.zeros(num, *shape) for shape in checked.latent_shapes)).params
-    except UserError:
-        raise
-    except (RuntimeError, ValueError, TypeError, IndexError, OverflowError, MemoryError, AssertionError) as error:
-        reason = " ".join(str(error).split())[:200]
+            x = torch.zeros(CHECKED_ROWS, *image_shape)
+            num = CHECKED_ROWS * objective.num_samples
+            noise = tuple(torch.zeros(num, *shape) for shape in checked.latent_shapes)
+            output = checked(x, noise, objective.num_samples)
+    except MISFITS as error:
         raise UserError(
             f"model.network: {experiment.model.network.name} does not fit images of shape {image_shape} and "
-            f"model.latent_dim {experiment.model.latent_dim} ({type(error).__name__}: {reason})"
+            f"model.latent_dim {experiment.model.latent_dim} ({_reason(error)})"
         ) from None
     expected = (num, model.likelihood.num_params(image_shape[0]), *image_shape[1:])
-    if tuple(params.shape) != expected:
+    if tuple(output.params.shape) != expected:
         raise UserError(
             f"model.network: the decoder of {experiment.model.network.name} gives parameters of shape "
-            f"(N, {', '.join(map(str, params.shape[1:]))}), should be (N, {', '.join(map(str, expected[1:]))})"
+            f"(N, {', '.join(map(str, output.params.shape[1:]))}), should be (N, {', '.join(map(str, expected[1:]))})"
         )
-    assert num_elements(model.latent_shapes) > 0
+    batch = GlobalBatch(CHECKED_ROWS, slice(0, CHECKED_ROWS), num_training, SingleProcess(x.device))
+    try:
+        with torch.inference_mode():
+            losses = objective.losses(output, x, checked.likelihood, objective.settings(0.0), batch)
+        _check_losses(losses, objective, checked)
+    except MISFITS as error:
+        raise UserError(f"objective: {experiment.objective.name} fails on a batch ({_reason(error)})") from None
     return model
+
+
+def _check_losses(losses: Losses, objective: Objective, model: VAE) -> None:
+    """Raise `ValueError` if a loss of a parameter set or a term is missing or has another shape."""
+    for name in objective.parameter_sets(model):
+        if losses.loss[name].ndim:
+            raise ValueError(f"the loss of {name!r} has shape {tuple(losses.loss[name].shape)}, should be a scalar")
+    for name in ("loss", *ELBO_TERMS, *objective.terms):
+        if tuple(losses.terms[name].shape) != (CHECKED_ROWS,):
+            raise ValueError(f"the term {name!r} has shape {tuple(losses.terms[name].shape)}, should be (N,)")
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def local_device(experiment: Experiment) -> torch.device:

@@ -55,13 +55,14 @@ def quantity(field: str, title: str, values: Sequence[float]) -> Spec:
     return {"field": field, "type": "quantitative", "title": title, "scale": scale, "axis": {"tickCount": 8}}
 
 
-def color_scale(field: str, title: str, values: Sequence[float], *, log: bool) -> Spec:
-    """From the lowest to the highest value; one colour if all are equal."""
-    low, high = min(values), max(values)
-    if low == high:
+def color_scale(field: str, title: str, values: Sequence[float | None], *, log: bool) -> Spec:
+    """From the lowest to the highest value; one colour if all are equal, or if there is none."""
+    numbers = [value for value in values if value is not None]
+    if len(set(numbers)) < 2:
         return {"value": RAMP[0]}
+    low, high = min(numbers), max(numbers)
     # a beta of 0 has its place too: symlog is the logarithm above `constant` and even below
-    constant = min((value for value in values if value > 0), default=1.0)
+    constant = min((value for value in numbers if value > 0), default=1.0)
     if not log:
         scale: Spec = {"type": "linear", "domain": [low, (low + high) / 2, high]}
     elif low > 0:

@@ -1,0 +1,115 @@
+"""A user's own code, of every kind; tests copy this file to where a user would have it."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from vae_ray.models.latents import DiagonalGaussian
+from vae_ray.models.likelihoods import Bernoulli
+from vae_ray.models.priors import Prior
+from vae_ray.objectives.elbo import Elbo
+
+
+def tiny(*, image_shape, latent_dim, num_params, width=16, normalization=nn.Identity, extra=0):
+    num_pixels, params_shape = math.prod(image_shape), (num_params + extra, *image_shape[1:])
+    encoder = nn.Sequential(
+        nn.Flatten(), nn.Linear(num_pixels, width), normalization(width), nn.ReLU(), nn.Linear(width, 2 * latent_dim)
+    )
+    decoder = nn.Sequential(nn.Linear(latent_dim, math.prod(params_shape)), nn.Unflatten(1, params_shape))
+    return encoder, decoder
+
+
+def with_batch_norm(**given):
+    return tiny(**given, normalization=nn.BatchNorm1d)
+
+
+def with_a_parameter_too_many(**given):
+    return tiny(**given, extra=1)
+
+
+def with_a_wrong_encoder(**given):
+    encoder, decoder = tiny(**given)
+    return nn.Sequential(encoder, nn.Linear(3, 4)), decoder
+
+
+def no_network(**given):
+    return "tiny"
+
+
+def that_reads_its_weights(**given):
+    encoder, decoder = tiny(**given)
+    scale = 1 / encoder[1].weight.abs().max().item()
+    with torch.no_grad():
+        encoder[1].weight.mul_(scale)
+    return encoder, decoder
+
+
+class Moving(Prior):
+    def __init__(self, latent_shape, start=0.0):
+        super().__init__(latent_shape)
+        self.center = nn.Parameter(torch.full(latent_shape, start))
+
+    def forward(self, num, like):
+        mean = self.center.expand(num, *self.latent_shape)
+        return DiagonalGaussian(mean, torch.zeros_like(mean))
+
+
+class Weighted(Bernoulli):
+    def __init__(self, factor=1.0):
+        super().__init__()
+        self.factor = factor
+
+    def log_prob(self, params, x):
+        return self.factor * super().log_prob(params, x)
+
+
+class Reporting(Elbo):
+    terms = ("half_rate",)
+
+    def losses(self, output, x, likelihood, settings, batch):
+        losses = super().losses(output, x, likelihood, settings, batch)
+        return losses._replace(terms={**losses.terms, "half_rate": losses.terms["rate"] / 2})
+
+
+class ByRow(Elbo):
+    def losses(self, output, x, likelihood, settings, batch):
+        losses = super().losses(output, x, likelihood, settings, batch)
+        return losses._replace(loss={"model": losses.terms["loss"]})
+
+
+class WithoutTerms(Elbo):
+    terms = ("forgotten",)
+
+
+def stripes(num=400):
+    pixels = np.zeros((num, 1, 6, 8), np.uint8)
+    pixels[:, :, ::2] = np.arange(num, dtype=np.uint8)[:, None, None, None]
+    return {"train": pixels, "test": pixels[:50]}
+
+
+def floats():
+    return {"train": np.zeros((9, 1, 6, 8)), "test": np.zeros((9, 1, 6, 8))}
+
+
+class Diary:
+    def run_began(self, run_dir, experiment):
+        self.file = Path(run_dir, "diary.txt")
+        self.file.write_text(f"began {experiment.training.epochs}\n")
+
+    def epoch_ended(self, record, decode):
+        self.write(f"epoch {record['epoch']} {tuple(decode(torch.zeros(2, 5)).shape)}")
+
+    def run_ended(self, run_dir):
+        self.write("ended")
+
+    def write(self, line):
+        with self.file.open("a") as stream:
+            print(line, file=stream)
+
+
+class Failing:
+    def epoch_ended(self, record, decode):
+        raise ValueError("the disk of the diary is full")
