@@ -6,6 +6,7 @@ line builds its help from it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -110,14 +111,23 @@ def field_docs() -> Iterator[keys.FieldDoc]:
     return keys.field_docs(Experiment)
 
 
+@functools.cache
+def _docs_by_key() -> dict[str, keys.FieldDoc]:
+    """The fields by both of their keys."""
+    return {key: doc for doc in field_docs() for key in (doc.key, doc.flat_key)}
+
+
 def is_place_key(key: str) -> bool:
     """Whether a dotted key says where, by whom or how carefully a run is computed, and not what it computes."""
-    return keys.is_place(Experiment, key)
+    doc = _docs_by_key().get(key)
+    return doc is not None and doc.is_place
 
 
 def canonical_key(key: str) -> str:
     """A dotted key as `Experiment.flat` names it, such as `model.network.name` for `model.network`."""
-    return keys.canonical(Experiment, key)
+    key = key.replace("-", "_")
+    doc = _docs_by_key().get(key)
+    return key if doc is None else doc.flat_key
 
 
 def preset_names() -> list[str]:

@@ -1,7 +1,7 @@
 """Types of fields: what a value may be, how its text on a command line is read, and what a field stands for.
 
 A field is declared as content (what is computed) or, by `place`, as place: where, by whom and how carefully it is
-computed. Resume, sweeps, TensorBoard's hparams and the report read that mark (`keys.is_place`).
+computed. Resume, sweeps, TensorBoard's hparams and the report read that mark (`is_place_key`).
 """
 
 from __future__ import annotations

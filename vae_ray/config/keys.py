@@ -28,6 +28,8 @@ class FieldDoc(NamedTuple):
     """One field as the command line's help and docs/configuration.md show it."""
 
     key: str
+    flat_key: str
+    """The key as `flattened` has it: `model.network.name` for `model.network`; of others the key itself."""
     type: str
     default: Any
     description: str
@@ -43,10 +45,10 @@ def field_docs(model: type[BaseModel], prefix: str = "", entry: str = "", is_pla
         place = is_place or _is_marked_place(field)
         if (axis := choice_of(field)) is not None:
             yield from _axis_docs(key, axis, field, place)
-        elif isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from field_docs(field.annotation, f"{key}.", entry, place)
+        elif (section := _section(field)) is not None:
+            yield from field_docs(section, f"{key}.", entry, place)
         else:
-            yield FieldDoc(key, _type_name(field.annotation), field.default, field.description or "", entry, place)
+            yield FieldDoc(key, key, _type_name(field.annotation), field.default, field.description or "", entry, place)
 
 
 def _axis_docs(key: str, axis: Choice, field: FieldInfo, is_place: bool) -> Iterator[FieldDoc]:
@@ -55,7 +57,8 @@ def _axis_docs(key: str, axis: Choice, field: FieldInfo, is_place: bool) -> Iter
     names = ",".join([*entries, *(["MODULE:NAME"] if has_user_entry else [])])
     tag_key = key if axis.tag == "name" else f"{key}.{axis.tag}"
     description = field.description or f"The {axis.axis}."
-    yield FieldDoc(tag_key, f"{{{names}}}", getattr(field.default, axis.tag), description, "", is_place)
+    default = getattr(field.default, axis.tag)
+    yield FieldDoc(tag_key, f"{key}.{axis.tag}", f"{{{names}}}", default, description, "", is_place)
     by_class: dict[type[BaseModel], list[str]] = {}
     for name, cls in entries.items():
         by_class.setdefault(cls, []).append(name)
@@ -72,23 +75,10 @@ def _is_marked_place(field: FieldInfo) -> bool:
     return isinstance(field.json_schema_extra, dict) and bool(field.json_schema_extra.get("place"))
 
 
-def is_place(model: type[BaseModel], key: str) -> bool:
-    """Whether a dotted key says where, by whom or how carefully something is computed, and not what."""
-    for part in key.split("."):
-        field = model.model_fields.get(part)
-        if field is None:
-            return False
-        if _is_marked_place(field):
-            return True
-        axis = choice_of(field)
-        if axis is not None:
-            entries = axis.entries(field.annotation)
-            rest = key.partition(f"{part}.")[2]
-            return bool(rest) and any(is_place(cls, rest) for cls in entries.values())
-        if not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
-            return False
-        model = field.annotation
-    return False
+def _section(field: FieldInfo) -> type[BaseModel] | None:
+    """The class of a field that is a section; None for a value or an axis."""
+    kind = field.annotation
+    return kind if isinstance(kind, type) and issubclass(kind, BaseModel) and choice_of(field) is None else None
 
 
 def flattened(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -110,41 +100,26 @@ def apply_overrides(model: type[BaseModel], tree: dict[str, Any], overrides: Map
     """
     flat: dict[str, Any] = {}
     for key, value in overrides.items():
-        _collect(model, str(key).replace("-", "_"), value, flat)
-    for key in sorted(flat, key=lambda key: (key.count("."), not _is_tag(model, key))):
-        _write(model, tree, key, flat[key])
+        _collect(str(key).replace("-", "_"), value, flat)
+    for key in sorted(flat, key=lambda key: (key.count("."), key.rpartition(".")[2] not in ("name", "source"))):
+        try:
+            _write(model, tree, key, flat[key])
+        except UnknownKey:
+            if (new := renamed_key(key)) is not None:
+                raise UserError(f"key {key!r} does not exist any more; use {new!r}") from None
+            existing = list(dict.fromkeys(doc.key for doc in field_docs(model)))
+            raise UserError(f"key {key!r} does not exist; {did_you_mean(key, existing)}") from None
 
 
-def canonical(model: type[BaseModel], key: str) -> str:
-    """The key as `flattened` names it: `model.network.name` for `model.network`; others as they are."""
-    key = key.replace("-", "_")
-    current: type[BaseModel] | None = model
-    parts = key.split(".")
-    for depth, part in enumerate(parts):
-        field = current.model_fields.get(part) if current is not None else None
-        if field is None:
-            return key
-        axis = choice_of(field)
-        if axis is not None:
-            if depth == len(parts) - 1:
-                return f"{key}.{axis.tag}"
-            owners = [cls for cls in axis.entries(field.annotation).values() if parts[depth + 1] in cls.model_fields]
-            current = owners[0] if owners else None
-        else:
-            is_section = isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
-            current = typing.cast(type[BaseModel], field.annotation) if is_section else None
-    return key
+class UnknownKey(Exception):
+    """There is no field of that key."""
 
 
-def _is_tag(model: type[BaseModel], key: str) -> bool:
-    return key.rpartition(".")[2] in ("name", "source")
-
-
-def _collect(model: type[BaseModel], key: str, value: Any, flat: dict[str, Any]) -> None:
+def _collect(key: str, value: Any, flat: dict[str, Any]) -> None:
     """Spread a mapping that is given for a section or an entry over its dotted keys."""
     if isinstance(value, Mapping) and value:
         for name, part in value.items():
-            _collect(model, f"{key}.{str(name).replace('-', '_')}", part, flat)
+            _collect(f"{key}.{str(name).replace('-', '_')}", part, flat)
     else:
         flat[key] = value
 
@@ -158,7 +133,7 @@ def _write(model: type[BaseModel], tree: dict[str, Any], key: str, value: Any) -
             if model.model_config.get("extra") == "allow" and not rest:
                 node[part] = yaml.safe_load(value) if isinstance(value, str) else value
                 return
-            raise _unknown_key(key)
+            raise UnknownKey
         axis = choice_of(field)
         if axis is not None:
             if not rest or rest == [axis.tag]:
@@ -169,16 +144,14 @@ def _write(model: type[BaseModel], tree: dict[str, Any], key: str, value: Any) -
             if rest[0] not in cls.model_fields and cls.model_config.get("extra") != "allow":
                 raise _field_of_another_entry(axis, field, node[part][axis.tag], key, rest[0])
             node, model = node[part], cls
-        elif isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+        elif (section := _section(field)) is not None:
             if not rest:
                 if value == {} or value is None:
                     return
-                raise UserError(
-                    f"{key}: got {shown(value)}, should be a mapping of {', '.join(field.annotation.model_fields)}"
-                )
-            node, model = node[part], field.annotation
+                raise UserError(f"{key}: got {shown(value)}, should be a mapping of {', '.join(section.model_fields)}")
+            node, model = node[part], section
         elif rest:
-            raise _unknown_key(key)
+            raise UnknownKey
         else:
             text_means_null = isinstance(value, str) and value.lower() in ("null", "none", "~")
             node[part] = None if text_means_null else value
@@ -218,16 +191,7 @@ def _field_of_another_entry(axis: Choice, field: FieldInfo, chosen: str, key: st
             f"{key}: the {axis.axis} {chosen!r} has no field {name!r}, {' and '.join(owners)} has; "
             f"for example --{flag.replace('_', '-')} {owners[0]}"
         )
-    return _unknown_key(key)
-
-
-def _unknown_key(key: str) -> UserError:
-    from vae_ray.config.experiment import Experiment
-
-    if (new := renamed_key(key)) is not None:
-        return UserError(f"key {key!r} does not exist any more; use {new!r}")
-    known = list(dict.fromkeys(doc.key for doc in field_docs(Experiment)))
-    return UserError(f"key {key!r} does not exist; {did_you_mean(key, known)}")
+    raise UnknownKey
 
 
 def did_you_mean(wrong: str, known: Sequence[str]) -> str:
@@ -245,8 +209,11 @@ def did_you_mean(wrong: str, known: Sequence[str]) -> str:
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
     """One line for the first of pydantic's errors: key, value received, what is allowed, what to try."""
     first = error.errors()[0]
-    key = _dotted(first["loc"], model)
     docs = {doc.key: doc for doc in reversed(list(field_docs(model)))}  # the first entry that has the field
+    # a location also names the classes of entries (which begin with a capital), members of unions and places in lists
+    parts = [str(part) for part in first["loc"] if not str(part)[:1].isupper()]
+    prefixes = [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
+    key = next((prefix for prefix in prefixes if prefix in docs), prefixes[0])
     hint = f"; for example {_example(docs[key])}" if key in docs else ""
     reason = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
     if key == "run.name":
@@ -254,40 +221,6 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
     elif first["type"] == "string_pattern_mismatch":
         reason = "should be MODULE:NAME of your own code, such as my_nets:tiny"
     return f"{key}: got {shown(first['input'])}, {reason}{hint}"
-
-
-def _dotted(location: Iterable[Any], model: type[BaseModel]) -> str:
-    """The dotted key of pydantic's location, which also names classes of unions and positions in lists."""
-    parts: list[str] = []
-    current: type[BaseModel] | None = model
-    for item in location:
-        if current is None or not isinstance(item, str):
-            break
-        field = current.model_fields.get(item)
-        if field is None:  # the class of a union's member: the axis before it
-            candidates = [cls for cls in _subclasses_of_entries(model) if cls.__name__ == item]
-            if not candidates:
-                parts.append(item)
-                break
-            current = candidates[0]
-            continue
-        parts.append(item)
-        is_section = isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
-        current = (
-            typing.cast(type[BaseModel], field.annotation) if is_section else current if choice_of(field) else None
-        )
-    return ".".join(parts)
-
-
-def _subclasses_of_entries(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
-    for field in model.model_fields.values():
-        axis = choice_of(field)
-        if axis is not None:
-            for cls in typing.get_args(field.annotation):
-                yield cls
-                yield from _subclasses_of_entries(cls)
-        elif isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _subclasses_of_entries(field.annotation)
 
 
 def _example(doc: FieldDoc) -> str:
