@@ -91,9 +91,10 @@ def fit_epochs(
                 is_last = trainer.is_finished
                 trainer.checkpointing.save_epoch(trainer.state, trainer.epochs_done, metrics, is_last=is_last)
                 callbacks.call("epoch_ended", record, decoder_of(model))
+                if is_last:  # before the yield: a caller need not ask for more
+                    callbacks.call("run_ended", run.location)
             checkpoint = run.checkpoints / checkpoint_name(trainer.epochs_done)
             yield EpochResult(record, checkpoint, trainer.is_finished)
-        callbacks.call("run_ended", run.location)
 
 
 def _recorder(trainer: Trainer) -> Recorder:
