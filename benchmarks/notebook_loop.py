@@ -54,7 +54,7 @@ def loader(root: Path, *, train: bool, batch_size: int) -> DataLoader[tuple[Tens
 
 
 def epochs(root: Path, *, batch_size: int, seed: int) -> Iterator[tuple[NotebookVAE, float, float]]:
-    """Train for ever; after each epoch yield the model, its mean train loss in nats and the epoch's seconds."""
+    """Train without end; after each epoch yield the model, its mean train loss in nats and the epoch's seconds."""
     torch.manual_seed(seed)
     model, batches = NotebookVAE(), loader(root, train=True, batch_size=batch_size)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)

@@ -3,7 +3,7 @@
 The usual way is that of Ray's documentation: a Tune driver function that starts a TorchTrainer of one worker for every
 trial, with the notebook's loop (torchvision transforms, DataLoader, Adam, sigmoid + BCE) inside, and set up as well as
 we know how: trials that hold no CPU of their own, so that two run at once, and a short poll interval. Ours is
-`vae_ray.sweep`, which also evaluates, keeps checkpoints and pictures and writes the report. Nobody stops early.
+`vae_ray.sweep`, which also evaluates, keeps checkpoints and pictures and writes the report. No trial stops early.
 Both run on one local Ray that is up before; each sweep is timed from its call to its return.
 
     python -m benchmarks.sweep_trials [--data digits|mnist] [--epochs N]

@@ -12,7 +12,7 @@ class UserError(Exception):
 class CorruptFile(UserError):
     """A file whose content is not what was written, or cannot be what it should be; the message begins with its name.
 
-    Other copies may be good: whoever finds one of several damaged warns, sets it aside and takes the next.
+    Other copies may be intact: a reader that finds one of several corrupt warns and takes the next.
     """
 
 
@@ -21,7 +21,7 @@ class TrainingFailed(Exception):
 
 
 class Stopped(Exception):
-    """A run that was told to stop, and did so after a checkpoint; `--resume` goes on. Exit code 130."""
+    """A run that stopped on request, after a checkpoint; `vae-ray resume` continues it. Exit code 130."""
 
 
 class Diverged(TrainingFailed):

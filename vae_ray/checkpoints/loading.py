@@ -133,8 +133,8 @@ class Checkpoint:
         `names` limits it to some of the files; the pickled state of formats 1 and 2 is never read. Raises
         `CorruptFile` that names the damaged file.
         """
-        wanted = self.files.keys() - {PICKLED_STATE} if names is None else self.files.keys() & set(names)
-        contents = {name: self.read(name, most_bytes=_most_bytes(name)) for name in sorted(wanted)}
+        selection = self.files.keys() - {PICKLED_STATE} if names is None else self.files.keys() & set(names)
+        contents = {name: self.read(name, most_bytes=_most_bytes(name)) for name in sorted(selection)}
         return replace(self, contents={**self.contents, **contents})
 
     def experiment(self) -> Experiment:
@@ -163,11 +163,11 @@ class Checkpoint:
         if self.format_version < 3:  # vae_ray 0.1 had the encoder and the decoder directly in the model
             tensors = {f"network.{key}": tensor for key, tensor in tensors.items()}
         for key in sorted(expected.keys() | tensors.keys()):
-            wanted, stored = _describe(expected.get(key)), _describe(tensors.get(key))
-            if wanted != stored:
+            required, stored = _describe(expected.get(key)), _describe(tensors.get(key))
+            if required != stored:
                 raise CorruptFile(
                     f"{self.path / name}: does not fit the model of its experiment.json: {shown(key)} should be "
-                    f"{wanted}, is {stored}"
+                    f"{required}, is {stored}"
                 )
         return tensors
 

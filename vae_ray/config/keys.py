@@ -181,29 +181,29 @@ def _common_fields(classes: Iterable[type[BaseModel]]) -> set[str]:
     return {name for base in shared for name in base.model_fields}
 
 
-def _field_of_another_entry(axis: Choice, field: FieldInfo, chosen: str, key: str, name: str) -> UserError:
+def _field_of_another_entry(axis: Choice, field: FieldInfo, entry: str, key: str, name: str) -> UserError:
     entries = axis.entries(field.annotation)
-    owners = [entry for entry, cls in entries.items() if name in cls.model_fields]
+    owners = [other for other, cls in entries.items() if name in cls.model_fields]
     parent = key.rpartition(".")[0]
     if owners:
         flag = parent if axis.tag == "name" else f"{parent}.{axis.tag}"
         return UserError(
-            f"{key}: the {axis.axis} {chosen!r} has no field {name!r}, {' and '.join(owners)} has; "
+            f"{key}: the {axis.axis} {entry!r} has no field {name!r}, {' and '.join(owners)} has; "
             f"for example --{flag.replace('_', '-')} {owners[0]}"
         )
     raise UnknownKey
 
 
-def did_you_mean(wrong: str, known: Sequence[str]) -> str:
-    """A hint for a misspelled name: the nearest of `known`, or all of them."""
-    near = difflib.get_close_matches(wrong, known, n=1, cutoff=0.5)
+def did_you_mean(wrong: str, names: Sequence[str]) -> str:
+    """A hint for a misspelled name: the nearest of `names`, or all of them."""
+    near = difflib.get_close_matches(wrong, names, n=1, cutoff=0.5)
     last_part = wrong.strip(".").rpartition(".")[2]
-    by_last_part = [key for key in known if last_part and key.rpartition(".")[2] == last_part]
+    by_last_part = [key for key in names if last_part and key.rpartition(".")[2] == last_part]
     by_last_part.sort(key=lambda key: key.count("."))
     if near or by_last_part:
         nearest = min(by_last_part, key=lambda key: key.count("."), default=None) or near[0]
         return f"did you mean {nearest!r}?"
-    return f"choose one of {', '.join(known)}"
+    return f"choose one of {', '.join(names)}"
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:

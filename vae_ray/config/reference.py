@@ -33,11 +33,11 @@ def reference() -> str:
 
 def _row(doc: FieldDoc) -> str:
     default = ",".join(map(str, doc.default)) if isinstance(doc.default, tuple) else doc.default
-    shown = "null" if doc.default is None else default
+    default_text = "null" if doc.default is None else default
     entry = f"*{doc.entry}:* " if doc.entry else ""
     place = " *place*" if doc.is_place else ""
     kind = doc.type.replace("|", "\\|")
-    return f"| `{flag_of(doc.key)}` | {kind} | {shown} | {entry}{doc.description}{place} |\n"
+    return f"| `{flag_of(doc.key)}` | {kind} | {default_text} | {entry}{doc.description}{place} |\n"
 
 
 if __name__ == "__main__":

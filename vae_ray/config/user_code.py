@@ -34,20 +34,20 @@ def load(path: str, *, key: str) -> Callable[..., Any]:
     if here not in sys.path and "" not in sys.path:
         sys.path.append(here)
     try:
-        found: Any = functools.reduce(getattr, attribute.split("."), importlib.import_module(module_name))
+        function: Any = functools.reduce(getattr, attribute.split("."), importlib.import_module(module_name))
     except ModuleNotFoundError as error:
         raise UserError(f"{key}: got {path!r}, there is no module {error.name!r} in {here} or on PYTHONPATH") from None
     except AttributeError:
         raise UserError(f"{key}: got {path!r}, the module {module_name!r} has no {attribute!r}") from None
     except Exception as error:
         raise UserError(f"{key}: got {path!r}, importing it fails ({type(error).__name__}: {error})") from error
-    if not callable(found):
-        raise UserError(f"{key}: got {path!r}, which is a {type(found).__name__} and should be a function or a class")
-    return found
+    if not callable(function):
+        raise UserError(f"{key}: got {path!r}, a {type(function).__name__}; should be a function or a class")
+    return function
 
 
-def call(path: str, settings: Mapping[str, Any], *, key: str, **given: Any) -> Any:
-    """Call the user's function with what the framework gives and the user's keyword `settings`.
+def call(path: str, settings: Mapping[str, Any], *, key: str, **arguments: Any) -> Any:
+    """Call the user's function with the framework's `arguments` and the user's keyword `settings`.
 
     Raises `UserError`, naming the setting, for one that the function does not take.
     """
@@ -55,13 +55,13 @@ def call(path: str, settings: Mapping[str, Any], *, key: str, **given: Any) -> A
     parameters = inspect.signature(function).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     for name in [] if takes_any else settings:
-        if name not in parameters or name in given:
-            own = [each for each in parameters if each not in given]
+        if name not in parameters or name in arguments:
+            own = [each for each in parameters if each not in arguments]
             allowed = f"it takes {', '.join(own)}" if own else "it takes no settings"
             section = key.removesuffix(".source")
             raise UserError(f"{section}.{name}: {path} has no setting {name!r}; {allowed}")
     try:
-        return function(**given, **settings)
+        return function(**arguments, **settings)
     except UserError:
         raise
     except TypeError as error:
@@ -69,7 +69,7 @@ def call(path: str, settings: Mapping[str, Any], *, key: str, **given: Any) -> A
 
 
 def check_trusted(paths: Iterable[str], *, origin: str, trust_code: bool) -> None:
-    """Raise `UserError` if `origin`, a file that was read, names code that the user has not said to trust."""
+    """Raise `UserError` if `origin`, a file that was read, names code that the user does not trust."""
     paths = list(paths)
     if paths and not trust_code:
         raise UserError(

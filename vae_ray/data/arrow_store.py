@@ -1,7 +1,7 @@
 """The decoded images of a data set: one Arrow IPC file per split, memory-mapped and shared by all processes.
 
-Between a source and the batches. Whoever comes first on a node decodes, under a lock; the file is written
-aside and renamed when complete, with its SHA-256 in a sidecar that is checked whenever the file is opened.
+Between a source and the batches. The first process on a node decodes, under a lock; the file is written under another
+name and renamed when it is complete. Its SHA-256 is in a file beside it and checked whenever it is opened.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def open_split(config: DataConfig | UserData, split: str) -> Split:
     """The images of "train" or "test", decoded first if this node has not done so yet.
 
     Raises `UserError` if raw files are missing and cannot be downloaded, are damaged, or if the cache
-    cannot be written. A damaged cache file is named in a warning and made anew.
+    cannot be written. A corrupt cache file is named in a warning and decoded again.
     """
     cache = cache_directory(config)
     try:
@@ -119,14 +119,14 @@ def _is_intact(file: Path) -> bool:
     except (OSError, ValueError, KeyError, TypeError, CorruptFile):
         expected = "a readable " + _sidecar(file).name
     with file.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
-    if found != expected:
-        logger.warning("%s: damaged (sha256 expected %s, found %s); decoding it anew", file, expected, found)
-    return bool(found == expected)
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    if digest != expected:
+        logger.warning("%s: damaged (sha256 expected %s, found %s); decoding it again", file, expected, digest)
+    return bool(digest == expected)
 
 
 def _write(file: Path, images: Images) -> None:
-    for leftover in file.parent.glob(f"{file.stem}.partial-*"):  # of decoders that were killed; we hold the lock
+    for leftover in file.parent.glob(f"{file.stem}.partial-*"):  # of killed processes; this one holds the lock
         leftover.unlink()
     shape = images.pixels.shape[1:]
     rows = pa.FixedSizeListArray.from_arrays(pa.array(images.pixels.reshape(-1)), int(np.prod(shape)))
@@ -149,7 +149,7 @@ def _write(file: Path, images: Images) -> None:
 
 
 def _map(file: Path) -> Split | None:
-    """The images in a file whose checksum is right; None, with a warning, if they are not such as we write."""
+    """The images in a file whose checksum is right; None, with a warning, if the file does not have our schema."""
     try:
         # The mapping lives as long as the arrays that point into it.
         table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
@@ -161,7 +161,7 @@ def _map(file: Path) -> Split | None:
         if pixels.dtype != np.uint8 or pixels.ndim != 4 or labels.dtype != np.int64 or len(labels) != len(pixels):
             raise ValueError(f"pixels {pixels.dtype} {pixels.shape}, labels {labels.dtype} {labels.shape}")
     except (pa.ArrowException, KeyError, IndexError, ValueError, AttributeError) as error:
-        logger.warning("%s: damaged (%s); decoding it anew", file, " ".join(str(error).split())[:200])
+        logger.warning("%s: damaged (%s); decoding it again", file, " ".join(str(error).split())[:200])
         return None
     with warnings.catch_warnings():
         # torch warns that mapped memory is read-only; batches are copies, nothing writes into it

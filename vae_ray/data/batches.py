@@ -1,6 +1,6 @@
 """Batches: a seeded global order of the images, and each worker's rows of every global batch.
 
-The last stage of the data's way. Everything is a function of (seed, epoch, step, rank, size), so that any
+The last stage of the data flow. Everything is a function of (seed, epoch, step, rank, size), so that any
 worker can compute its part alone, resume anywhere, and together they see every image exactly once an epoch.
 """
 

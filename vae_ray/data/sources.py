@@ -1,7 +1,7 @@
 """Sources of images: each finds its raw files, says what they are, and decodes them once to uint8.
 
-The first stage of the data's way. A source is one entry of `SOURCES`; `arrow_store` calls it at most once per
-node and data set. Labels are kept beside the images for those who look at latent spaces; training ignores them.
+The first stage of the data flow. A source is one entry of `SOURCES`; `arrow_store` calls it at most once per node and
+data set. Labels are kept for latent-space analysis; training ignores them.
 """
 
 from __future__ import annotations
@@ -76,9 +76,9 @@ class Digits:
 
         digits = load_digits()
         is_test = np.arange(len(digits.target)) % 5 == 4
-        chosen = is_test if split == "test" else ~is_test
-        grey = np.rint(digits.images[chosen] * (255 / 16)).astype(np.uint8)  # levels 0..16
-        return Images(grey[:, None], digits.target[chosen].astype(np.int64))
+        is_wanted = is_test if split == "test" else ~is_test
+        grey = np.rint(digits.images[is_wanted] * (255 / 16)).astype(np.uint8)  # levels 0..16
+        return Images(grey[:, None], digits.target[is_wanted].astype(np.int64))
 
 
 class TorchvisionMNIST:
@@ -157,9 +157,9 @@ class TorchvisionMNIST:
             size, published = PUBLISHED.get(f"{self.class_name}/{file.name}", (-1, ""))
             if file.stat().st_size == size:
                 with file.open("rb") as stream:
-                    found = hashlib.file_digest(stream, "sha256").hexdigest()
-                if found != published:
-                    logger.warning("%s: is not the published file (sha256 %s, not %s)", file, found, published)
+                    digest = hashlib.file_digest(stream, "sha256").hexdigest()
+                if digest != published:
+                    logger.warning("%s: is not the published file (sha256 %s, not %s)", file, digest, published)
 
 
 def read_idx_file(file: Path) -> NDArray[np.uint8]:
@@ -169,7 +169,7 @@ def read_idx_file(file: Path) -> NDArray[np.uint8]:
     big-endian int32, then the values (http://yann.lecun.com/exdb/mnist, "the IDX file format").
     """
     with file.open("rb") as stream:
-        found = os.fstat(stream.fileno()).st_size
+        num_bytes = os.fstat(stream.fileno()).st_size
         magic = stream.read(4)
         num_dimensions = 3 if "idx3" in file.name else 1
         expected_magic = bytes([0, 0, 8, num_dimensions])
@@ -182,11 +182,11 @@ def read_idx_file(file: Path) -> NDArray[np.uint8]:
         if len(header) == 4 * num_dimensions:
             shape = struct.unpack(f">{num_dimensions}I", header)
             expected = 4 + len(header) + math.prod(shape)
-            if found == expected:  # only now is anything allocated for what the header says
+            if num_bytes == expected:  # only now is anything allocated for what the header says
                 return np.frombuffer(stream.read(math.prod(shape)), dtype=np.uint8).reshape(shape)
-            detail = f"expected {expected} bytes for shape {shape}, found {found}"
+            detail = f"expected {expected} bytes for shape {shape}, found {num_bytes}"
         else:
-            detail = f"expected a header of {4 + 4 * num_dimensions} bytes, found {found}"
+            detail = f"expected a header of {4 + 4 * num_dimensions} bytes, found {num_bytes}"
     raise UserError(f"{file}: truncated or damaged, {detail}; replace the file")
 
 

@@ -151,7 +151,7 @@ def _reason(error: Exception) -> str:
 
 def local_device(experiment: Experiment) -> torch.device:
     """The device of a run in this process; raises `UserError` for a GPU that does not exist."""
-    wanted = experiment.workers.device
-    if wanted == "cuda" and not torch.cuda.is_available():
+    device = experiment.workers.device
+    if device == "cuda" and not torch.cuda.is_available():
         raise UserError("workers.device: got 'cuda', but this machine has no GPU; for example --workers.device cpu")
-    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")

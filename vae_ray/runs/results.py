@@ -1,4 +1,4 @@
-"""Build the result of a run from its files, for Python, `--json` and people."""
+"""Build the result of a run from its files, for Python, `--json` and the terminal."""
 
 from __future__ import annotations
 

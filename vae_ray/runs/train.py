@@ -1,7 +1,7 @@
 """`train` and `resume`: an Experiment becomes a finished run directory.
 
 The driver's part: everything that can be refused is refused here, before a worker starts. Then the same `fit`
-runs in this process (`workers.num` 0) or in Ray Train workers, and the result is summed up.
+runs in this process (`workers.num` 0) or in Ray Train workers, and the result is built from the run's files.
 """
 
 from __future__ import annotations
@@ -104,11 +104,11 @@ def resume(
     Raises:
         UserError: there is no such run, or an override would change what it computes. Others as `train`.
     """
-    experiment, given = stored_experiment(location), dict(overrides or {})
-    named_again = set(map(str, given.values()))  # by the caller, who may
+    experiment, overrides = stored_experiment(location), dict(overrides or {})
+    named_again = set(map(str, overrides.values()))  # by the caller, who may
     paths = [path for path in experiment.user_code() if path not in named_again]
     user_code.check_trusted(paths, origin=str(location), trust_code=trust_code)
-    return train(experiment.with_overrides(given), resume=True, quiet=quiet)
+    return train(experiment.with_overrides(overrides), resume=True, quiet=quiet)
 
 
 def stored_experiment(location: str | Path) -> Experiment:

@@ -75,7 +75,7 @@ def fit_epochs(
             trainer.checkpointing.prune()
             callbacks = Callbacks(experiment.run.callbacks)
         callbacks.call("run_began", run.location, experiment)
-        while not trainer.is_finished:
+        while not trainer.is_finished():
             trainer.stop_if_requested()
             try:
                 record = trainer.run_epoch(recorder)
@@ -88,13 +88,13 @@ def fit_epochs(
                 model = trainer.state.evaluated_model
                 recorder.epoch(record, model)
                 metrics = {key: value for key, value in record.items() if key != "epoch"}
-                is_last = trainer.is_finished
+                is_last = trainer.is_finished()
                 trainer.checkpointing.save_epoch(trainer.state, trainer.epochs_done, metrics, is_last=is_last)
                 callbacks.call("epoch_ended", record, decoder_of(model))
                 if is_last:  # before the yield: a caller need not ask for more
                     callbacks.call("run_ended", run.location)
             checkpoint = run.checkpoints / checkpoint_name(trainer.epochs_done)
-            yield EpochResult(record, checkpoint, trainer.is_finished)
+            yield EpochResult(record, checkpoint, trainer.is_finished())
 
 
 def _recorder(trainer: Trainer) -> Recorder:

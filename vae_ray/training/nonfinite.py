@@ -2,7 +2,7 @@
 
     nonfinite/epoch=0002-step=000017.safetensors    the global batch of epoch 2 whose update would have been the 17th
 
-holds plain tensors, and in its header what else was known:
+holds plain tensors, and the settings of the step in its header:
 
     from safetensors import safe_open
 

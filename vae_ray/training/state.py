@@ -82,13 +82,13 @@ class TrainState:
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything but the weights, by name, as a checkpoint's training state holds it."""
-        found = {f"{OBJECTIVE}{name}": tensor for name, tensor in self.objective.state_dict().items()}
+        tensors = {f"{OBJECTIVE}{name}": tensor for name, tensor in self.objective.state_dict().items()}
         if self.term_sums is not None:
-            found[TERM_SUMS] = self.term_sums
+            tensors[TERM_SUMS] = self.term_sums
         for prefix, optimizer, parameter in self._optimized():
             for name, value in optimizer.state.get(parameter, {}).items():
-                found[f"{prefix}{name}"] = value
-        return found
+                tensors[f"{prefix}{name}"] = value
+        return tensors
 
     def scalars(self) -> dict[str, float | int | None]:
         """The progress, as a checkpoint's manifest holds it."""

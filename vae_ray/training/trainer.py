@@ -245,7 +245,6 @@ class Trainer:
         if progress.best_value is None or value < progress.best_value:
             progress.best_value, progress.best_epoch = value, record["epoch"]
 
-    @property
     def is_finished(self) -> bool:
         """Whether all epochs are done, or the selection metric has not improved for `training.patience_epochs`."""
         training = self.experiment.training

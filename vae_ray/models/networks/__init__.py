@@ -24,11 +24,11 @@ NETWORKS: dict[str, Callable[..., Network | tuple[nn.Module, nn.Module]]] = {
 
 def build_network(config: Any, *, image_shape: tuple[int, int, int], latent_dim: int, num_params: int) -> Network:
     """The network of `model.network`; a pair of encoder and decoder becomes one with a single group."""
-    given = {"image_shape": image_shape, "latent_dim": latent_dim, "num_params": num_params}
+    arguments = {"image_shape": image_shape, "latent_dim": latent_dim, "num_params": num_params}
     if isinstance(config, UserEntry):
-        built = user_code.call(config.name, config.settings, key="model.network", **given)
+        built = user_code.call(config.name, config.settings, key="model.network", **arguments)
     else:
-        built = NETWORKS[config.name](**given, **config.model_dump(exclude={"name"}))
+        built = NETWORKS[config.name](**arguments, **config.model_dump(exclude={"name"}))
     if isinstance(built, Network):
         return built
     if isinstance(built, tuple) and len(built) == 2 and all(isinstance(part, nn.Module) for part in built):
