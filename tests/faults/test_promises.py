@@ -1,4 +1,4 @@
-"""The documentation's promises and the tests are held to each other: no promise without a test, no dangling name."""
+"""The documentation's promises and the tests are held to each other: no row without a test, no dangling name."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.faults.conftest import rows
 
 pytestmark = pytest.mark.faults
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-DOCUMENTS = [REPOSITORY / "docs" / "promises.md", REPOSITORY / "docs" / "threat-model.md"]
-REFERENCE = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
+TESTS = yaml.safe_load(Path(__file__).with_name("promises.yaml").read_text(encoding="utf-8"))
+"""`{document: {first cell of a row: {test file: [test functions]}}}`."""
 
 
-def table(document: Path) -> list[list[str]]:
-    """The cells of every row of the document's tables, without their heads."""
-    lines = [line for line in document.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    rules = [number for number, row in enumerate(cells) if all(re.fullmatch(r":?-+:?", cell) for cell in row)]
-    heads = {*rules, *(number - 1 for number in rules)}
-    return [row for number, row in enumerate(cells) if number not in heads]
+def first_cells(document: str) -> list[str]:
+    """The first cell of every row of the document's tables, without their heads."""
+    lines = [line for line in (REPOSITORY / document).read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+    rules = {number for number, line in enumerate(lines) if re.fullmatch(r"[|:\- ]+", line)}
+    heads = rules | {number - 1 for number in rules}
+    return [line.split("|")[1].strip() for number, line in enumerate(lines) if number not in heads]
 
 
 def defined(file: str) -> set[str]:
@@ -31,22 +31,15 @@ def defined(file: str) -> set[str]:
     return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
-def test_every_row_names_a_test(document: Path) -> None:
-    found = table(document)
-    assert len(found) >= 10
-    assert [row[0] for row in found if not REFERENCE.search(row[-1])] == []
-
-
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
-def test_every_test_that_is_named_exists(document: Path) -> None:
-    references = REFERENCE.findall(document.read_text(encoding="utf-8"))
-    assert references
-    assert [(file, name) for file, name in references if name not in defined(file)] == []
+@pytest.mark.parametrize("document", TESTS)
+def test_every_row_has_its_tests_and_they_exist(document: str) -> None:
+    promised = TESTS[document]
+    assert len(promised) >= 10
+    assert first_cells(document) == list(promised)
+    named = [(file, name) for tests in promised.values() for file, names in tests.items() for name in names]
+    assert named
+    assert [(file, name) for file, name in named if name not in defined(file)] == []
 
 
 def test_every_event_of_the_table_of_faults_is_promised_and_no_other() -> None:
-    """Those that only real Ray workers can show are wanted as soon as there are such tests."""
-    with_ray = (REPOSITORY / "tests" / "faults" / "test_kills_with_ray.py").exists()
-    promised = [row[0] for row in table(DOCUMENTS[0])]
-    assert promised == [row.text for row in rows().values() if with_ray or not row.needs_ray or row.text in promised]
+    assert first_cells("docs/promises.md") == [row.text for row in rows().values()]
