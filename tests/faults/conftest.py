@@ -49,7 +49,7 @@ def rows() -> dict[str, Row]:
         "storage away": Row("storage goes away in mid-run", needs_ray=True),
         "signals": Row("Ctrl-C / SIGTERM, once or twice"),
         "malicious file": Row("a malicious checkpoint, configuration or sweep state"),
-        "bad configuration": Row("a configuration that cannot be"),
+        "bad configuration": Row("an invalid configuration"),
         "cold cache": Row("eight processes ask for the same data"),
         "same name": Row("two runs with one name at the same time"),
         "versions": Row("a checkpoint of another version"),

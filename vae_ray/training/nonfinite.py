@@ -21,7 +21,7 @@ from pathlib import Path
 import safetensors.torch
 
 from vae_ray.checkpoints.loading import checkpoint_name
-from vae_ray.config.experiment import Experiment
+from vae_ray.config.fields import Section
 from vae_ray.config.sections import RollBackOnNonfinite, SkipNonfinite
 from vae_ray.data.batches import Loader
 from vae_ray.errors import Diverged
@@ -40,9 +40,9 @@ class RollBack(Exception):
     """Training is to continue from the last checkpoint; raised on all ranks."""
 
 
-def apply_policy(experiment: Experiment, state: TrainState, what: str, *, can_skip: bool, is_rank_0: bool) -> None:
+def apply_policy(policy: Section, state: TrainState, what: str, *, can_skip: bool, is_rank_0: bool) -> None:
     """Return if the batch is to be skipped, else raise `RollBack` or `Diverged`; the same on all ranks."""
-    policy, num_before = experiment.training.nonfinite, state.progress.num_nonfinite
+    num_before = state.progress.num_nonfinite
     rolls_back = isinstance(policy, RollBackOnNonfinite)
     if not isinstance(policy, SkipNonfinite | RollBackOnNonfinite) or not (can_skip or rolls_back):
         raise Diverged(f"{what}; {ADVICE}")

@@ -202,7 +202,7 @@ class Trainer:
             f"epoch {epoch}, step {step} of {self.steps_per_epoch}: the loss or its gradient is not finite; "
             f"the batch is in {file}"
         )
-        apply_policy(self.experiment, self.state, what, can_skip=True, is_rank_0=self.group.rank == 0)
+        self._apply_policy(what, can_skip=True)
 
     def _check_finite(self, record: dict[str, Any]) -> None:
         """Apply the policy if the epoch's metrics or the weights (equal on all ranks) are not finite."""
@@ -212,7 +212,11 @@ class Trainer:
             f"epoch {record['epoch']}: the metrics or the weights are not finite (training distortion "
             f"{record['train/distortion']:.4g}, rate {record['train/rate']:.4g} nats)"
         )
-        apply_policy(self.experiment, self.state, what, can_skip=False, is_rank_0=self.group.rank == 0)
+        self._apply_policy(what, can_skip=False)
+
+    def _apply_policy(self, what: str, *, can_skip: bool) -> None:
+        policy = self.experiment.training.nonfinite
+        apply_policy(policy, self.state, what, can_skip=can_skip, is_rank_0=self.group.rank == 0)
 
     def _step_settings(self, step: int) -> StepSettings:
         """The settings of a step (0-based) of the run."""
