@@ -1,306 +1,240 @@
-"""The charts of a sweep's report, as Vega-Lite specifications: plain data, drawn by the reader's browser.
+"""The charts of a sweep's report as Vega-Lite specifications, which the reader's browser draws.
 
-Each is as wide as its place on the page. Colours that are not data are the page's own CSS variables, so that a chart
-follows it into the dark. What a tooltip says is text made here: Vega would show an absent number as 0.
+Vega-Lite chooses scales, ticks and legends. Colours that are not data are set by the page's CSS, for light and dark.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 from typing import Any
 
-from vae_ray.config.experiment import Experiment
+import numpy as np
+
 from vae_ray.tuning.leaderboard import rate_and_distortion
-from vae_ray.tuning.records import TrialRecord
-from vae_ray.tuning.report.scales import (
-    Axis,
-    Spec,
-    color_scale,
-    even_ticks,
-    is_finite,
-    key_axis,
-    number_axis,
-    quantity,
-    shown,
-    size_scale,
-    span,
-    trimmed,
-)
-from vae_ray.tuning.space import SearchSpace
+from vae_ray.tuning.report.trials import ReportTrial, as_text
+from vae_ray.tuning.space import Domain, SearchSpace, Values
 
-Rows = Sequence[dict[str, Any]]
+Spec = dict[str, Any]
 
-FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
-STATE_STYLES = {
-    "best": ("var(--best)", "circle"),
-    "finished": ("var(--finished)", "circle"),
-    "stopped": ("var(--stopped)", "square"),
-    "pending": ("var(--stopped)", "triangle-right"),
-    "failed": ("var(--failed)", "cross"),
-}
-HOVER_SELECTION = {
-    "name": "hovered",
-    "select": {"type": "point", "fields": ["trial"], "on": "pointerover", "clear": "pointerout"},
-}
-BASE_SPEC = {
+BASE_SPEC: Spec = {
     "width": "container",
     "height": 340,
     "autosize": {"type": "fit-x", "contains": "padding"},
     "background": "transparent",
     "config": {
-        "font": FONT,
+        "font": "system-ui, sans-serif",
         "view": {"stroke": None},
-        "axis": {
-            **{f"{part}Color": "var(--muted)" for part in ("domain", "tick", "label")},
-            "titleColor": "var(--ink)",
-            "gridColor": "var(--line)",
-            "labelFontSize": 12,
-            "titleFontSize": 12,
-            "titleFontWeight": "normal",
-            "titlePadding": 10,
-        },
+        "axis": {"labelFontSize": 12, "titleFontSize": 12, "tickCount": 8},
         "legend": {
             "orient": "bottom",
             "layout": {"bottom": {"direction": "vertical", "anchor": "start"}},
-            "labelColor": "var(--ink)",
-            "titleColor": "var(--ink)",
-            "titleFontWeight": "normal",
+            "columns": 5,
+            "padding": 12,
             "labelFontSize": 12,
             "titleFontSize": 12,
-            "gradientLength": 200,
-            "symbolFillColor": "var(--muted)",
-            "symbolStrokeColor": "transparent",
+            "symbolFillColor": "gray",
         },
-        "text": {"fontSize": 12, "color": "var(--ink)"},
+        "text": {"fontSize": 12},
     },
 }
+STATE_COLORS = {
+    "best": "var(--accent)",
+    "finished": "var(--muted)",
+    "stopped": "var(--faint)",
+    "pending": "var(--faint)",
+    "failed": "var(--failed)",
+}
+# from low to high; both ends have contrast on white and on black
+RAMP = {"range": ["#2f7ff0", "#f2930d"], "interpolate": "hcl"}
 
 
-def learning_curves(
-    records: Sequence[TrialRecord], table: Rows, metric: str, *, tooltip_columns: Sequence[str], rungs: Sequence[int]
-) -> Spec | None:
-    """`metric` by epoch: a line a trial, a mark where it ended, a rule at each rung; None if no epoch was done.
+def sweep_charts(
+    trials: Sequence[ReportTrial], space: SearchSpace, metrics: Sequence[str], rungs: Sequence[int]
+) -> dict[str, Spec]:
+    """Specifications by the id of their element, without empty charts; `trials` are in the order of the leaderboard."""
+    trials = trials[::-1]  # the best is drawn over the others
+    ranked = [trial for trial in trials if trial.is_ranked]
+    specs = {}
+    if trials:
+        specs = {f"curves-{number}": learning_curves(trials, metric, rungs) for number, metric in enumerate(metrics)}
+    if ranked:
+        specs["parallel"] = parallel_coordinates(ranked, space, metrics)
+        specs["plane"] = rate_distortion(ranked, metrics)
+    return {name: spec for name, spec in specs.items() if spec["data"]["values"]}
 
-    `tooltip_columns` are the columns of the leaderboard `table` that a tooltip shows, here and below.
-    """
-    best = best_trial(table)
-    points, ends = [], []
-    for record in sorted(records, key=lambda record: record.name == best):  # the best is drawn over the others
-        line = [
-            {"trial": record.name, "epoch": entry["epoch"], "value": entry[metric], "end": _end(record, best)}
-            for entry in record.history
-            if is_finite(entry.get(metric))
+
+def learning_curves(trials: Sequence[ReportTrial], metric: str, rungs: Sequence[int]) -> Spec:
+    """`metric` by epoch: a line for each trial with a mark at its end, and a rule at each rung."""
+    points: list[Spec] = []
+    for trial in trials:
+        state = "best" if trial.is_best else "failed" if trial.record.failed else trial.record.state
+        curve = [
+            {**trial.tooltip, "is_best": trial.is_best, "end": state, "epoch": epoch["epoch"], "value": epoch[metric]}
+            for epoch in trial.record.history
+            if math.isfinite(epoch.get(metric, math.nan))
         ]
-        points += line
-        ends += line[-1:]
-    if not points:
-        return None
-    last = max(point["epoch"] for point in points)
-    present = {end: look for end, look in STATE_STYLES.items() if any(point["end"] == end for point in ends)}
-    x = _epochs(last)
-    y = quantity("value", f"{metric} (nats per image)", trimmed(metric, [point["value"] for point in points]))
-    color, shape = (
-        {
-            "field": "end",
-            "type": "nominal",
-            "title": None,
-            "scale": {"domain": list(present), "range": [look[part] for look in present.values()]},
-        }
-        for part in (0, 1)
-    )
-    end_marks = {
-        "name": "ends",
-        "data": {"values": ends},
-        "transform": [_lookup(table, tooltip_columns)],
-        "mark": {"type": "point", "filled": True, "size": 80, "opacity": 1},
-        "encoding": {"x": x, "y": y, "color": color, "shape": shape, "tooltip": _tooltip(tooltip_columns)},
+        points += [{**point, "is_last": point is curve[-1]} for point in curve]
+    values = trimmed(metric, [point["value"] for point in points])
+    points = [{**point, "value": value} for point, value in zip(points, values, strict=True)]
+    states = [state for state in STATE_COLORS if any(point["end"] == state for point in points)]
+    end = {"field": "end", "type": "nominal", "title": None, "scale": {"domain": states}}
+    color = {**end, "scale": {"domain": states, "range": [STATE_COLORS[state] for state in states]}}
+    x = {"field": "epoch", "type": "quantitative", "axis": {"grid": False, "tickMinStep": 1}}
+    y = _quantity("value", f"{metric} (nats per image)")
+    rule = {
+        "name": "rungs",
+        "data": {"values": [{"epoch": rung} for rung in rungs if any(point["epoch"] >= rung for point in points)]},
+        "mark": {"type": "rule", "color": "gray", "strokeDash": [4, 4]},
+        "encoding": {"x": x},
     }
     return {
         **BASE_SPEC,
         "description": f"{metric} of each trial by epoch",
         "data": {"values": points},
-        "transform": [_lookup(table, tooltip_columns)],
-        "layer": [
-            _rungs([rung for rung in rungs if rung <= last], x),
-            *_lines(x, y, color, best, tooltip_columns),
-            end_marks,
-        ],
+        "layer": [rule, *_lines(x, y, trials[0], color, color=color, shape=end)],
     }
 
 
-def _epochs(last: int) -> Spec:
-    margin = 0.02 * (last - 1) or 0.5
-    return {
-        "field": "epoch",
-        "type": "quantitative",
-        "title": "epoch",
-        "scale": {"domain": [1 - margin, last + margin], "nice": False},
-        "axis": {
-            "values": sorted({1, *(tick for tick in even_ticks(0, last) if tick >= 1 and tick == int(tick))}),
-            "grid": False,
-        },
+def parallel_coordinates(trials: Sequence[ReportTrial], space: SearchSpace, metrics: Sequence[str]) -> Spec:
+    """A line for each ranked trial through its searched values and its metrics."""
+    points, labels = [], []
+    colors = trimmed(metrics[0], [trial.row[metrics[0]] for trial in trials])
+    for column, domain in {**space.domains, **dict.fromkeys(metrics)}.items():
+        positions, texts = _axis(column, [trial.row[column] for trial in trials], domain)
+        points += [
+            {**trial.tooltip, "is_best": trial.is_best, "axis": column, "position": position, "value": value}
+            for trial, position, value in zip(trials, positions, colors, strict=True)
+        ]
+        labels += [{"axis": column, "position": position, "label": text} for text, position in texts.items()]
+    axis = {"orient": "top", "labelAngle": 0, "labelPadding": 14, "domain": False, "ticks": False, "grid": True}
+    x = {"field": "axis", "type": "nominal", "sort": None, "title": None, "axis": axis}
+    y = {"field": "position", "type": "quantitative", "axis": None, "scale": {"domain": [0, 1]}}
+    color = _quantity("value", f"{metrics[0]} (nats)", **RAMP)
+    label = {
+        "name": "labels",
+        "data": {"values": labels},
+        "mark": {"type": "text", "align": "right", "dx": -6},
+        "encoding": {"x": x, "y": y, "text": {"field": "label"}},
     }
-
-
-def _rungs(rungs: Sequence[int], x: Spec) -> Spec:
-    label = {"type": "text", "color": "var(--muted)", "y": 2, "align": "left", "baseline": "top", "dx": 4}
-    return {
-        "data": {"values": [{"epoch": rung, "label": f"rung at {rung}"} for rung in rungs]},
-        "encoding": {"x": x},
-        "layer": [
-            {"name": "rungs", "mark": {"type": "rule", "color": "var(--muted)", "strokeDash": [4, 4]}},
-            {"mark": label, "encoding": {"text": {"field": "label"}}},
-        ],
-    }
-
-
-def _lines(x: Spec, y: Spec, color: Spec, best: str | None, tooltip_columns: Sequence[str]) -> list[Spec]:
-    """A line a trial, and an unseen broad one over it that is easily pointed at."""
-    thick = [
-        {"param": "hovered", "empty": False, "value": 4.5},
-        {"test": {"field": "trial", "equal": best}, "value": 3},
-    ]
-    encoding = {"x": x, "y": y, "detail": {"field": "trial"}}
-    seen = {**encoding, "color": color, "strokeWidth": {"condition": thick, "value": 1.5}}
-    return [
-        {"name": "trials", "mark": {"type": "line", "strokeJoin": "round"}, "encoding": seen},
-        {
-            "name": "pointed",
-            "params": [HOVER_SELECTION],
-            "mark": {"type": "line", "strokeWidth": 14, "opacity": 0},
-            "encoding": {**encoding, "tooltip": _tooltip(tooltip_columns)},
-        },
-    ]
-
-
-def parallel_coordinates(
-    table: Rows, space: SearchSpace, metrics: Sequence[str], *, tooltip_columns: Sequence[str]
-) -> Spec | None:
-    """A line a ranked trial through what was searched and what came of it; None if no trial has a rank."""
-    ranked = [row for row in table if row["rank"] is not None]
-    if not ranked:
-        return None
-    axes = {key: key_axis(key, domain, [row[key] for row in ranked]) for key, domain in space.domains.items()}
-    for metric in metrics:
-        ends = span(trimmed(metric, [row[metric] for row in ranked]))
-        axes[metric] = number_axis(f"{metric} (nats)", *ends, log=False)
-    values = [
-        {"trial": row["trial"], "axis": number, "at": axis.at(row[column]), "value": row[metrics[0]]}
-        for row in reversed(ranked)  # the best is drawn over the others
-        for number, (column, axis) in enumerate(axes.items())
-    ]
-    scale = {"domain": [-0.45, len(axes) - 0.75], "nice": False}
-    x = {"field": "axis", "type": "quantitative", "axis": None, "scale": scale}
-    y = {"field": "at", "type": "quantitative", "axis": None, "scale": {"domain": [0, 1.12], "nice": False}}
-    color = color_scale(
-        "value", f"{metrics[0]} (nats)", trimmed(metrics[0], [row[metrics[0]] for row in ranked]), log=False
-    )
-    rules = [{"axis": number, "at": 0, "top": 1} for number in range(len(axes))]
     return {
         **BASE_SPEC,
-        "description": "What each trial tried and what came of it, an axis a quantity",
-        "data": {"values": values},
-        "transform": [_lookup(ranked, tooltip_columns)],
-        "layer": [
-            {
-                "data": {"values": rules},
-                "mark": {"type": "rule", "color": "var(--muted)"},
-                "encoding": {"x": x, "y": y, "y2": {"field": "top"}},
-            },
-            *_lines(x, y, color, ranked[0]["trial"], tooltip_columns),
-            *_axis_texts(list(axes.values()), x, y),
-        ],
+        "description": "The searched values and the metrics of each ranked trial, an axis for each",
+        "data": {"values": points},
+        "layer": [*_lines(x, y, trials[0], color), label],
     }
 
 
-def _axis_texts(axes: Sequence[Axis], x: Spec, y: Spec) -> Sequence[Spec]:
-    """Labels to the left of each axis and its title above, over the lines so that they can be read."""
-    ticks = [{"axis": n, "at": at, "label": label} for n, axis in enumerate(axes) for at, label in axis.ticks]
-    titles = [{"axis": n, "at": 1.08, "label": axis.title} for n, axis in enumerate(axes)]
-    encoding = {"x": x, "y": y, "text": {"field": "label"}}
-    return [
-        {"name": name, "data": {"values": values}, "mark": {"type": "text", **look}, "encoding": encoding}
-        for name, values, look in (
-            ("ticks", ticks, {"align": "right", "dx": -6}),
-            ("titles", titles, {"align": "center", "fontWeight": 600}),
-        )
-    ]
+def _axis(column: str, values: Sequence[Any], domain: Domain | None) -> tuple[list[float], dict[str, float]]:
+    """The positions of `values` from 0 to 1, and those of the labels; `domain` is None for a metric.
+
+    The values of a choice are evenly spread. An axis of numbers goes from the lowest to the highest, with labels at its
+    ends and in the middle.
+    """
+    if isinstance(domain, Values):
+        distinct = list(dict.fromkeys([*domain.values, *values]))
+        if all(isinstance(value, int | float) for value in distinct):
+            distinct.sort()
+        places = {value: (number + 0.5) / len(distinct) for number, value in enumerate(distinct)}
+        return [places[value] for value in values], {as_text(value): place for value, place in places.items()}
+    scale, inverse = (math.log, math.exp) if domain is not None and domain.log else (float, float)
+    numbers = [scale(value) for value in (values if domain else trimmed(column, values))]
+    low, high = min(numbers), max(numbers)
+    texts = {f"{inverse(low + place * (high - low)):.4g}": place for place in (0.0, 0.5, 1.0)}
+    return [(number - low) / ((high - low) or 1) for number in numbers], texts
 
 
-def rate_distortion(
-    table: Rows, experiments: Mapping[str, Experiment], metrics: Sequence[str], *, tooltip_columns: Sequence[str]
-) -> Spec | None:
-    """The rate-distortion plane of the best checkpoints and its Pareto front; None without a checkpoint."""
+def rate_distortion(trials: Sequence[ReportTrial], metrics: Sequence[str]) -> Spec:
+    """The rate-distortion plane of the ranked trials, and its Pareto front."""
     rate, distortion = rate_and_distortion(metrics)
     points = [
         {
-            "trial": row["trial"],
-            "rate": row[rate],
-            "distortion": row[distortion],
-            "beta": experiments[row["trial"]].flat().get("objective.beta"),
-            "latent_dim": experiments[row["trial"]].model.latent_dim,
-            "pareto_front": row["pareto_front"],
-            "end": "ranked" if row["rank"] is not None else "failed",
+            **trial.tooltip,
+            "rate": trial.row[rate],
+            "distortion": trial.row[distortion],
+            "beta": trial.beta,
+            "latent_dim": trial.latent_dim,
+            "pareto_front": trial.row["pareto_front"],
         }
-        for row in table
-        if is_finite(row.get(rate)) and is_finite(row.get(distortion))
+        for trial in trials
     ]
-    if not points:
-        return None
-    # a trial that diverged must not flatten all others: it lies on the edge
-    spanned = [point for point in points if point["end"] == "ranked"] or points
-    x = quantity("rate", f"{rate} (nats per image)", [point["rate"] for point in spanned])
-    y = quantity("distortion", f"{distortion} (nats per image)", [point["distortion"] for point in spanned])
-    shapes = {"domain": ["ranked", "failed"], "range": ["circle", "cross"]}
+    color_scale = {"type": "log"} if all(trial.beta > 0 for trial in trials) else {"zero": False}
+    channels = {
+        "color": {"field": "beta", "type": "quantitative", "scale": {**RAMP, **color_scale}},
+        "size": _quantity("latent_dim", "latent_dim", range=[60, 480]),
+    }
     front = {
         "name": "front",
-        "transform": [{"filter": {"field": "pareto_front", "equal": True}}],
-        "mark": {"type": "line", "color": "var(--muted)", "strokeWidth": 1.5},
-        "encoding": {"x": x, "y": y, "order": {"field": "rate", "type": "quantitative"}},
+        "transform": [{"filter": "datum.pareto_front"}],
+        "mark": {"type": "line", "color": "gray", "strokeWidth": 1.5},
+        "encoding": {"order": {"field": "rate", "type": "quantitative"}},
     }
     marks = {
         "name": "points",
-        "mark": {"type": "point", "filled": True, "opacity": 0.95, "stroke": "var(--paper)", "strokeWidth": 1},
+        "mark": {"type": "point", "filled": True, "opacity": 1, "size": 130, "color": RAMP["range"][0]},
         "encoding": {
-            "x": x,
-            "y": y,
-            "shape": {"field": "end", "type": "nominal", "legend": None, "scale": shapes},
-            "color": color_scale("beta", "beta", [point["beta"] for point in points], log=True),
-            "size": size_scale("latent_dim", "latent_dim", [point["latent_dim"] for point in points]),
-            "tooltip": _tooltip(tooltip_columns),
+            **{name: channel for name, channel in channels.items() if len({p[channel["field"]] for p in points}) > 1},
+            "tooltip": _tooltip(trials[0]),
         },
     }
     return {
         **BASE_SPEC,
-        "description": f"{distortion} by {rate}, a point a trial, and the Pareto front",
+        "description": f"{distortion} by {rate}, a point for each ranked trial, and the Pareto front",
         "data": {"values": points},
-        "transform": [_lookup(table, tooltip_columns)],
+        "encoding": {
+            "x": _quantity("rate", f"{rate} (nats per image)"),
+            "y": _quantity("distortion", f"{distortion} (nats per image)"),
+        },
         "layer": [front, marks],
     }
 
 
-def _end(record: TrialRecord, best: str | None) -> str:
-    if record.name == best:
-        return "best"
-    return "failed" if record.failed else record.state
+def _lines(x: Spec, y: Spec, trial: ReportTrial, line_color: Spec, **end_marks: Spec) -> list[Spec]:
+    """A line for each trial, and points of which the one nearest to the pointer names its trial."""
+    hovered = {"type": "point", "fields": ["trial"], "on": "pointerover", "clear": "pointerout", "nearest": True}
+    widths = [{"param": "hovered", "empty": False, "value": 4.5}, {"test": "datum.is_best", "value": 3}]
+    lines = {
+        "name": "lines",
+        "mark": {"type": "line", "strokeJoin": "round"},
+        "encoding": {
+            "x": x,
+            "y": y,
+            "color": line_color,
+            "detail": {"field": "trial", "type": "nominal"},
+            "strokeWidth": {"condition": widths, "value": 1.5},
+        },
+    }
+    points = {
+        "name": "ends",
+        "params": [{"name": "hovered", "select": hovered}],
+        "mark": {"type": "point", "filled": True, "size": 80},
+        "encoding": {
+            "x": x,
+            "y": y,
+            **end_marks,
+            "opacity": {"condition": {"test": "datum.is_last", "value": 1}, "value": 0},
+            "tooltip": _tooltip(trial),
+        },
+    }
+    return [lines, points]
 
 
-def best_trial(table: Rows) -> str | None:
-    """The trial of the first rank; None if none was ranked."""
-    return next((row["trial"] for row in table if row["rank"] is not None), None)
+def _quantity(field: str, title: str, **scale: Any) -> Spec:
+    return {"field": field, "type": "quantitative", "title": title, "scale": {"zero": False, **scale}}
 
 
-def _lookup(table: Rows, tooltip_columns: Sequence[str]) -> Spec:
-    """Joins to a trial's data what its tooltip says."""
-    columns = ["trial", "state", *tooltip_columns]
-    values = [
-        {"trial": row["trial"], **{f"told{n}": shown(row.get(column)) for n, column in enumerate(columns)}}
-        for row in table
-    ]
-    fields = [f"told{n}" for n in range(len(columns))]
-    return {"lookup": "trial", "from": {"data": {"values": values}, "key": "trial", "fields": fields}}
+def _tooltip(trial: ReportTrial) -> list[Spec]:
+    # in Vega-Lite a dot in a field's name leads into an object
+    return [{"field": name.replace(".", r"\."), "type": "nominal", "title": name} for name in trial.tooltip]
 
 
-def _tooltip(tooltip_columns: Sequence[str]) -> list[Spec]:
-    columns = ["trial", "state", *tooltip_columns]
-    return [{"field": f"told{n}", "type": "nominal", "title": title} for n, title in enumerate(columns)]
+def trimmed(metric: str, values: Sequence[float]) -> list[float]:
+    """The values, cut far above nine tenths of them, so that a trial that diverges does not flatten the others.
+
+    No rate is cut: in a sweep where most trials collapsed to a rate of 0, the others are what matters.
+    """
+    if metric.endswith("/rate") or not values:
+        return list(values)
+    low, high = min(values), float(np.quantile(values, 0.9))
+    limit = low + 5 * (high - low) if high > low else math.inf
+    return [min(value, limit) for value in values]

@@ -1,0 +1,124 @@
+"""What the report shows of each trial: its row of the leaderboard, its pictures, and the command that repeats it."""
+
+from __future__ import annotations
+
+import base64
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vae_ray.checkpoints.loading import checkpoint_name
+from vae_ray.config.experiment import Experiment, preset_names
+from vae_ray.config.keys import flag_of
+from vae_ray.tuning.directory import SweepDirectory, json_lines
+from vae_ray.tuning.records import LINEAGE_FILE, TrialRecord
+
+PICTURE_KINDS = ("samples", "reconstructions", "traversals")
+PLACE_KEYS = ("run.name", "run.storage")
+
+
+@dataclass(frozen=True)
+class ReportTrial:
+    """One trial of the report."""
+
+    record: TrialRecord
+    row: dict[str, Any]
+    """Its row of the leaderboard."""
+    experiment: Experiment
+    """Of its best checkpoint; the proposed experiment if there is no checkpoint."""
+    lineage: list[dict[str, Any]]
+    """The exploits of PBT: epoch, whose weights, new overrides."""
+    pictures: dict[str, str]
+    """Data URIs by kind; empty if the trial ended before its first epoch did."""
+    tooltip: dict[str, str]
+    """Its tooltip in every chart."""
+
+    @property
+    def name(self) -> str:
+        return self.record.name
+
+    @property
+    def is_ranked(self) -> bool:
+        return self.row["rank"] is not None
+
+    @property
+    def is_best(self) -> bool:
+        return self.row["rank"] == 1
+
+    @property
+    def beta(self) -> float:
+        return float(self.experiment.flat().get("objective.beta", 1.0))
+
+    @property
+    def latent_dim(self) -> int:
+        return self.experiment.model.latent_dim
+
+
+def report_trials(
+    directory: SweepDirectory,
+    base: Experiment,
+    records: Sequence[TrialRecord],
+    table: Sequence[dict[str, Any]],
+    tooltip_columns: Sequence[str],
+) -> list[ReportTrial]:
+    """All trials in the order of the leaderboard `table`, whose `tooltip_columns` are the tooltip."""
+    by_name = {record.name: record for record in records}
+    trials = []
+    for row in table:
+        record = by_name[row["trial"]]
+        experiment = record.best.experiment() if record.best else base.with_overrides(record.proposed)
+        lineage = json_lines(record.run.path / LINEAGE_FILE)
+        tooltip = {column: as_text(row.get(column)) for column in ("trial", "state", *tooltip_columns)}
+        pictures = _pictures(directory, record, lineage)
+        trials.append(ReportTrial(record, row, experiment, lineage, pictures, tooltip))
+    return trials
+
+
+def _pictures(directory: SweepDirectory, record: TrialRecord, lineage: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """The pictures of the best epoch, or of the last epoch that has one."""
+    if record.best is None:
+        return {}
+    run, pictures = record.run, {}
+    for exploit in lineage:
+        if exploit["epoch"] == record.best.epoch:  # the trial's own pictures show the weights that it gave up
+            run = directory.trial(exploit["weights_of"])
+    for kind in PICTURE_KINDS:
+        files = {file.stem: file for file in sorted((run.images / kind).glob("epoch=*.png"))}
+        if files:
+            content = files.get(checkpoint_name(record.best.epoch), list(files.values())[-1]).read_bytes()
+            pictures[kind] = f"data:image/png;base64,{base64.b64encode(content).decode('ascii')}"
+    return pictures
+
+
+def reproduction(experiment: Experiment) -> str:
+    """The command that trains `experiment`: the nearest preset, and a flag for every field in which it differs."""
+    commands = [["vae-ray", "train", name, *_flags(experiment, Experiment.preset(name))] for name in preset_names()]
+    return shlex.join(min(commands, key=len))
+
+
+def _flags(experiment: Experiment, preset: Experiment) -> list[str]:
+    defaults = preset.flat()
+    return [
+        word
+        for key, value in experiment.flat().items()
+        if key not in PLACE_KEYS and value != defaults.get(key)
+        for word in (flag_of(key.removesuffix(".name")), _flag_value(value))
+    ]
+
+
+def _flag_value(value: object) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def as_text(value: object) -> str:
+    """A value for people: numbers to six digits, None as a dash."""
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return str(value).lower() if isinstance(value, bool) else str(value)
