@@ -17,6 +17,7 @@ from vae_ray.tuning.space import Domain, SearchSpace, Values
 
 Spec = dict[str, Any]
 
+FONT_SIZES = {"labelFontSize": 12, "titleFontSize": 12}
 BASE_SPEC: Spec = {
     "width": "container",
     "height": 340,
@@ -25,17 +26,15 @@ BASE_SPEC: Spec = {
     "config": {
         "font": "system-ui, sans-serif",
         "view": {"stroke": None},
-        "axis": {"labelFontSize": 12, "titleFontSize": 12, "tickCount": 8},
+        "axis": {**FONT_SIZES, "tickCount": 8},
         "legend": {
             "orient": "bottom",
             "layout": {"bottom": {"direction": "vertical", "anchor": "start"}},
+            **FONT_SIZES,
             "columns": 5,
             "padding": 12,
-            "labelFontSize": 12,
-            "titleFontSize": 12,
             "symbolFillColor": "gray",
         },
-        "text": {"fontSize": 12},
     },
 }
 STATE_COLORS = {
@@ -45,6 +44,8 @@ STATE_COLORS = {
     "pending": "var(--faint)",
     "failed": "var(--failed)",
 }
+# the datum of a Voronoi cell, by which Vega-Lite selects the nearest point, is that point
+TOOLTIP = {"expr": "(datum.datum || datum).tooltip"}
 # from low to high; both ends have contrast on white and on black
 RAMP = {"range": ["#2f7ff0", "#f2930d"], "interpolate": "hcl"}
 
@@ -54,10 +55,8 @@ def sweep_charts(
 ) -> dict[str, Spec]:
     """Specifications by the id of their element, without empty charts; `trials` are in the order of the leaderboard."""
     trials = trials[::-1]  # the best is drawn over the others
-    ranked = [trial for trial in trials if trial.is_ranked]
-    specs = {}
-    if trials:
-        specs = {f"curves-{number}": learning_curves(trials, metric, rungs) for number, metric in enumerate(metrics)}
+    ranked = [trial for trial in trials if trial.row["rank"] is not None]
+    specs = {f"curves-{number}": learning_curves(trials, metric, rungs) for number, metric in enumerate(metrics)}
     if ranked:
         specs["parallel"] = parallel_coordinates(ranked, space, metrics)
         specs["plane"] = rate_distortion(ranked, metrics)
@@ -70,7 +69,7 @@ def learning_curves(trials: Sequence[ReportTrial], metric: str, rungs: Sequence[
     for trial in trials:
         state = "best" if trial.is_best else "failed" if trial.record.failed else trial.record.state
         curve = [
-            {**trial.tooltip, "is_best": trial.is_best, "end": state, "epoch": epoch["epoch"], "value": epoch[metric]}
+            _point(trial, end=state, epoch=epoch["epoch"], value=epoch[metric])
             for epoch in trial.record.history
             if math.isfinite(epoch.get(metric, math.nan))
         ]
@@ -84,7 +83,7 @@ def learning_curves(trials: Sequence[ReportTrial], metric: str, rungs: Sequence[
     y = _quantity("value", f"{metric} (nats per image)")
     rule = {
         "name": "rungs",
-        "data": {"values": [{"epoch": rung} for rung in rungs if any(point["epoch"] >= rung for point in points)]},
+        "data": {"values": [{"epoch": rung} for rung in rungs]},
         "mark": {"type": "rule", "color": "gray", "strokeDash": [4, 4]},
         "encoding": {"x": x},
     }
@@ -92,7 +91,7 @@ def learning_curves(trials: Sequence[ReportTrial], metric: str, rungs: Sequence[
         **BASE_SPEC,
         "description": f"{metric} of each trial by epoch",
         "data": {"values": points},
-        "layer": [rule, *_lines(x, y, trials[0], color, color=color, shape=end)],
+        "layer": [*([rule] if rungs else []), *_lines(x, y, color, color=color, shape=end)],
     }
 
 
@@ -103,7 +102,7 @@ def parallel_coordinates(trials: Sequence[ReportTrial], space: SearchSpace, metr
     for column, domain in {**space.domains, **dict.fromkeys(metrics)}.items():
         positions, texts = _axis(column, [trial.row[column] for trial in trials], domain)
         points += [
-            {**trial.tooltip, "is_best": trial.is_best, "axis": column, "position": position, "value": value}
+            _point(trial, axis=column, position=position, value=value)
             for trial, position, value in zip(trials, positions, colors, strict=True)
         ]
         labels += [{"axis": column, "position": position, "label": text} for text, position in texts.items()]
@@ -121,7 +120,7 @@ def parallel_coordinates(trials: Sequence[ReportTrial], space: SearchSpace, metr
         **BASE_SPEC,
         "description": "The searched values and the metrics of each ranked trial, an axis for each",
         "data": {"values": points},
-        "layer": [*_lines(x, y, trials[0], color), label],
+        "layer": [*_lines(x, y, color), label],
     }
 
 
@@ -148,14 +147,14 @@ def rate_distortion(trials: Sequence[ReportTrial], metrics: Sequence[str]) -> Sp
     """The rate-distortion plane of the ranked trials, and its Pareto front."""
     rate, distortion = rate_and_distortion(metrics)
     points = [
-        {
-            **trial.tooltip,
-            "rate": trial.row[rate],
-            "distortion": trial.row[distortion],
-            "beta": trial.beta,
-            "latent_dim": trial.latent_dim,
-            "pareto_front": trial.row["pareto_front"],
-        }
+        _point(
+            trial,
+            rate=trial.row[rate],
+            distortion=trial.row[distortion],
+            beta=trial.beta,
+            latent_dim=trial.latent_dim,
+            pareto_front=trial.row["pareto_front"],
+        )
         for trial in trials
     ]
     color_scale = {"type": "log"} if all(trial.beta > 0 for trial in trials) else {"zero": False}
@@ -163,6 +162,7 @@ def rate_distortion(trials: Sequence[ReportTrial], metrics: Sequence[str]) -> Sp
         "color": {"field": "beta", "type": "quantitative", "scale": {**RAMP, **color_scale}},
         "size": _quantity("latent_dim", "latent_dim", range=[60, 480]),
     }
+    varying = {name: channel for name, channel in channels.items() if len({p[channel["field"]] for p in points}) > 1}
     front = {
         "name": "front",
         "transform": [{"filter": "datum.pareto_front"}],
@@ -171,11 +171,8 @@ def rate_distortion(trials: Sequence[ReportTrial], metrics: Sequence[str]) -> Sp
     }
     marks = {
         "name": "points",
-        "mark": {"type": "point", "filled": True, "opacity": 1, "size": 130, "color": RAMP["range"][0]},
-        "encoding": {
-            **{name: channel for name, channel in channels.items() if len({p[channel["field"]] for p in points}) > 1},
-            "tooltip": _tooltip(trials[0]),
-        },
+        "mark": {"type": "point", "filled": True, "size": 130, "color": RAMP["range"][0], "tooltip": TOOLTIP},
+        "encoding": varying,
     }
     return {
         **BASE_SPEC,
@@ -189,43 +186,33 @@ def rate_distortion(trials: Sequence[ReportTrial], metrics: Sequence[str]) -> Sp
     }
 
 
-def _lines(x: Spec, y: Spec, trial: ReportTrial, line_color: Spec, **end_marks: Spec) -> list[Spec]:
+def _lines(x: Spec, y: Spec, line_color: Spec, **end_marks: Spec) -> list[Spec]:
     """A line for each trial, and points of which the one nearest to the pointer names its trial."""
     hovered = {"type": "point", "fields": ["trial"], "on": "pointerover", "clear": "pointerout", "nearest": True}
     widths = [{"param": "hovered", "empty": False, "value": 4.5}, {"test": "datum.is_best", "value": 3}]
-    lines = {
-        "name": "lines",
-        "mark": {"type": "line", "strokeJoin": "round"},
-        "encoding": {
-            "x": x,
-            "y": y,
-            "color": line_color,
-            "detail": {"field": "trial", "type": "nominal"},
-            "strokeWidth": {"condition": widths, "value": 1.5},
+    width = {"condition": widths, "value": 1.5}
+    opacity = {"condition": {"test": "datum.is_last", "value": 1}, "value": 0}
+    return [
+        {
+            "name": "lines",
+            "mark": "line",
+            "encoding": {"x": x, "y": y, "color": line_color, "detail": {"field": "trial"}, "strokeWidth": width},
         },
-    }
-    points = {
-        "name": "ends",
-        "params": [{"name": "hovered", "select": hovered}],
-        "mark": {"type": "point", "filled": True, "size": 80},
-        "encoding": {
-            "x": x,
-            "y": y,
-            **end_marks,
-            "opacity": {"condition": {"test": "datum.is_last", "value": 1}, "value": 0},
-            "tooltip": _tooltip(trial),
+        {
+            "name": "ends",
+            "params": [{"name": "hovered", "select": hovered}],
+            "mark": {"type": "point", "filled": True, "size": 80, "tooltip": TOOLTIP},
+            "encoding": {"x": x, "y": y, **end_marks, "opacity": opacity},
         },
-    }
-    return [lines, points]
+    ]
 
 
 def _quantity(field: str, title: str, **scale: Any) -> Spec:
     return {"field": field, "type": "quantitative", "title": title, "scale": {"zero": False, **scale}}
 
 
-def _tooltip(trial: ReportTrial) -> list[Spec]:
-    # in Vega-Lite a dot in a field's name leads into an object
-    return [{"field": name.replace(".", r"\."), "type": "nominal", "title": name} for name in trial.tooltip]
+def _point(trial: ReportTrial, **values: Any) -> Spec:
+    return {"trial": trial.record.name, "is_best": trial.is_best, "tooltip": trial.tooltip, **values}
 
 
 def trimmed(metric: str, values: Sequence[float]) -> list[float]:

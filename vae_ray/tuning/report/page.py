@@ -36,9 +36,11 @@ def write_report(directory: SweepDirectory, records: Sequence[TrialRecord], tabl
     base = Experiment.from_dict(description["experiment"])
     space = SearchSpace.from_dict(description["search"]).checked(base)
     metrics = description["metrics"]
-    columns = _metric_columns(table, metrics)
+    split = metrics[0].partition("/")[0]
+    columns = dict.fromkeys([*metrics, f"{split}/nelbo", f"{split}/distortion", f"{split}/rate", "test/nelbo"])
+    columns = [column for column in columns if table and column in table[0]]
     trials = report_trials(directory, base, records, table, [*columns, *space.domains])
-    in_order = sorted(trials, key=lambda trial: (trial.latent_dim, trial.beta, trial.name))
+    in_order = sorted(trials, key=lambda trial: (trial.latent_dim, trial.beta, trial.record.name))
     epochs = max((trial.experiment.training.epochs for trial in trials), default=base.training.epochs)
     asha_rungs = rungs(epochs) if description["scheduler"] == "asha" else []
     values = {
@@ -61,13 +63,6 @@ def write_report(directory: SweepDirectory, records: Sequence[TrialRecord], tabl
     }
     page = _environment().get_template("report.html.j2").render(values)
     atomic_write(directory.report, page.encode())
-
-
-def _metric_columns(table: Sequence[dict[str, Any]], metrics: Sequence[str]) -> list[str]:
-    """The metrics in the page's leaderboard: those that rank the trials, their terms, and the test split's nelbo."""
-    split = metrics[0].partition("/")[0]
-    columns = [*metrics, *(f"{split}/{term}" for term in ("nelbo", "distortion", "rate")), "test/nelbo"]
-    return [column for column in dict.fromkeys(columns) if table and column in table[0]]
 
 
 @functools.cache

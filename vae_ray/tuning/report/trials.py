@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +16,6 @@ from vae_ray.tuning.directory import SweepDirectory, json_lines
 from vae_ray.tuning.records import LINEAGE_FILE, TrialRecord
 
 PICTURE_KINDS = ("samples", "reconstructions", "traversals")
-PLACE_KEYS = ("run.name", "run.storage")
 
 
 @dataclass(frozen=True)
@@ -30,17 +30,9 @@ class ReportTrial:
     lineage: list[dict[str, Any]]
     """The exploits of PBT: epoch, whose weights, new overrides."""
     pictures: dict[str, str]
-    """Data URIs by kind; empty if the trial ended before its first epoch did."""
+    """Data URIs by kind."""
     tooltip: dict[str, str]
     """Its tooltip in every chart."""
-
-    @property
-    def name(self) -> str:
-        return self.record.name
-
-    @property
-    def is_ranked(self) -> bool:
-        return self.row["rank"] is not None
 
     @property
     def is_best(self) -> bool:
@@ -76,7 +68,7 @@ def report_trials(
 
 
 def _pictures(directory: SweepDirectory, record: TrialRecord, lineage: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """The pictures of the best epoch, or of the last epoch that has one."""
+    """The pictures of the best epoch."""
     if record.best is None:
         return {}
     run, pictures = record.run, {}
@@ -84,10 +76,9 @@ def _pictures(directory: SweepDirectory, record: TrialRecord, lineage: Sequence[
         if exploit["epoch"] == record.best.epoch:  # the trial's own pictures show the weights that it gave up
             run = directory.trial(exploit["weights_of"])
     for kind in PICTURE_KINDS:
-        files = {file.stem: file for file in sorted((run.images / kind).glob("epoch=*.png"))}
-        if files:
-            content = files.get(checkpoint_name(record.best.epoch), list(files.values())[-1]).read_bytes()
-            pictures[kind] = f"data:image/png;base64,{base64.b64encode(content).decode('ascii')}"
+        file = run.images / kind / f"{checkpoint_name(record.best.epoch)}.png"
+        if file.exists():  # a full disk ends no run, but loses pictures
+            pictures[kind] = f"data:image/png;base64,{base64.b64encode(file.read_bytes()).decode('ascii')}"
     return pictures
 
 
@@ -102,23 +93,13 @@ def _flags(experiment: Experiment, preset: Experiment) -> list[str]:
     return [
         word
         for key, value in experiment.flat().items()
-        if key not in PLACE_KEYS and value != defaults.get(key)
-        for word in (flag_of(key.removesuffix(".name")), _flag_value(value))
+        if key not in ("run.name", "run.storage") and value != defaults.get(key)
+        for word in (flag_of(key.removesuffix(".name")), value if isinstance(value, str) else json.dumps(value))
     ]
-
-
-def _flag_value(value: object) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, list):
-        return ",".join(map(str, value))
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def as_text(value: object) -> str:
     """A value for people: numbers to six digits, None as a dash."""
-    if value is None:
-        return "–"
     if isinstance(value, float):
         return f"{value:.6g}"
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return "–" if value is None else value if isinstance(value, str) else json.dumps(value)
