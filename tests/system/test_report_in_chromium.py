@@ -57,7 +57,7 @@ def opened(
 ) -> Iterator[Page]:
     """The report with all its charts drawn; fails if the page has a problem or sends a request."""
     viewport = {"width": size[0], "height": size[1]}
-    context = browser.new_context(viewport=viewport, color_scheme="dark" if dark else "light")  # type: ignore[arg-type]
+    context = browser.new_context(viewport=viewport, color_scheme="dark" if dark else "light")
     page = context.new_page()
     problems: list[str] = []
     requests: list[str] = []

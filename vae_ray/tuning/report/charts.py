@@ -17,7 +17,6 @@ from vae_ray.tuning.space import Domain, SearchSpace, Values
 
 Spec = dict[str, Any]
 
-FONT_SIZES = {"labelFontSize": 12, "titleFontSize": 12}
 BASE_SPEC: Spec = {
     "width": "container",
     "height": 340,
@@ -26,11 +25,11 @@ BASE_SPEC: Spec = {
     "config": {
         "font": "system-ui, sans-serif",
         "view": {"stroke": None},
-        "axis": {**FONT_SIZES, "tickCount": 8},
+        "axis": {"labelFontSize": 12, "tickCount": 8},
         "legend": {
             "orient": "bottom",
             "layout": {"bottom": {"direction": "vertical", "anchor": "start"}},
-            **FONT_SIZES,
+            "labelFontSize": 12,
             "columns": 5,
             "padding": 12,
             "symbolFillColor": "gray",
@@ -79,7 +78,8 @@ def learning_curves(trials: Sequence[ReportTrial], metric: str, rungs: Sequence[
     states = [state for state in STATE_COLORS if any(point["end"] == state for point in points)]
     end = {"field": "end", "type": "nominal", "title": None, "scale": {"domain": states}}
     color = {**end, "scale": {"domain": states, "range": [STATE_COLORS[state] for state in states]}}
-    x = {"field": "epoch", "type": "quantitative", "axis": {"grid": False, "tickMinStep": 1}}
+    whole_epochs = {"grid": False, "format": "d", "labelExpr": "datum.value % 1 ? '' : datum.label"}
+    x = {"field": "epoch", "type": "quantitative", "axis": whole_epochs}
     y = _quantity("value", f"{metric} (nats per image)")
     rule = {
         "name": "rungs",
@@ -139,7 +139,7 @@ def _axis(column: str, values: Sequence[Any], domain: Domain | None) -> tuple[li
     scale, inverse = (math.log, math.exp) if domain is not None and domain.log else (float, float)
     numbers = [scale(value) for value in (values if domain else trimmed(column, values))]
     low, high = min(numbers), max(numbers)
-    texts = {f"{inverse(low + place * (high - low)):.4g}": place for place in (0.0, 0.5, 1.0)}
+    texts = {f"{inverse(low + place * (high - low)):.4g}": place for place in (1.0, 0.5, 0.0)}  # equal ones: at 0
     return [(number - low) / ((high - low) or 1) for number in numbers], texts
 
 

@@ -11,7 +11,7 @@ import functools
 import hashlib
 import shlex
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -37,8 +37,8 @@ def write_report(directory: SweepDirectory, records: Sequence[TrialRecord], tabl
     space = SearchSpace.from_dict(description["search"]).checked(base)
     metrics = description["metrics"]
     split = metrics[0].partition("/")[0]
-    columns = dict.fromkeys([*metrics, f"{split}/nelbo", f"{split}/distortion", f"{split}/rate", "test/nelbo"])
-    columns = [column for column in columns if table and column in table[0]]
+    terms = dict.fromkeys([*metrics, f"{split}/nelbo", f"{split}/distortion", f"{split}/rate", "test/nelbo"])
+    columns = [term for term in terms if table and term in table[0]]
     trials = report_trials(directory, base, records, table, [*columns, *space.domains])
     in_order = sorted(trials, key=lambda trial: (trial.latent_dim, trial.beta, trial.record.name))
     epochs = max((trial.experiment.training.epochs for trial in trials), default=base.training.epochs)
@@ -81,7 +81,7 @@ def _environment() -> jinja2.Environment:
     )
     # `tojson` escapes <, > and &, so that no text can end the script element
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False}
-    environment.filters |= {
+    filters: dict[str, Callable[..., str]] = {
         "text": as_text,
         "nats": lambda value: "–" if value is None else f"{value:.2f}",
         "assignments": lambda overrides: ", ".join(f"{key} = {as_text(value)}" for key, value in overrides.items()),
@@ -90,6 +90,7 @@ def _environment() -> jinja2.Environment:
         "python": repr,
         "script_hash": _script_hash,
     }
+    environment.filters |= filters
     return environment
 
 

@@ -62,8 +62,7 @@ def report_trials(
         experiment = record.best.experiment() if record.best else base.with_overrides(record.proposed)
         lineage = json_lines(record.run.path / LINEAGE_FILE)
         tooltip = {column: as_text(row.get(column)) for column in ("trial", "state", *tooltip_columns)}
-        pictures = _pictures(directory, record, lineage)
-        trials.append(ReportTrial(record, row, experiment, lineage, pictures, tooltip))
+        trials.append(ReportTrial(record, row, experiment, lineage, _pictures(directory, record, lineage), tooltip))
     return trials
 
 
@@ -84,8 +83,9 @@ def _pictures(directory: SweepDirectory, record: TrialRecord, lineage: Sequence[
 
 def reproduction(experiment: Experiment) -> str:
     """The command that trains `experiment`: the nearest preset, and a flag for every field in which it differs."""
-    commands = [["vae-ray", "train", name, *_flags(experiment, Experiment.preset(name))] for name in preset_names()]
-    return shlex.join(min(commands, key=len))
+    flags = {name: _flags(experiment, Experiment.preset(name)) for name in preset_names()}
+    nearest = min(flags, key=lambda name: len(flags[name]))
+    return shlex.join(["vae-ray", "train", nearest, *flags[nearest]])
 
 
 def _flags(experiment: Experiment, preset: Experiment) -> list[str]:
