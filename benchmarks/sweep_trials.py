@@ -143,9 +143,9 @@ def our_way(fixed: dict[str, Any], storage: str) -> tuple[float, float]:
     )
     seconds = time.perf_counter() - started
     assert result.states == {"finished": len(TRIALS)}, result.states
-    directory = SweepDirectory.at(str(result.sweep_dir))
+    directory = SweepDirectory.at(result.sweep_dir, role="reader")
     names = [f"{number:04d}" for number in range(len(TRIALS))]
-    return seconds, sum(line["seconds"] for name in names for line in directory.trial(name).history())
+    return seconds, sum(line["seconds"] for name in names for line in directory.trial(name).records.history())
 
 
 def main() -> None:

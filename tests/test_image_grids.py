@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageColor
 
-from vae_ray.run_files.image_grids import BASE_SPEC, GAP, grid, pairs_grid, png_bytes, square_grid, to_uint8
+from vae_ray.run_files.image_grids import FRAME, GAP, grid, pairs_grid, png_bytes, square_grid, to_uint8
 
 TITLE = "t"
 
@@ -16,7 +16,7 @@ TITLE = "t"
 def tiles_of(picture: Image.Image, *, height: int, width: int) -> list[list[NDArray[np.uint8]]]:
     """The tiles of a picture, row by row: found by their frames, not by the layout's own arithmetic."""
     array = np.asarray(picture.convert("RGB"))
-    framed = (array == np.array(ImageColor.getrgb(BASE_SPEC))).all(2)
+    framed = (array == np.array(ImageColor.getrgb(FRAME))).all(2)
     corners = [
         (top, left)
         for top, left in zip(*np.nonzero(framed), strict=True)

@@ -1,7 +1,5 @@
 """Truth: what a trained model does afterwards is deterministic, exact, and the same as during training."""
 
-import json
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +8,7 @@ from vae_ray import TrainedVAE, TrainResult, UserError, train
 from vae_ray.config.experiment import Experiment
 from vae_ray.data.splits import Splits
 from vae_ray.inference import INTERPOLATIONS, Method
+from vae_ray.storage.records import read_records
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +28,7 @@ def test_a_run_directory_stands_for_its_best_checkpoint(trained_run: TrainResult
 def test_best_is_by_nelbo_and_neither_the_last_nor_by_the_loss(quick: Experiment) -> None:
     """Without a weight on the rate the loss falls for ever, while the bound soon gets worse (NUMBERS.md, traps)."""
     result = train(quick.with_overrides({"objective.beta": 0, "training.epochs": 6}))
-    history = [json.loads(line) for line in (result.run_dir / "metrics.jsonl").read_text().splitlines()]
+    history = read_records(result.run_dir / "metrics.jsonl")
     by_nelbo, by_loss = (min(history, key=lambda line: line[key])["epoch"] for key in ("val/nelbo", "train/loss"))
     assert by_nelbo < by_loss
     assert TrainedVAE.load(result.run_dir).checkpoint.epoch == result.best_epoch == by_nelbo

@@ -17,13 +17,14 @@ import pytest
 from vae_ray import Experiment, TrainResult, UserError, train
 from vae_ray.cli.main import main
 from vae_ray.runs.train import resume as resume_run
+from vae_ray.storage.records import read_records
 
 
 def numbers(run: Path) -> list[dict[str, Any]]:
     """What a run computed, without how long it took."""
     timing = ("images_per_second", "seconds", "started_at")
-    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in timing} for line in found]
+    records = read_records(run / "metrics.jsonl")
+    return [{key: value for key, value in record.items() if key not in timing} for record in records]
 
 
 def last_weights(result: TrainResult) -> bytes:

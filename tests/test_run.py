@@ -23,7 +23,7 @@ PICTURES = ("samples", "reconstructions", "traversals")
 
 
 def lines(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line, parse_constant=pytest.fail) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return RunDirectory(run).records.history()
 
 
 def numbers(run: Path) -> list[dict[str, Any]]:
@@ -70,8 +70,7 @@ def test_learning_rate_of_a_line_is_that_of_its_last_step(trained_run: TrainResu
 
 
 def test_summary_is_the_result(trained_run: TrainResult) -> None:
-    summary = json.loads((trained_run.run_dir / "summary.json").read_text())
-    assert summary == trained_run.to_dict()
+    assert RunDirectory(trained_run.run_dir).records.summary() == trained_run.to_dict()
     best = lines(trained_run.run_dir)[trained_run.best_epoch - 1]
     assert trained_run.metrics == {key: value for key, value in best.items() if "/" in key}
     assert trained_run.best_epoch == min(lines(trained_run.run_dir), key=lambda line: line["val/nelbo"])["epoch"]

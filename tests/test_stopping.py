@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from vae_ray import Experiment, Stopped, TrainResult, train
 from vae_ray.parallel.group import SingleProcess, WorkerGroup
 from vae_ray.run_files.run_directory import RunDirectory
 from vae_ray.runs.train import resume
+from vae_ray.storage.records import read_records
 from vae_ray.training import loop, stop_requests
 from vae_ray.training.fit import fit
 from vae_ray.training.stop_requests import Requests, StopRequests
@@ -74,8 +74,8 @@ def run_of(experiment: Experiment) -> RunDirectory:
 
 
 def numbers(run: Path) -> Iterator[dict[str, Any]]:
-    for line in (run / "metrics.jsonl").read_text().splitlines():
-        yield {k: v for k, v in json.loads(line).items() if k not in ("images_per_second", "seconds", "started_at")}
+    for record in read_records(run / "metrics.jsonl"):
+        yield {k: v for k, v in record.items() if k not in ("images_per_second", "seconds", "started_at")}
 
 
 def state(run: Path) -> dict[str, bytes]:

@@ -26,3 +26,8 @@ class Stopped(Exception):
 
 class Diverged(TrainingFailed):
     """The loss, the metrics or the weights are no longer finite numbers."""
+
+
+def one_line(text: object) -> str:
+    """The words of a text or an error on one line, for a message."""
+    return " ".join(str(text).split())

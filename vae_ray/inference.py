@@ -15,7 +15,7 @@ from vae_ray.config.experiment import Experiment
 from vae_ray.data.arrow_store import open_split
 from vae_ray.data.batches import Loader, scaled
 from vae_ray.data.splits import Splits
-from vae_ray.errors import CorruptFile, UserError
+from vae_ray.errors import CorruptFile, UserError, one_line
 from vae_ray.evaluation.elbo import evaluate_split
 from vae_ray.models.interpolation import INTERPOLATIONS
 from vae_ray.models.latents import Distribution, Group
@@ -198,7 +198,7 @@ def meta_model(experiment: Experiment, checkpoint: Checkpoint) -> VAE:
     try:
         return shape_vae(experiment, checkpoint.image_shape)
     except (RuntimeError, OverflowError, MemoryError) as error:  # more numbers than there can be
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)[:200]
         raise CorruptFile(
             f"{checkpoint.path / WEIGHTS}: experiment.json describes no possible network ({reason})"
         ) from None

@@ -39,7 +39,7 @@ class Job:
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
     def wait_for_epochs(self, number: int, *, seconds: float = 120) -> None:
-        self.wait_until(lambda: len(self.run.history()) >= number, f"{number} epochs", seconds=seconds)
+        self.wait_until(lambda: len(self.run.records.history()) >= number, f"{number} epochs", seconds=seconds)
 
     def wait_until(self, condition: Any, what: str, *, seconds: float) -> None:
         def holds_or_ended() -> bool:

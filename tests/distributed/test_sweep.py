@@ -78,7 +78,7 @@ def test_every_trial_leaves_what_a_run_leaves(swept: SweepResult) -> None:
         run = RunDirectory(swept.sweep_dir / "trials" / row["trial"])
         assert TrainedVAE.load(run.path).checkpoint.path == swept.sweep_dir / row["checkpoint"]
         assert run.experiment().flat()["model.latent_dim"] == int(row["model.latent_dim"])
-        assert [line["epoch"] for line in run.history()] == [1, 2, 3]
+        assert [line["epoch"] for line in run.records.history()] == [1, 2, 3]
         for kind in ("samples", "reconstructions", "traversals"):
             assert len(list((run.images / kind).iterdir())) == 3
         assert len(list(run.tensorboard.rglob("*tfevents*"))) == 2, "scalars and images; hyperparameters"
@@ -93,7 +93,7 @@ def test_a_trial_is_the_run_of_its_experiment_number_for_number(swept: SweepResu
     def numbers(history: list[dict[str, Any]]) -> list[dict[str, float]]:
         return [{key: value for key, value in line.items() if "/" in key} for line in history]
 
-    assert numbers(again.history) == numbers(trial.history())
+    assert numbers(again.history) == numbers(trial.records.history())
 
 
 def test_the_report_command_writes_everything_again_from_the_files(
@@ -113,7 +113,7 @@ def test_nothing_of_tune_is_left(swept: SweepResult) -> None:
     hidden = {path.name for path in swept.sweep_dir.iterdir() if path.name.startswith(".")}
     files = {"sweep.yaml", "trials.jsonl", "leaderboard.csv", "leaderboard.parquet", "report.html", "summary.json"}
     assert shown == {*files, "best", "trials"}
-    assert hidden <= {".driver.lock", *(f".{name}.sums" for name in files)}
+    assert hidden <= {".driver.lock"}
 
 
 def test_a_used_name_is_refused_and_resuming_a_finished_sweep_runs_nothing(swept: SweepResult) -> None:
@@ -136,7 +136,7 @@ def test_the_smallest_beta_does_not_win_by_its_loss(tmp_path: Path) -> None:
     result = sweep(experiment, search=space, searcher="grid", scheduler="none", max_concurrent=2)
     rows = {float(row["objective.beta"]): row for row in rows_of(result)}
     directory = SweepDirectory(result.sweep_dir)
-    last = {beta: directory.trial(row["trial"]).history()[-1] for beta, row in rows.items()}
+    last = {beta: directory.trial(row["trial"]).records.history()[-1] for beta, row in rows.items()}
     by_loss = min(last, key=lambda beta: last[beta]["train/loss"])
     by_nelbo = min(rows, key=lambda beta: float(rows[beta]["val/nelbo"]))
     assert by_loss == 0.01, "what each optimised is smallest where the rate costs least"
@@ -188,7 +188,7 @@ def test_failed_trials_are_marked_with_their_reason_and_the_others_go_on(tmp_pat
     space = {"optim.lr": {"grid": [1e-3, 1e30, 2e-3]}}
 
     def first_trial_is_under_way() -> bool:
-        return len(directory.trial("0000").history()) >= 3
+        return len(directory.trial("0000").records.history()) >= 3
 
     def kill_it() -> None:
         for process in trial_processes():  # the one at work, and any that the last test has left to be ended
@@ -209,7 +209,7 @@ def test_failed_trials_are_marked_with_their_reason_and_the_others_go_on(tmp_pat
     assert result.best["trial"] == "0002"
     assert rows["0000"]["rank"] == rows["0001"]["rank"] == ""
 
-    before = directory.trial("0000").history()
+    before = directory.trial("0000").records.history()
     resumed = sweep(experiment, **arguments, resume=True)
     rows = {row["trial"]: row for row in rows_of(resumed)}
     assert {name: row["state"] for name, row in rows.items()} == {
@@ -217,7 +217,7 @@ def test_failed_trials_are_marked_with_their_reason_and_the_others_go_on(tmp_pat
         "0001": "diverged",
         "0002": "finished",
     }
-    after = directory.trial("0000").history()
+    after = directory.trial("0000").records.history()
     assert [line["epoch"] for line in after] == list(range(1, EPOCHS_TO_KILL_IN + 1))
     # what it had saved was not computed again
     saved = [line for line in before[:-1] if line["started_at"] == after[line["epoch"] - 1]["started_at"]]
@@ -270,10 +270,10 @@ def test_optuna_proposes_and_a_resumed_sweep_goes_on_from_what_it_learnt(tmp_pat
     assert first.num_trials == 3
     assert 1 <= len(first.pareto_front) <= 3
     directory = SweepDirectory(first.sweep_dir)
-    lines = {name: directory.trial(name).history() for name in ("0000", "0001", "0002")}
+    lines = {name: directory.trial(name).records.history() for name in ("0000", "0001", "0002")}
     grown = sweep(experiment, num_trials=5, max_concurrent=2, **arguments, resume=True)
     assert grown.states == {"finished": 5}
-    assert {name: directory.trial(name).history() for name in lines} == lines, "only the new ones were run"
+    assert {name: directory.trial(name).records.history() for name in lines} == lines, "only the new ones were run"
     proposed = [entry["overrides"] for entry in directory.journal() if entry["event"] == "proposed"]
     assert len({json.dumps(overrides) for overrides in proposed}) == 5
     with pytest.raises(UserError, match="num_trials: 5 -> 2"):

@@ -65,7 +65,7 @@ def driver(experiment_file: Path, search_file: Path, *extra: str) -> Iterator[su
 
 
 def num_epochs_done(directory: SweepDirectory) -> int:
-    return sum(len(directory.trial(f"{n:04d}").history()) for n in range(NUM_TRIALS))
+    return sum(len(directory.trial(f"{n:04d}").records.history()) for n in range(NUM_TRIALS))
 
 
 @pytest.mark.parametrize("seed", range(NUM_KILLS))
@@ -101,7 +101,7 @@ def test_a_killed_sweep_resumes_to_the_undisturbed_leaderboard(
     assert leaderboard(directory) == leaderboard(SweepDirectory(undisturbed.sweep_dir))
     assert {file: file.stat().st_mtime_ns for file in written} == written, "what had ended was not run again"
     for number in range(NUM_TRIALS):
-        history = directory.trial(f"{number:04d}").history()
+        history = directory.trial(f"{number:04d}").records.history()
         assert [line["epoch"] for line in history] == list(range(1, EPOCHS + 1))
 
 

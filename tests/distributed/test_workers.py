@@ -68,7 +68,7 @@ def test_a_loss_that_is_not_finite_is_warned_of_and_fails_at_last_and_keeps_no_c
     assert list((tmp_path / "diverges" / "checkpoints").glob("epoch=*")) == []
     # what a worker warns of, people see in the driver's terminal
     said = [line for line in capsys.readouterr().err.splitlines() if "skipped (1 of at most 1 times)" in line]
-    assert said == RunDirectory(tmp_path / "diverges").warnings()
+    assert said == RunDirectory(tmp_path / "diverges").records.warnings()
     assert len(said) == 1
 
 

@@ -56,7 +56,7 @@ class Training:
 
     def _epoch_begun(self) -> int:
         try:
-            return int(json.loads(self.run.progress_file.read_text())["epoch"])
+            return int(json.loads(self.run.records.progress_file.read_text())["epoch"])
         except (OSError, ValueError):  # not begun, or just being written
             return 0
 

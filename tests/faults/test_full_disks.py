@@ -5,7 +5,6 @@ A small tmpfs is mounted, which takes root (or a user namespace); without it the
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import subprocess
@@ -81,8 +80,7 @@ def run_of(experiment: Experiment) -> RunDirectory:
 
 def numbers(run: RunDirectory) -> list[dict[str, Any]]:
     timing = ("images_per_second", "seconds", "started_at")
-    lines = [json.loads(line) for line in run.metrics_file.read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in timing} for line in lines]
+    return [{key: value for key, value in line.items() if key not in timing} for line in run.records.history()]
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +123,7 @@ def test_a_disk_full_for_some_epochs_costs_their_checkpoints_and_pictures_only(
     assert " free" in not_saved[0]
     assert "training continues" in not_saved[0]
     assert len(said) <= 3, "one of metrics, pictures or events, and one a checkpoint"
-    assert run.warnings() == said, "for the driver of a Ray worker"
+    assert run.records.warnings() == said, "for the driver of a Ray worker"
 
 
 @pytest.mark.event("disk full")

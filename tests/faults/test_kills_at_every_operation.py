@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import shutil
 import signal
@@ -23,6 +22,7 @@ from vae_ray.data.arrow_store import open_split
 from vae_ray.data.sources import Digits
 from vae_ray.run_files.recorder import Recorder
 from vae_ray.run_files.run_directory import RunDirectory
+from vae_ray.storage.records import append_records, read_records
 from vae_ray.training import loop
 from vae_ray.tuning.directory import SweepDirectory
 
@@ -63,7 +63,7 @@ def trained(sections: dict[str, Any], updates_file: str | None = None) -> None:
 def outcome(directory: Path) -> dict[str, Any]:
     """What a finished run has computed: last weights and optimizer, metrics and pictures, without how long it took."""
     last = complete_checkpoints(directory / "checkpoints")[-1]
-    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    lines = read_records(directory / "metrics.jsonl")
     return {
         "checkpoints": sorted(path.name for path in (directory / "checkpoints").iterdir()),
         "weights": last.read("weights.safetensors"),
@@ -225,9 +225,9 @@ def journalled(path: str) -> None:
     run_directory = directory.trial("0000")
     run_directory.path.mkdir(parents=True, exist_ok=True)
     for epoch in (1, 2):
-        run_directory.append_metrics({"epoch": epoch, "val/nelbo": 0.1})
-    run_directory.truncate_to_epoch(1)
-    run_directory.write_summary({"epochs": 1})
+        append_records(run_directory.records.metrics_file, [{"epoch": epoch, "val/nelbo": 0.1}])
+    run_directory.records.truncate_to_epoch(1)
+    run_directory.records.write_summary({"epochs": 1})
 
 
 def test_journal_metrics_and_summaries_are_never_half_there(
@@ -241,13 +241,13 @@ def test_journal_metrics_and_summaries_are_never_half_there(
         path = tmp_path / f"{number}-{torn}"
         path.mkdir()
         killed(journalled, str(path), below=path, trace=trace, kill_at=number, torn=torn)
-        directory, history = SweepDirectory(path), RunDirectory(path / "trials" / "0000").history()
+        directory, history = SweepDirectory(path), RunDirectory(path / "trials" / "0000").records.history()
         journal = directory.journal()
         assert journal == ENTRIES[: len(journal)]
         assert [line["epoch"] for line in history] in ([], [1], [1, 2])
         if directory.description_file.exists():
             assert directory.description() == DESCRIPTION
-        assert directory.trial("0000").summary() in ({}, {"epochs": 1})
+        assert directory.trial("0000").records.summary() in ({}, {"epochs": 1})
         directory.append_to_journal({"more": 1})
         assert directory.journal() == [*journal, {"more": 1}]
     assert "damaged" not in caplog.text, "what a kill cuts short is no damage"

@@ -111,16 +111,18 @@ def test_workers_killed_again_and_again_end_with_the_same_bits(
     try:
         for kill in range(KILLS):
             wait_for_number(run.attempts, kill + 1, driver, f"start {kill + 1}", seconds=RESTART_SECONDS)
-            wait_for_number(run.history, len(run.history()) + 1, driver, "an epoch", seconds=60)
+            wait_for_number(run.records.history, len(run.records.history()) + 1, driver, "an epoch", seconds=60)
             time.sleep(chance.uniform(0, 0.5))
-            os.kill(chance.choice(run.attempts()[-1]["pids"]), signal.SIGKILL)
+            os.kill(chance.choice(run.records.attempts()[-1]["pids"]), signal.SIGKILL)
         answer, said = driver.communicate(timeout=240)
     finally:
         driver.kill()
     assert driver.returncode == 0, said
     assert json.loads(answer)["epochs"] == EPOCHS
     assert said.count("started again from ") == KILLS, said
-    assert [line["epoch"] for line in run.history()] == list(range(1, EPOCHS + 1)), "nothing twice, nothing skipped"
+    assert [line["epoch"] for line in run.records.history()] == list(range(1, EPOCHS + 1)), (
+        "nothing twice, nothing skipped"
+    )
     assert weights(run, EPOCHS) == weights(undisturbed, EPOCHS)
     fault_counts("worker killed", tried=KILLS, survived=KILLS, note=f"{KILLS} of them with Ray workers")
 
@@ -132,8 +134,8 @@ def test_a_hung_worker_is_found_out_and_the_run_ends_with_the_same_bits(
     run = RunDirectory(tmp_path / "hung")
     driver = start(experiment(tmp_path, "hung", epochs=EPOCHS), tmp_path)
     try:
-        wait_for(lambda: len(run.history()) >= 2, driver, "two epochs", seconds=RESTART_SECONDS)
-        hung = run.attempts()[0]["pids"][1]
+        wait_for(lambda: len(run.records.history()) >= 2, driver, "two epochs", seconds=RESTART_SECONDS)
+        hung = run.records.attempts()[0]["pids"][1]
         os.kill(hung, signal.SIGSTOP)
         stopped_at = time.monotonic()
         wait_for(lambda: not os.path.exists(f"/proc/{hung}"), driver, "the worker's end", seconds=HUNG_SECONDS)
@@ -142,6 +144,6 @@ def test_a_hung_worker_is_found_out_and_the_run_ends_with_the_same_bits(
     finally:
         driver.kill()
     assert driver.returncode == 0, said
-    assert len(run.attempts()) == 2
+    assert len(run.records.attempts()) == 2
     assert weights(run, EPOCHS) == weights(undisturbed, EPOCHS)
     fault_counts("worker hangs", tried=1, survived=1, note=f"found out after {noticed_after:.0f} s")

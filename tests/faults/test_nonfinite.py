@@ -294,7 +294,7 @@ def test_two_workers_roll_back_together(small: Experiment, monkeypatch: pytest.M
     monkeypatch.setattr(loop, "apply_gradients", failing_once)
     assert fitted(small, run, 2) == [None, None]
     assert calls[0] == 2 * (2 * STEPS_PER_EPOCH + 3)
-    assert [line["epoch"] for line in map(json.loads, run.metrics_file.read_text().splitlines())] == [1, 2]
+    assert [line["epoch"] for line in map(json.loads, run.records.metrics_file.read_text().splitlines())] == [1, 2]
 
 
 def test_rollbacks_end_with_the_limit(small: Experiment, spoiled: Callable[..., list[int]]) -> None:

@@ -31,7 +31,7 @@ class ObjectStore:
             "AWS_ACCESS_KEY_ID": "someone",
             "AWS_SECRET_ACCESS_KEY": "something",
             "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_EC2_METADATA_DISABLED": "true",  # nobody is asked for credentials
+            "AWS_EC2_METADATA_DISABLED": "true",  # no other machine is asked for credentials
         }
 
     @property
@@ -54,17 +54,17 @@ class ObjectStore:
         filesystem().create_dir(BUCKET)
 
     def pause(self) -> None:
-        """It holds its connections and answers nobody, as a network that is down."""
+        """Keep the connections and do not answer, as a network that is down."""
         assert self.process is not None
         os.kill(self.process.pid, signal.SIGSTOP)
 
-    def go_on(self) -> None:
+    def resume(self) -> None:
         assert self.process is not None
         os.kill(self.process.pid, signal.SIGCONT)
 
     def stop(self) -> None:
         if self.process is not None:
-            self.go_on()
+            self.resume()
             self.process.kill()
             self.process.wait()
 

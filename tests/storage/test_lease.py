@@ -14,23 +14,23 @@ import pytest
 from vae_ray.errors import UserError
 from vae_ray.storage import lease as lease_module
 from vae_ray.storage.lease import lease
-from vae_ray.storage.mirror import Mirror
+from vae_ray.storage.remote import RemoteDirectory
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Mirror:
+def store(tmp_path: Path) -> RemoteDirectory:
     (tmp_path / "store").mkdir()
-    return Mirror(tmp_path / "copy", (tmp_path / "store").as_uri())
+    return RemoteDirectory((tmp_path / "store").as_uri())
 
 
 def hold(uri: str, ready: Connection) -> None:
-    with lease(Mirror(Path("/nowhere"), uri), name="run"):
+    with lease(RemoteDirectory(uri), name="run"):
         ready.send(True)
         time.sleep(60)
 
 
 @pytest.fixture
-def holder(store: Mirror) -> multiprocessing.context.SpawnProcess:
+def holder(store: RemoteDirectory) -> multiprocessing.context.SpawnProcess:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=hold, args=(store.uri, theirs), daemon=True)
@@ -42,7 +42,7 @@ def holder(store: Mirror) -> multiprocessing.context.SpawnProcess:
 
 
 def test_a_run_that_is_driven_is_refused_and_its_driver_named(
-    store: Mirror, holder: multiprocessing.context.SpawnProcess
+    store: RemoteDirectory, holder: multiprocessing.context.SpawnProcess
 ) -> None:
     with (
         pytest.raises(UserError, match=rf"'run' is running right now by process {holder.pid} on .*--name"),
@@ -52,7 +52,7 @@ def test_a_run_that_is_driven_is_refused_and_its_driver_named(
 
 
 def test_a_driver_that_was_killed_here_holds_nothing(
-    store: Mirror, holder: multiprocessing.context.SpawnProcess
+    store: RemoteDirectory, holder: multiprocessing.context.SpawnProcess
 ) -> None:
     os.kill(int(holder.pid or 0), signal.SIGKILL)
     holder.join()
@@ -64,15 +64,15 @@ def test_a_driver_that_was_killed_here_holds_nothing(
 
 
 def test_a_claim_from_elsewhere_that_is_not_renewed_holds_for_a_while_only(
-    store: Mirror, monkeypatch: pytest.MonkeyPatch
+    store: RemoteDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lease_module, "WATCH_SECONDS", 1.5)
-    store.write(".driver-old", b'{"host": "another-machine", "pid": 1}')
+    store.write(".driver-another-machine-1-0abc", b"")
     started = time.monotonic()
     with lease(store, name="run"):
         assert 1.0 < time.monotonic() - started < 10
-        assert ".driver-old" not in claims(store)
+        assert ".driver-another-machine-1-0abc" not in claims(store)
 
 
-def claims(store: Mirror) -> list[str]:
-    return [name for name in os.listdir(store.path_of()) if name.startswith(".driver-")]
+def claims(store: RemoteDirectory) -> list[str]:
+    return [name for name in store.list() if name.startswith(".driver-")]

@@ -6,16 +6,24 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from vae_ray.errors import TrainingFailed
-from vae_ray.storage import mirror as mirror_module
-from vae_ray.storage.mirror import Mirror, copy_path, working_copy
+from vae_ray.storage import background, retry
+from vae_ray.storage.background import BackgroundSync
+from vae_ray.storage.mirror import Mirror
+from vae_ray.storage.remote import RemoteDirectory
+from vae_ray.storage.synced import SyncedDirectory, copy_path
 
 
 def files(directory: Path) -> dict[str, bytes]:
     return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+
+
+def everything(name: str) -> bool:
+    return True
 
 
 def write(directory: Path, **contents: str) -> None:
@@ -29,7 +37,7 @@ def write(directory: Path, **contents: str) -> None:
 def pair(tmp_path: Path) -> Mirror:
     (tmp_path / "here").mkdir()
     (tmp_path / "there").mkdir()
-    return Mirror(tmp_path / "here", (tmp_path / "there").as_uri())
+    return Mirror(tmp_path / "here", RemoteDirectory((tmp_path / "there").as_uri()))
 
 
 @pytest.fixture
@@ -71,15 +79,15 @@ def test_a_push_that_breaks_off_leaves_no_manifest_without_its_files_and_is_made
 ) -> None:
     names = [f"checkpoints__e__{name}" for name in ("a", "b", "c")]
     write(pair.directory, checkpoints__e__manifest_json="{}", **dict.fromkeys(names, "content"))
-    real, done = Mirror._push_file, []
+    real, done = RemoteDirectory.write, []
 
-    def breaks_off(self: Mirror, name: str, stamp: mirror_module.FileStat) -> None:
+    def breaks_off(self: RemoteDirectory, name: str, content: Any) -> None:
         if len(done) >= fails_at:
             raise OSError("the network is down")
         done.append(name)
-        real(self, name, stamp)
+        real(self, name, content)
 
-    monkeypatch.setattr(Mirror, "_push_file", breaks_off)
+    monkeypatch.setattr(RemoteDirectory, "write", breaks_off)
     with pytest.raises(OSError, match="network is down"):
         pair.push()
     assert "checkpoints/e/manifest.json" not in files(there)
@@ -94,24 +102,16 @@ def test_a_fetch_brings_what_is_wanted_and_later_only_what_has_changed(pair: Mir
     assert files(pair.directory) == {"light": b"1"}
     here = pair.directory / "light"
     inode = here.stat().st_ino
-    pair.pull()
-    assert here.stat().st_ino == inode, "unchanged, so not copied"
+    Mirror(pair.directory, pair.remote).pull(everything)
+    assert here.stat().st_ino == inode, "unchanged, so not copied, by another process either"
     (there / "light").write_text("22")
-    pair.pull()
+    pair.pull(everything)
     assert here.read_text() == "22"
-
-
-def test_another_process_s_copy_knows_what_it_has(pair: Mirror, there: Path) -> None:
-    write(there, raw="bytes")
-    pair.pull()
-    inode = (pair.directory / "raw").stat().st_ino
-    Mirror(pair.directory, pair.uri).pull()
-    assert (pair.directory / "raw").stat().st_ino == inode
 
 
 def test_what_was_fetched_is_not_pushed_back(pair: Mirror, there: Path) -> None:
     write(there, metrics="theirs")
-    pair.pull()
+    pair.pull(everything)
     (there / "metrics").write_text("newer, by another writer")
     pair.push()
     assert files(there)["metrics"] == b"newer, by another writer"
@@ -119,9 +119,9 @@ def test_what_was_fetched_is_not_pushed_back(pair: Mirror, there: Path) -> None:
 
 def test_what_is_gone_there_goes_here_too(pair: Mirror, there: Path) -> None:
     write(there, checkpoints__old__manifest_json="{}", stays="s")
-    pair.pull()
+    pair.pull(everything)
     (there / "checkpoints" / "old" / "manifest.json").unlink()
-    pair.pull()
+    pair.pull(everything)
     assert files(pair.directory) == {"stays": b"s"}
 
 
@@ -132,29 +132,33 @@ def wait_until(true: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def test_a_storage_that_comes_back_has_everything(pair: Mirror, there: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_storage_that_comes_back_has_everything(
+    pair: Mirror, there: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(background, "RETRY_SECONDS", 0.1)
     write(pair.directory, one="1")
     gone = there.with_name("gone")
     there.rename(gone)
     there.write_text("no directory")  # every write fails
-    pair.push_soon()
+    sync = BackgroundSync(pair, watched=".stop")
+    sync.push_soon()
     wait_until(lambda: "cannot be written now" in caplog.text)
     write(pair.directory, two="2")
     there.unlink()
     gone.rename(there)
-    pair.close()
+    sync.close()
     assert files(there) == {"one": b"1", "two": b"2"}
 
 
 def test_a_storage_that_stays_away_keeps_the_files_and_says_where(
     pair: Mirror, there: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mirror_module, "LAST_TRY_SECONDS", 0.1)
+    monkeypatch.setattr(retry, "PAUSES_SECONDS", (0.1,))
     write(pair.directory, one="1")
     there.rmdir()
     there.write_text("no directory")
     with pytest.raises(TrainingFailed, match=r"could not be written.*the run's files are complete in .*unsent-here"):
-        pair.close()
+        BackgroundSync(pair, watched=".stop").close()
     assert files(pair.directory.with_name("unsent-here")) == {"one": b"1"}
 
 
@@ -162,12 +166,22 @@ def test_a_copy_is_one_process_s_own_and_goes_with_it(tmp_path: Path, monkeypatc
     monkeypatch.setenv("VAE_RAY_CACHE", str(tmp_path / "cache"))
     (tmp_path / "there").mkdir()
     uri = (tmp_path / "there").as_uri()
-    paths = {copy_path(uri, "writer") for _ in range(3)}
-    assert len(paths) == 3
-    mirror = Mirror(copy_path(uri, "writer"), uri)
-    with working_copy(mirror):
-        assert mirror.directory.is_dir()
-    assert not mirror.directory.exists()
+    assert len({copy_path(uri, "writer") for _ in range(3)}) == 3
+    write(tmp_path / "there", metrics="m", weights="w", checkpoints__one__weights="w")
+    (tmp_path / "there" / "weights").rename(tmp_path / "there" / "weights.safetensors")
+    path = copy_path(uri, "writer")
+    copy = SyncedDirectory(path, Mirror(path, RemoteDirectory(uri)))
+    with copy.working_copy():
+        assert set(files(path)) == {"metrics", "checkpoints/one/weights"}
+    assert not path.exists()
+
+
+def test_a_watched_file_is_seen_without_waiting(pair: Mirror) -> None:
+    sync = BackgroundSync(pair, watched=".stop")
+    assert not sync.sees_watched()
+    pair.remote.write(".stop", b"stop")
+    wait_until(sync.sees_watched)
+    sync.close()
 
 
 def test_copies_of_dead_processes_are_cleared_away_but_not_what_they_could_not_send(

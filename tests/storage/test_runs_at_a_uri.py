@@ -111,7 +111,7 @@ def test_a_store_that_does_not_answer_for_a_while_costs_nothing(store: ObjectSto
         time.sleep(0.05)
     store.pause()
     time.sleep(8)
-    store.go_on()
+    store.resume()
     training.join(timeout=120)
     assert not training.is_alive()
     assert [line["epoch"] for line in result[0].history] == list(range(1, 21))
@@ -129,9 +129,9 @@ def test_a_run_at_a_uri_is_stopped_and_goes_on(store: ObjectStore, tmp_path: Pat
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    said = process.communicate(timeout=30)[1]
-    assert process.returncode == 130, said
-    assert "vae-ray resume s3://models/runs/stopped" in said
+    stderr = process.communicate(timeout=30)[1]
+    assert process.returncode == 130, stderr
+    assert "vae-ray resume s3://models/runs/stopped" in stderr
     last = max(name for name in store.names("stopped") if name.endswith("/manifest.json"))
     assert last.startswith("checkpoints/epoch=")
 
@@ -145,9 +145,9 @@ def test_a_store_that_is_not_there_is_refused_within_seconds(
     started = time.monotonic()
     assert main(["train", "digits", "--storage", "s3://models/runs", "--workers.num", "0"]) == 2
     assert time.monotonic() - started < 15  # 10 s for the store, the rest for imports on a busy machine
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
-    assert "run.storage: got 's3://models/runs', cannot be written" in said
+    stderr = capsys.readouterr().err
+    assert stderr.count("\n") == 1
+    assert "run.storage: got 's3://models/runs', cannot be written" in stderr
 
 
 def test_raw_data_at_a_uri_are_copied_once_to_this_node(

@@ -86,7 +86,7 @@ def train_trial(directory: SweepDirectory, name: str, *, epochs: int, **override
         recorded_failure(run),
         contextlib.closing(fit_epochs(experiment, run.path, SingleProcess(torch.device("cpu")))) as training,
     ):
-        for _ in range(epochs - max((line["epoch"] for line in run.history()), default=0)):
+        for _ in range(epochs - max((line["epoch"] for line in run.records.history()), default=0)):
             next(training)
 
 
@@ -207,14 +207,14 @@ def rename(path: Path, name: str) -> None:
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_an_epoch_without_a_whole_checkpoint_was_not_done(directory: SweepDirectory, damage: str) -> None:
     """It will be trained again, so its line must not count twice."""
-    assert [line["epoch"] for line in directory.trial(UNTOLD).history()] == [1, 2]
+    assert [line["epoch"] for line in directory.trial(UNTOLD).records.history()] == [1, 2]
     DAMAGES[damage](directory.trial(UNTOLD))
     record = record_of(directory, UNTOLD)
     assert (record.state, record.epochs_done, epochs_of(record)) == ("pending", 1, [1])
 
 
 def test_a_torn_line_of_metrics_is_no_epoch(directory: SweepDirectory) -> None:
-    with directory.trial(BEGUN).metrics_file.open("a") as stream:
+    with directory.trial(BEGUN).records.metrics_file.open("a") as stream:
         stream.write('{"epoch": 2, "val/nelbo": 3')
     assert epochs_of(record_of(directory, BEGUN)) == [1]
 

@@ -205,7 +205,7 @@ def test_the_name_of_a_sweep_is_taken_and_what_differs_is_told(place: Path, caps
     assert said.startswith("vae-ray: sweep 'mine': cannot be resumed as a different sweep (")
     assert content_of(place) == before
     directory.description_file.write_text("experiment: {")
-    damaged = "sweep.yaml: damaged, its content is not what was written"
+    damaged = "sweep.yaml: cannot be read: "
     assert damaged in mistake(capsys, "sweep", "digits", "--name", "mine", "--resume")
     assert damaged in mistake(capsys, "report", str(directory.path))
 

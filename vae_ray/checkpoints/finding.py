@@ -10,10 +10,11 @@ from pathlib import Path
 
 from vae_ray.checkpoints.loading import MANIFEST, Checkpoint, complete_checkpoints, read_checkpoint
 from vae_ray.checkpoints.quarantine import best_intact_checkpoint
-from vae_ray.errors import UserError
+from vae_ray.errors import UserError, one_line
 from vae_ray.run_files.run_directory import RunDirectory
 from vae_ray.storage.locations import cache_root, is_uri, with_timeout
 from vae_ray.storage.mirror import Mirror
+from vae_ray.storage.remote import RemoteDirectory
 
 BEST = "best"
 """In a sweep's directory, its winner's checkpoint."""
@@ -42,10 +43,10 @@ def _local_checkpoint(path: Path, *, fetch: Callable[[Path], None]) -> Checkpoin
 def _fetched_checkpoint(uri: str) -> Checkpoint:
     """The same of a URI: manifests first, then the files of the one that is wanted, kept in the cache for next time."""
     copy = cache_root() / "copies" / hashlib.sha256(uri.encode()).hexdigest()[:16] / "reader"
-    mirror = Mirror(copy, uri, key="checkpoint")
+    mirror = Mirror(copy, RemoteDirectory(uri, key="checkpoint"))
     manifests = re.compile(rf"(({BEST}|checkpoints/[^/]+)/)?{MANIFEST}")
     try:
-        with_timeout(mirror.listing)
+        with_timeout(mirror.remote.list)
         mirror.pull(lambda name: manifests.fullmatch(name) is not None)
         if not copy.exists():
             raise UserError(
@@ -59,5 +60,5 @@ def _fetched_checkpoint(uri: str) -> Checkpoint:
         best = _local_checkpoint(copy, fetch=fetch).path
         fetch(best)
     except OSError as error:
-        raise UserError(f"checkpoint {uri}: cannot be read ({' '.join(str(error).split())[:200]})") from None
+        raise UserError(f"checkpoint {uri}: cannot be read ({one_line(error)[:200]})") from None
     return read_checkpoint(best)

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from vae_ray.config.experiment import Experiment
 from vae_ray.errors import CorruptFile, UserError
-from vae_ray.storage.reading import MOST_BYTES, parse_json, read_bytes, shown
+from vae_ray.storage.reading import MAX_BYTES, parse_json, read_bytes, short_repr
 
 FORMAT = "vae_ray checkpoint"
 FORMAT_VERSION = 3
@@ -111,7 +111,7 @@ class Checkpoint:
                     f"{file}: truncated or changed, expected {expected['bytes']} bytes, found {status.st_size}; "
                     "use another checkpoint of the run"
                 )
-            content = read_bytes(file, most_bytes=limit, follow_links=False)
+            content = read_bytes(file, max_bytes=limit, follow_links=False)
         except OSError as error:
             if error.errno in ABSENT:
                 raise CorruptFile(f"{file}: cannot be read ({error.strerror}); the checkpoint is incomplete") from None
@@ -139,7 +139,7 @@ class Checkpoint:
 
     def experiment(self) -> Experiment:
         """The experiment that wrote this checkpoint, migrated if it is old."""
-        file, content = self.path / EXPERIMENT, self.read(EXPERIMENT, most_bytes=MOST_BYTES)
+        file, content = self.path / EXPERIMENT, self.read(EXPERIMENT, most_bytes=MAX_BYTES)
         try:
             return Experiment.from_dict(parse_json(content), origin=str(file))
         except ValueError as error:  # also UnicodeDecodeError
@@ -166,7 +166,7 @@ class Checkpoint:
             required, stored = _describe(expected.get(key)), _describe(tensors.get(key))
             if required != stored:
                 raise CorruptFile(
-                    f"{self.path / name}: does not fit the model of its experiment.json: {shown(key)} should be "
+                    f"{self.path / name}: does not fit the model of its experiment.json: {short_repr(key)} should be "
                     f"{required}, is {stored}"
                 )
         return tensors
@@ -192,15 +192,17 @@ class Checkpoint:
                 raise ValueError(f"its header has more than {MOST_HEADER_BYTES} bytes")
             return safetensors.torch.load(content)
         except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RuntimeError, OverflowError) as error:
-            raise CorruptFile(f"{self.path / name}: is not a safetensors file ({shown(str(error))})") from None
+            raise CorruptFile(f"{self.path / name}: is not a safetensors file ({short_repr(str(error))})") from None
 
 
 def _most_bytes(name: str) -> int | None:
-    return MOST_BYTES if name == EXPERIMENT else None
+    return MAX_BYTES if name == EXPERIMENT else None
 
 
 def _describe(tensor: Tensor | None) -> str:
-    return "absent" if tensor is None else f"{str(tensor.dtype).removeprefix('torch.')} {shown(tuple(tensor.shape))}"
+    return (
+        "absent" if tensor is None else f"{str(tensor.dtype).removeprefix('torch.')} {short_repr(tuple(tensor.shape))}"
+    )
 
 
 def checkpoint_name(epoch: int, step: int | None = None) -> str:
@@ -297,18 +299,18 @@ def parse_manifest(path: Path, content: bytes) -> Checkpoint:
     try:
         manifest = parse_json(content)
         if manifest["format"] != FORMAT:
-            raise ValueError(f"format {shown(manifest['format'])}")
+            raise ValueError(f"format {short_repr(manifest['format'])}")
         version = _whole(manifest["format_version"], least=1, most=10**6)
         if version > FORMAT_VERSION:
             raise UserError(
                 f"{path}: checkpoint format {version} is newer than this vae_ray reads ({FORMAT_VERSION}); "
-                f"install the one that wrote it, {shown(manifest.get('written_by', 'unknown'))}, or a newer one"
+                f"install the one that wrote it, {short_repr(manifest.get('written_by', 'unknown'))}, or a newer one"
             )
         if sealed(manifest) != manifest:
             raise ValueError("its content is not what was written")
         return _checked(path, manifest, content)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CorruptFile(f"{path / MANIFEST}: damaged ({type(error).__name__}: {shown(str(error))})") from None
+        raise CorruptFile(f"{path / MANIFEST}: damaged ({type(error).__name__}: {short_repr(str(error))})") from None
 
 
 def _checked(path: Path, manifest: dict[str, Any], content: bytes) -> Checkpoint:
@@ -328,7 +330,7 @@ def _checked(path: Path, manifest: dict[str, Any], content: bytes) -> Checkpoint
     scalars = manifest["scalars"] if version >= 3 else {}
     for key, value in scalars.items():
         if type(value) not in (int, float, str, type(None)):
-            raise ValueError(f"scalar {key} is {shown(value)}")
+            raise ValueError(f"scalar {key} is {short_repr(value)}")
     metrics = {str(key): _number(value) for key, value in manifest["metrics"].items()}
     step = manifest.get("step")
     if step is None and manifest["selection_metric"] not in metrics:
@@ -349,11 +351,11 @@ def _checked(path: Path, manifest: dict[str, Any], content: bytes) -> Checkpoint
 
 def _whole(value: Any, *, least: int = 0, most: int = 2**60) -> int:
     if type(value) is not int or not least <= value <= most:
-        raise ValueError(f"{shown(value)} is not an integer from {least} to {most}")
+        raise ValueError(f"{short_repr(value)} is not an integer from {least} to {most}")
     return value
 
 
 def _number(value: Any) -> float:
     if type(value) not in (int, float):
-        raise ValueError(f"{shown(value)} is not a number")
+        raise ValueError(f"{short_repr(value)} is not a number")
     return float(value)

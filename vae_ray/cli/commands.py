@@ -66,7 +66,7 @@ def _existing_run(options: argparse.Namespace) -> str | None:
     location = join_location(absolute(storage), options.name)
     if is_uri(location):
         run = RunDirectory.at(location, role="reader")
-        return location if run.mirror is not None and run.mirror.read(run.experiment_file.name) else None
+        return location if run.mirror is not None and run.mirror.remote.read(run.experiment_file.name) else None
     return location if RunDirectory(Path(location)).experiment_file.is_file() else None
 
 

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 from vae_ray import signals
 from vae_ray.cli import commands
-from vae_ray.errors import Stopped, TrainingFailed, UserError
+from vae_ray.errors import Stopped, TrainingFailed, UserError, one_line
 
 FLAGS = {
     "train": ("--name", "--storage", "--resume", "--dry-run", "--trust-code", "--json", "--help"),
@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(error: Exception | str, *, code: int) -> int:
-    print("vae-ray: " + " ".join(str(error).split()), file=sys.stderr)
+    print("vae-ray: " + one_line(error), file=sys.stderr)
     return code
 
 

@@ -21,7 +21,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 from ray.util.state import list_nodes
 
-from vae_ray.errors import UserError
+from vae_ray.errors import UserError, one_line
 
 DEFAULT_URL = "http://127.0.0.1:8265"
 PROBE_SECONDS = 4.0
@@ -55,7 +55,7 @@ def find_dashboard(address: str | None) -> Dashboard:
         is_open = answers_without_token(url)
     except OSError as error:
         raise UserError(
-            f"address: no Ray dashboard answers at {url} ({one_line(error)}); is the cluster up, and is that its "
+            f"address: no Ray dashboard answers at {url} ({describe_error(error)}); is the cluster up, and is that its "
             f"dashboard's address, for example --address {usual_url}?"
         ) from None
     return Dashboard(url, is_open)
@@ -74,7 +74,7 @@ def answers_without_token(url: str) -> bool:
     except urllib.error.URLError as error:
         raise error.reason if isinstance(error.reason, OSError) else OSError(str(error.reason)) from None
     except (http.client.HTTPException, ValueError, TypeError) as error:
-        raise OSError(f"another server answers there: {one_line(error)}") from None
+        raise OSError(f"another server answers there: {describe_error(error)}") from None
     raise OSError("another server answers there")
 
 
@@ -90,7 +90,7 @@ def job_client(dashboard: Dashboard) -> JobSubmissionClient:
             raise UserError(f"address: {dashboard.url} refuses this token; {TOKEN_ADVICE}") from None
         raise UserError(f"address: {dashboard.url} requires a token; none is set here: {TOKEN_ADVICE}") from None
     except (RuntimeError, OSError) as error:
-        raise UserError(f"address: {dashboard.url} cannot be used ({one_line(error)})") from None
+        raise UserError(f"address: {dashboard.url} cannot be used ({describe_error(error)})") from None
 
 
 def cluster_nodes(dashboard: Dashboard) -> list[dict[str, Any]]:
@@ -117,7 +117,7 @@ def _only_address(url: str) -> Iterator[None]:
             os.environ["RAY_API_SERVER_ADDRESS"] = before
 
 
-def one_line(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
     """The error's message on one line of at most 200 characters."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return " ".join(text.split())[:200] or type(error).__name__
+    return one_line(text)[:200] or type(error).__name__

@@ -19,7 +19,7 @@ from vae_ray.cluster.storage_check import check_storage
 from vae_ray.cluster.submission import ENDED, check_place, send
 from vae_ray.cluster.upload import collect
 from vae_ray.distributed.nodes import NodeAnswer
-from vae_ray.errors import TrainingFailed, UserError
+from vae_ray.errors import TrainingFailed, UserError, one_line
 
 JOB_SECONDS = 180.0
 OPEN_ADVICE = "run `ray get-auth-token --generate`, then restart every node with RAY_AUTH_MODE=token and that token"
@@ -60,7 +60,7 @@ def examine(address: str | None, *, storage: str | None = None, python: str = "p
     try:
         return _cluster(address, storage, python) if address else _this_machine(storage)
     except (UserError, TrainingFailed, OSError) as error:
-        text = " ".join(str(error).removeprefix("address: ").split())
+        text = one_line(str(error).removeprefix("address: "))
         return Diagnosis(address or "this machine", [Finding("error", "cluster", text)])
 
 

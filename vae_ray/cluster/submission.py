@@ -18,13 +18,13 @@ from typing import Any
 
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from vae_ray.cluster.dashboard import cluster_nodes, find_dashboard, job_client, one_line
+from vae_ray.cluster.dashboard import cluster_nodes, describe_error, find_dashboard, job_client
 from vae_ray.cluster.upload import Upload, mebibytes
 from vae_ray.config.experiment import Experiment
 from vae_ray.config.sections import WorkersConfig
 from vae_ray.distributed.environment import DEFAULTS
 from vae_ray.distributed.resources import check_workers_fit
-from vae_ray.errors import TrainingFailed, UserError
+from vae_ray.errors import TrainingFailed, UserError, one_line
 
 AGENT_SECONDS = 60.0
 STOP_SECONDS = "30"
@@ -150,10 +150,10 @@ def _followed(client: JobSubmissionClient, job: Job) -> Job:
         try:
             info = client.get_job_info(job.job_id)
         except (RuntimeError, OSError) as error:
-            raise TrainingFailed(f"{job.url} stopped answering ({one_line(error)}); job {job.job_id}") from None
+            raise TrainingFailed(f"{job.url} stopped answering ({describe_error(error)}); job {job.job_id}") from None
         if info.status in ENDED:
             if info.status == JobStatus.FAILED and info.driver_exit_code is None:
-                _print(f"job {job.job_id} failed: {' '.join((info.message or '').split())[:500]}")
+                _print(f"job {job.job_id} failed: {one_line(info.message or '')[:500]}")
             return Job(job.job_id, job.url, info.status.value, info.driver_exit_code)
         time.sleep(0.5)
 

@@ -30,7 +30,7 @@ from vae_ray.config.sections import (
     TrainingConfig,
     WorkersConfig,
 )
-from vae_ray.errors import UserError
+from vae_ray.errors import UserError, one_line
 from vae_ray.storage.reading import parse_yaml, read_bytes
 
 PRESET_DIR = Path(__file__).parent / "presets"
@@ -65,7 +65,7 @@ class Experiment(Section):
         try:
             content = parse_yaml(read_bytes(Path(path)))
         except (OSError, ValueError) as error:
-            raise UserError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from None
+            raise UserError(f"{path}: cannot be read as YAML: {one_line(error)}") from None
         return cls.from_dict({} if content is None else content, origin=str(path))
 
     @classmethod

@@ -21,7 +21,7 @@ from pydantic.fields import FieldInfo
 from vae_ray.config.fields import Choice, Section, choice_of, literal_values
 from vae_ray.config.migration import renamed_key
 from vae_ray.errors import UserError
-from vae_ray.storage.reading import shown
+from vae_ray.storage.reading import short_repr
 
 
 class FieldDoc(NamedTuple):
@@ -148,7 +148,8 @@ def _write(model: type[BaseModel], tree: dict[str, Any], key: str, value: Any) -
             if not rest:
                 if value == {} or value is None:
                     return
-                raise UserError(f"{key}: got {shown(value)}, should be a mapping of {', '.join(section.model_fields)}")
+                names = ", ".join(section.model_fields)
+                raise UserError(f"{key}: got {short_repr(value)}, should be a mapping of {names}")
             node, model = node[part], section
         elif rest:
             raise UnknownKey
@@ -166,7 +167,7 @@ def _choose(axis: Choice, field: FieldInfo, node: dict[str, Any], part: str, val
         allowed = ", ".join(names) + (" or MODULE:NAME of your own" if has_user_entry else "")
         near = difflib.get_close_matches(str(value), names, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise UserError(f"{key}: got {shown(value)}, should be one of {allowed}{hint}")
+        raise UserError(f"{key}: got {short_repr(value)}, should be one of {allowed}{hint}")
     if node[part][axis.tag] == value:
         return
     common = _common_fields(axis.entries(field.annotation).values())
@@ -220,7 +221,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
         reason = "should be 1 to 64 letters, digits, '.', '_' or '-', the first a letter or digit"
     elif first["type"] == "string_pattern_mismatch":
         reason = "should be MODULE:NAME of your own code, such as my_nets:tiny"
-    return f"{key}: got {shown(first['input'])}, {reason}{hint}"
+    return f"{key}: got {short_repr(first['input'])}, {reason}{hint}"
 
 
 def _example(doc: FieldDoc) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from vae_ray.errors import UserError
-from vae_ray.storage.reading import shown
+from vae_ray.storage.reading import short_repr
 
 T = TypeVar("T")
 Files = dict[str, bytes]
@@ -65,7 +65,7 @@ def call(path: str, settings: Mapping[str, Any], *, key: str, **arguments: Any) 
     except UserError:
         raise
     except TypeError as error:
-        raise UserError(f"{key}: {path} cannot be called ({error}); settings: {shown(dict(settings))}") from error
+        raise UserError(f"{key}: {path} cannot be called ({error}); settings: {short_repr(dict(settings))}") from error
 
 
 def check_trusted(paths: Iterable[str], *, origin: str, trust_code: bool) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from vae_ray.config.sections import DataConfig, MnistData, UserData
 from vae_ray.data.sources import Images, Source, build_source
-from vae_ray.errors import CorruptFile, UserError
+from vae_ray.errors import CorruptFile, UserError, one_line
 from vae_ray.storage.locations import cache_root, directory_of, is_uri
 from vae_ray.storage.reading import parse_json, read_bytes
 
@@ -161,7 +161,7 @@ def _map(file: Path) -> Split | None:
         if pixels.dtype != np.uint8 or pixels.ndim != 4 or labels.dtype != np.int64 or len(labels) != len(pixels):
             raise ValueError(f"pixels {pixels.dtype} {pixels.shape}, labels {labels.dtype} {labels.shape}")
     except (pa.ArrowException, KeyError, IndexError, ValueError, AttributeError) as error:
-        logger.warning("%s: damaged (%s); decoding it again", file, " ".join(str(error).split())[:200])
+        logger.warning("%s: damaged (%s); decoding it again", file, one_line(error)[:200])
         return None
     with warnings.catch_warnings():
         # torch warns that mapped memory is read-only; batches are copies, nothing writes into it

@@ -23,9 +23,10 @@ from numpy.typing import NDArray
 
 from vae_ray.config import user_code
 from vae_ray.config.sections import DataConfig, MnistData, UserData
-from vae_ray.errors import UserError
+from vae_ray.errors import UserError, one_line
 from vae_ray.storage.locations import is_uri, join_location, with_timeout
 from vae_ray.storage.mirror import Mirror
+from vae_ray.storage.remote import RemoteDirectory
 
 logger = logging.getLogger(__name__)
 
@@ -111,12 +112,12 @@ class TorchvisionMNIST:
     def _fetch(self, uri: str, names: set[str]) -> None:
         """Copy the raw files from `uri` to this node; the copy it has serves while the URI does not answer."""
         raw = self.root / self.class_name / "raw"
-        mirror = Mirror(raw, join_location(uri, self.class_name, "raw"), key="data.root")
+        mirror = Mirror(raw, RemoteDirectory(join_location(uri, self.class_name, "raw"), key="data.root"))
         try:
-            with_timeout(mirror.listing)
-            mirror.pull(lambda name: name in names)
+            with_timeout(mirror.remote.list)
+            mirror.pull(names.__contains__)
         except OSError as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)[:200]
             if not all((raw / name).is_file() for name in names):
                 raise UserError(f"data.root: got {uri!r}, which cannot be read ({reason})") from None
             logger.warning("data.root: %s cannot be read (%s); using this node's copy", uri, reason)
@@ -130,7 +131,7 @@ class TorchvisionMNIST:
             with contextlib.redirect_stdout(io.StringIO()):
                 getattr(torchvision.datasets, self.class_name)(str(self.root), download=True)
         except (OSError, RuntimeError) as error:  # torchvision: URLError is an OSError, all mirrors failed
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)[:200]
             raise UserError(self._how_to_get(missing[0], f"and could not be downloaded ({reason})")) from None
 
     def _how_to_get(self, missing: Path, why: str) -> str:

@@ -14,7 +14,7 @@ from vae_ray import signals
 from vae_ray.config.experiment import Experiment
 from vae_ray.distributed.nodes import check_shared_storage
 from vae_ray.distributed.resources import alive_resources, check_workers_fit, max_workers_fitting, num_cpus
-from vae_ray.errors import UserError
+from vae_ray.errors import UserError, one_line
 from vae_ray.storage.locations import directory_of, is_uri
 from vae_ray.training.placement import resolve_on_cluster
 
@@ -78,7 +78,7 @@ def _init(*, is_local: bool, dashboard: bool) -> None:
             )
     except (ConnectionError, OSError, RuntimeError, ValueError) as error:
         address = os.environ.get("RAY_ADDRESS", "local")
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)[:200]
         raise UserError(
             f"Ray at {address!r} cannot be reached ({reason}); unset RAY_ADDRESS to start a local one, "
             "or use --workers.num 0"

@@ -18,7 +18,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from vae_ray.errors import UserError
+from vae_ray.errors import UserError, one_line
 
 ANSWER_SECONDS = 30.0
 
@@ -141,4 +141,4 @@ def _outcome(reference: ray.ObjectRef) -> tuple[Any, str | None]:
             return None, f"its Python has no module {module!r}: install it there, or submit a job that brings it"
         return None, f"{type(cause).__name__}: {lines[0]}"
     except RayError as error:
-        return None, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        return None, f"{type(error).__name__}: {one_line(error)[:200]}"

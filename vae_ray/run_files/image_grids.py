@@ -1,4 +1,4 @@
-"""Pictures for people: labelled grids of small images, enlarged without smoothing."""
+"""Labelled grids of small images, enlarged without smoothing."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 TILE_PIXELS = 56
-"""Small images are enlarged by the whole factor that brings them nearest to this size."""
+"""Small images are enlarged by the whole factor that makes them nearest to this size."""
 GAP = 2
 MARGIN = 8
 FONT_SIZE = 14
-PAPER, INK, BASE_SPEC = ("#ffffff", "#282828", "#cdcdcd")
+PAPER, INK, FRAME = ("#ffffff", "#282828", "#cdcdcd")
 
 
 def to_uint8(images: Tensor) -> NDArray[np.uint8]:
     """Bytes of images `(N, C, H, W)` in [0, 1]: grey `(N, H, W)`, RGB `(N, H, W, 3)` where C is 3.
 
-    Values outside are clipped; of any other number of channels the mean is shown.
+    Values outside are clipped; any other number of channels is averaged to grey.
     """
     images = images.detach().float().cpu().clamp(0, 1)
     pixels = images.permute(0, 2, 3, 1) if images.shape[1] == 3 else images.mean(1)
@@ -34,8 +34,7 @@ def grid(
 ) -> Image.Image:
     """A labelled picture of `rows`, each images `(columns, C, H, W)` in [0, 1].
 
-    `row_labels` stand at the left of each row; rows are set apart in groups of `group`
-    (default: not at all).
+    `row_labels` are written at the left of the rows. Every `group` rows there is a gap (default: none).
     """
     tiles = [_enlarged(to_uint8(row)) for row in rows]
     tile_height, tile_width = tiles[0].shape[1:3]
@@ -58,7 +57,7 @@ def grid(
         for j, tile in enumerate(row):
             left = MARGIN + gutter + j * (tile_width + GAP)
             picture.paste(Image.fromarray(tile), (left, top))
-            draw.rectangle((left - 1, top - 1, left + tile_width, top + tile_height), outline=BASE_SPEC)
+            draw.rectangle((left - 1, top - 1, left + tile_width, top + tile_height), outline=FRAME)
     return picture
 
 

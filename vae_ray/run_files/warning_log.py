@@ -1,25 +1,26 @@
-"""Warnings of a process whose standard error nobody reads, left in the run's directory for the driver to show."""
+"""Warnings of a process whose standard error is not shown, written to the run's directory for the driver to show."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from vae_ray.storage.retry import append_whole
+from vae_ray.errors import CorruptFile
+from vae_ray.storage.records import append_records
 
 PACKAGE = logging.getLogger("vae_ray")
 
 
 @contextlib.contextmanager
 def warning_log(file: Path) -> Iterator[None]:
-    """In its body write what this package warns of to `file` too, one JSON object each.
+    """Write this package's warnings in the body to `file` too, one record each.
 
-    What the storage does not take now is written with the next warning, or at the end.
+    A warning that the storage does not take is written with the next one, or at the end.
     """
-    handler = _Keep(file)
+    handler = _RecordHandler(file)
     PACKAGE.addHandler(handler)
     try:
         yield
@@ -28,18 +29,18 @@ def warning_log(file: Path) -> Iterator[None]:
         handler.flush()
 
 
-class _Keep(logging.Handler):
+class _RecordHandler(logging.Handler):
     def __init__(self, file: Path) -> None:
         super().__init__(logging.WARNING)
-        self._file, self._unwritten = file, list[bytes]()
+        self._file = file
+        self._pending: list[dict[str, Any]] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        line = {"at": record.created, "warning": record.getMessage()}
-        self._unwritten.append(json.dumps(line).encode() + b"\n")
+        self._pending.append({"at": record.created, "warning": record.getMessage()})
         self.flush()
 
     def flush(self) -> None:
-        with contextlib.suppress(OSError):  # it would warn of its own warnings
-            if self._unwritten:
-                append_whole(self._file, b"".join(self._unwritten))
-                self._unwritten = []
+        with contextlib.suppress(OSError, CorruptFile):  # a warning of it would come back here
+            if self._pending:
+                append_records(self._file, self._pending)
+                self._pending = []

@@ -14,8 +14,8 @@ from vae_ray.errors import UserError
 from vae_ray.run_files.run_directory import WRITER_LOCK_SECONDS, RunDirectory
 from vae_ray.storage.lease import lease
 from vae_ray.storage.locations import absolute, check_writable, join_location
-from vae_ray.storage.mirror import Mirror, working_copy
 from vae_ray.storage.retry import describe_os_error
+from vae_ray.storage.synced import SyncedDirectory
 
 
 def run_location(experiment: Experiment) -> str:
@@ -32,24 +32,24 @@ def open_run(experiment: Experiment, *, resume: bool) -> Iterator[RunDirectory]:
     def refuse_other_uses() -> None:
         _refuse_other_uses(run, experiment, resume=resume)
 
-    with exclusive_run(run.path, run.mirror, name=str(experiment.run.name), before=refuse_other_uses):
+    with exclusive_run(run, name=str(experiment.run.name), before=refuse_other_uses):
         yield run
 
 
 @contextlib.contextmanager
-def exclusive_run(path: Path, mirror: Mirror | None, *, name: str, before: Callable[[], None]) -> Iterator[None]:
-    """Hold the directory of a run or sweep for the body, unless `before` raises.
+def exclusive_run(directory: SyncedDirectory, *, name: str, before: Callable[[], None]) -> Iterator[None]:
+    """Hold the directory of a run or sweep for the body, at a URI in a working copy, unless `before` raises.
 
     Raises `UserError` if another driver holds it: by a lock, or where the storage is a URI by a lease.
     """
-    if mirror is not None:
-        with lease(mirror, name=name), working_copy(mirror):
+    if directory.mirror is not None:
+        with lease(directory.mirror.remote, name=name), directory.working_copy():
             before()
             yield
         return
     before()  # so that nothing is made where something is refused
-    path.mkdir(parents=True, exist_ok=True)
-    lock = path / ".driver.lock"
+    directory.path.mkdir(parents=True, exist_ok=True)
+    lock = directory.path / ".driver.lock"
     try:
         with filelock.FileLock(lock).acquire(blocking=False):
             before()  # another may have come and gone
@@ -101,7 +101,7 @@ def discard_stale_results(run: RunDirectory) -> None:
             if checkpoints:
                 checkpoints[-1].check_can_be_continued()
             run.clear_stop_request()
-            run.truncate_to_epoch(checkpoints[-1].epochs_done if checkpoints else 0)
+            run.records.truncate_to_epoch(checkpoints[-1].epochs_done if checkpoints else 0)
     except filelock.Timeout:
         raise UserError(
             f"run.name: {run.path.name!r} is still being written by a worker of an earlier driver; "

@@ -13,7 +13,7 @@ from vae_ray.config.experiment import Experiment
 from vae_ray.config.sections import MnistData
 from vae_ray.data.arrow_store import file_name
 from vae_ray.data.splits import Splits
-from vae_ray.errors import UserError
+from vae_ray.errors import UserError, one_line
 from vae_ray.evaluation.metrics import ELBO_TERMS
 from vae_ray.models.vae import VAE, build_vae, shape_vae
 from vae_ray.objectives import Objective, build_objective
@@ -146,7 +146,7 @@ def _check_losses(losses: Losses, objective: Objective, model: VAE) -> None:
 
 
 def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return f"{type(error).__name__}: {one_line(error)[:200]}"
 
 
 def local_device(experiment: Experiment) -> torch.device:

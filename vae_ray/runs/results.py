@@ -74,10 +74,10 @@ def summarise(
         model = TrainedVAE.load(run.public_path(best.path), device=device, trust_code=True)  # it was just trained
         metrics |= model.evaluate("test")
     # where the storage did not take the attempts, what was asked for is reported
-    last_attempt = [{"num_workers": resolved.workers.max, "nodes": []}, *run.attempts()][-1]
-    first_attempt = [*run.attempts()[num_attempts:], {"epochs_done": 0, "seconds_before": 0.0}][0]
+    last_attempt = [{"num_workers": resolved.workers.max, "nodes": []}, *run.records.attempts()][-1]
+    first_attempt = [*run.records.attempts()[num_attempts:], {"epochs_done": 0, "seconds_before": 0.0}][0]
     seconds_before = first_attempt["seconds_before"]
-    history = run.history()
+    history = run.records.history()
     mine = [record for record in history if record["epoch"] > first_attempt["epochs_done"]]
     train_seconds = sum(record["seconds"] for record in history)  # of the records that survived
     num_images = sum(record["images_per_second"] * record["seconds"] for record in history)
@@ -112,7 +112,7 @@ def result_from(summary: dict[str, Any], run: RunDirectory) -> TrainResult:
         }
         paths = {key: run.public_path(run.checkpoints / name) for key, name in names.items()}
         paths["run_dir"] = run.public_path(run.path)
-        return TrainResult(**{**{"stopped_early": False}, **summary, **paths, "history": run.history()})
+        return TrainResult(**{**{"stopped_early": False}, **summary, **paths, "history": run.records.history()})
     except (KeyError, TypeError) as error:
         raise UserError(f"summary.json: damaged ({error}); delete it and resume the run") from None
 

@@ -26,7 +26,6 @@ from vae_ray.runs.exclusive import as_user_error, discard_stale_results, open_ru
 from vae_ray.runs.preflight import local_device, preflight, with_absolute_paths
 from vae_ray.runs.results import TrainResult, result_from, summarise
 from vae_ray.storage.locations import absolute, split_location
-from vae_ray.storage.mirror import working_copy
 from vae_ray.storage.retry import describe_os_error
 from vae_ray.training.fit import fit
 
@@ -57,18 +56,18 @@ def train(experiment: Experiment, *, resume: bool = False, quiet: bool = True) -
     requested = with_absolute_paths(experiment)
     checked = preflight(requested)
     with open_run(requested, resume=resume) as run:
-        if resume and (summary := run.summary()):
+        if resume and (summary := run.records.summary()):
             if run.experiment().training.epochs >= requested.training.epochs:
                 return result_from(summary, run)
             _warn_of_stretched_schedule(requested)
-        num_attempts = len(run.attempts())
+        num_attempts = len(run.records.attempts())
         with as_user_error(run):
             discard_stale_results(run)
         with _execution(checked) as (resolved, device, execute):
             with as_user_error(run):
                 run.write_experiment(requested)
             run.push(run.experiment_file)
-            view = contextlib.nullcontext() if quiet else ProgressView(run, resolved)
+            view = contextlib.nullcontext() if quiet else contextlib.closing(ProgressView(run, resolved))
             with signals.stopping(run), view:
                 execute(resolved, run.location, device)
             run.pull()
@@ -76,13 +75,13 @@ def train(experiment: Experiment, *, resume: bool = False, quiet: bool = True) -
                 run, requested, resolved, device=device, started_at=started_at, num_attempts=num_attempts
             )
         try:
-            run.write_summary(result.to_dict())
+            run.records.write_summary(result.to_dict())
         except OSError as error:
             raise TrainingFailed(
-                f"{run.summary_file}: could not be written ({describe_os_error(error)}); make room and continue with: "
-                f"vae-ray resume {run.location}"
+                f"{run.records.summary_file}: could not be written ({describe_os_error(error)}); make room and "
+                f"continue with: vae-ray resume {run.location}"
             ) from error
-        run.push(run.summary_file)
+        run.push(run.records.summary_file)
         return result
 
 
@@ -114,7 +113,7 @@ def resume(
 def stored_experiment(location: str | Path) -> Experiment:
     """The experiment of the run at a directory or URI, with its name and storage; raises `UserError`."""
     run = RunDirectory.at(absolute(location), role="reader")
-    with working_copy(run.mirror) if run.mirror is not None else contextlib.nullcontext():
+    with run.working_copy():
         if not run.experiment_file.is_file():
             raise UserError(f"run {location}: there is no run, it has no {run.experiment_file.name}")
         storage, name = split_location(absolute(location))

@@ -1,1 +1,1 @@
-"""Where runs and raw files lie: a directory that all nodes see, or a URI of an object store."""
+"""Where runs and raw files are: in a directory that all nodes see, or at a URI of an object store."""

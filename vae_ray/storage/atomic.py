@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
-"""Of Linux's renameat2."""
+"""Arguments of Linux's renameat2."""
 
 
 def write_synced(file: Path, content: bytes) -> None:
@@ -65,19 +65,19 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def atomic_remove_directory(directory: Path) -> None:
-    """Delete a directory, if it is there, so that a kill never leaves a part of it under its name."""
-    doomed = unused_name(directory.with_name(f".partial-removed-{directory.name}"))
+    """Delete a directory, if it exists, so that a kill never leaves a part of it under its name."""
+    aside = unused_name(directory.with_name(f".partial-removed-{directory.name}"))
     try:
-        os.replace(directory, doomed)
+        os.replace(directory, aside)
     except FileNotFoundError:
         return
-    shutil.rmtree(doomed, ignore_errors=True)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def unused_name(path: Path) -> Path:
-    """`path`, or `path` with the first number behind it that is free."""
-    number, free = 1, path
-    while os.path.lexists(free):
+    """`path`, or `path` with the smallest number appended that makes it unused."""
+    number, candidate = 1, path
+    while os.path.lexists(candidate):
         number += 1
-        free = path.with_name(f"{path.name}-{number}")
-    return free
+        candidate = path.with_name(f"{path.name}-{number}")
+    return candidate

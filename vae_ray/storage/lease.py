@@ -1,40 +1,39 @@
-"""Who drives a run whose storage is a URI: object stores have no locks.
+"""One driver for a run whose storage is a URI: object stores have no locks.
 
-A driver leaves a claim there and renews it every few seconds. Whoever finds the claim of another watches it: one that
-is renewed belongs to the living. No clocks are compared.
+A driver writes a claim there and renews it every few seconds. It watches the claims of others for longer than that: one
+that is renewed has a live owner. No clocks are compared.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
+import re
 import secrets
 import socket
 import threading
 import time
 from collections.abc import Iterator
 
-import pyarrow.fs
-
 from vae_ray.errors import UserError
-from vae_ray.storage.mirror import FileStat, Mirror, process_lives
+from vae_ray.storage.remote import FileStat, RemoteDirectory
+from vae_ray.storage.synced import process_exists
 
 PREFIX = ".driver-"
+CLAIM = re.compile(rf"{re.escape(PREFIX)}.+-[0-9]+-[0-9a-f]+")  # host, process, a random part
 RENEWAL_SECONDS = 5.0
 WATCH_SECONDS = 16.0
-"""A claim that is not renewed for so long belongs to a driver that is gone."""
+"""A claim that is not renewed for so long has no live owner."""
 
 
 @contextlib.contextmanager
-def lease(mirror: Mirror, *, name: str) -> Iterator[None]:
-    """Hold the run `name` at `mirror.uri` for the body; raises `UserError` if another driver lives.
+def lease(remote: RemoteDirectory, *, name: str) -> Iterator[None]:
+    """Hold the run `name` at `remote` for the body; raises `UserError` if another driver holds it.
 
-    A driver that was killed on this machine is known to be dead at once; one elsewhere after `WATCH_SECONDS`.
+    A driver of this machine that was killed is recognized at once, one of another machine after `WATCH_SECONDS`.
     """
-    own = f"{PREFIX}{secrets.token_hex(8)}"
-    claim = json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode()
-    mirror.write(own, claim)
+    own = f"{PREFIX}{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+    remote.write(own, b"")
     stop = threading.Event()
 
     def renew() -> None:
@@ -42,62 +41,49 @@ def lease(mirror: Mirror, *, name: str) -> Iterator[None]:
         while not stop.wait(RENEWAL_SECONDS):
             count += 1
             with contextlib.suppress(OSError):  # the next renewal is soon
-                mirror.write(own, claim + b" " * (count % 7))  # another size: some stores stamp whole seconds
+                remote.write(own, b" " * (count % 7))  # another size: some stores stamp whole seconds
 
     renewing = threading.Thread(target=renew, name="lease", daemon=True)
     renewing.start()
     try:
-        _wait_for_others(mirror, own, name=name)
+        _wait_for_others(remote, own, name=name)
         yield
     finally:
         stop.set()
         renewing.join()
         with contextlib.suppress(OSError):
-            mirror.delete(own)
+            remote.delete(own)
 
 
-def _wait_for_others(mirror: Mirror, own: str, *, name: str) -> None:
-    first = {claim: stamp for claim, stamp in _claims(mirror).items() if claim != own and not _is_dead(mirror, claim)}
-    deadline = time.monotonic() + WATCH_SECONDS
-    watched = dict(first)
-    while watched and time.monotonic() < deadline:
-        time.sleep(0.5)
-        now = _claims(mirror)
-        for claim, stamp in list(watched.items()):
-            if claim not in now:
-                del watched[claim]
-            elif now[claim] != stamp:
+def _wait_for_others(remote: RemoteDirectory, own: str, *, name: str) -> None:
+    """Delete the claims of others that are not renewed; raises `UserError` for one that is."""
+    first, deadline = _other_claims(remote, own), time.monotonic() + WATCH_SECONDS
+    while time.monotonic() < deadline:
+        now = _other_claims(remote, own)
+        watched = [claim for claim in first.keys() & now.keys() if not _owner_ended(claim)]
+        for claim in watched:
+            if now[claim] != first[claim]:
+                host, pid = _owner(claim)
                 raise UserError(
-                    f"run.name: {name!r} is running right now by {_holder(mirror, claim)}; choose another --name"
+                    f"run.name: {name!r} is running right now by process {pid} on {host}; choose another --name"
                 )
-    for claim in _claims(mirror):
-        if claim != own and (claim in first or _is_dead(mirror, claim)):
-            mirror.delete(claim)
+        if not watched:
+            break
+        time.sleep(0.5)
+    for claim in first:
+        remote.delete(claim)
 
 
-def _claims(mirror: Mirror) -> dict[str, FileStat]:
-    selector = pyarrow.fs.FileSelector(mirror.path_of(), allow_not_found=True)
-    return {
-        info.base_name: FileStat(info.size, info.mtime_ns or 0)
-        for info in mirror.filesystem.get_file_info(selector)
-        if info.base_name.startswith(PREFIX)
-    }
+def _other_claims(remote: RemoteDirectory, own: str) -> dict[str, FileStat]:
+    return {name: stat for name, stat in remote.list().items() if CLAIM.fullmatch(name) and name != own}
 
 
-def _read(mirror: Mirror, claim: str) -> dict[str, object]:
-    try:
-        content = json.loads(mirror.read(claim) or b"{}")
-    except ValueError:
-        return {}
-    return content if isinstance(content, dict) else {}
+def _owner(claim: str) -> tuple[str, int]:
+    """Host and process of the driver that wrote a claim."""
+    host, pid, _ = claim.removeprefix(PREFIX).rsplit("-", 2)
+    return host, int(pid)
 
 
-def _holder(mirror: Mirror, claim: str) -> str:
-    content = _read(mirror, claim)
-    return f"process {content.get('pid')} on {content.get('host')}"
-
-
-def _is_dead(mirror: Mirror, claim: str) -> bool:
-    content = _read(mirror, claim)
-    pid = content.get("pid")
-    return content.get("host") == socket.gethostname() and isinstance(pid, int) and not process_lives(pid)
+def _owner_ended(claim: str) -> bool:
+    host, pid = _owner(claim)
+    return host == socket.gethostname() and not process_exists(pid)

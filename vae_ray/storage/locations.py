@@ -8,28 +8,29 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 import pyarrow.fs
 
-from vae_ray.errors import UserError
+from vae_ray.errors import UserError, one_line
 
-ANSWER_SECONDS = 10.0
-"""How long a storage may take to answer before it counts as unreachable."""
+TIMEOUT_SECONDS = 10.0
+"""A storage that does not answer for so long counts as unreachable."""
 
-Answer = TypeVar("Answer")
+T = TypeVar("T")
 
 
 def is_uri(location: str | Path) -> bool:
-    """Whether `location` names an object store; a path, also with `file://`, is none."""
+    """Whether `location` names an object store; a path does not, with `file://` neither."""
     scheme = str(location).partition("://")[0] if "://" in str(location) else ""
     return len(scheme) > 1 and scheme.lower() != "file"
 
 
 def directory_of(location: str | Path) -> Path:
-    """The absolute path of a location that is no URI of an object store; `~` and `file://` are understood."""
+    """The absolute path of a location that is not in an object store; expands `~` and `file://`."""
     text = str(location)
     plain = urlsplit(text).path if text.lower().startswith("file://") else text
     return Path(plain).expanduser().absolute()
@@ -58,15 +59,15 @@ def absolute(location: str | Path) -> str:
 
 
 def cache_root() -> Path:
-    """Where this machine keeps what it can make again: `$VAE_RAY_CACHE`, else `~/.cache/vae_ray`."""
+    """Where this machine keeps files that it can recreate: `$VAE_RAY_CACHE`, else `~/.cache/vae_ray`."""
     return Path(os.environ.get("VAE_RAY_CACHE") or Path.home() / ".cache" / "vae_ray").expanduser().absolute()
 
 
 def open_filesystem(uri: str, *, key: str) -> tuple[pyarrow.fs.FileSystem, str]:
     """The file system of `uri` and the path in it.
 
-    Raises `UserError`, naming `key`, for a scheme that pyarrow does not know, a malformed URI and for credentials
-    inside one: what is written into an Experiment is saved beside the results.
+    Raises `UserError`, naming `key`, for a malformed URI, a scheme that pyarrow does not know, and for credentials
+    inside one: an Experiment is saved beside the results.
     """
     parts = urlsplit(uri)
     if parts.username or parts.password or "secret_key" in parts.query:
@@ -78,7 +79,7 @@ def open_filesystem(uri: str, *, key: str) -> tuple[pyarrow.fs.FileSystem, str]:
         filesystem, path = with_timeout(lambda: pyarrow.fs.FileSystem.from_uri(uri))  # asks for a bucket's region
     except (OSError, ValueError, NotImplementedError) as error:  # pyarrow's ArrowInvalid is a ValueError
         raise UserError(
-            f"{key}: got {uri!r}, which cannot be used ({' '.join(str(error).split())[:200]}); should be a directory "
+            f"{key}: got {uri!r}, which cannot be used ({one_line(error)[:200]}); should be a directory "
             "that all nodes see, or for example s3://BUCKET/runs or gs://BUCKET/runs"
         ) from None
     return filesystem, path.rstrip("/")
@@ -86,57 +87,50 @@ def open_filesystem(uri: str, *, key: str) -> tuple[pyarrow.fs.FileSystem, str]:
 
 def check_writable(location: str, *, key: str = "run.storage") -> None:
     """Raise `UserError`, within seconds, unless this process can write to `location`."""
-    if is_uri(location):
-        filesystem, path = open_filesystem(location, key=key)
-        _write_probe(filesystem, path, shown=location, key=key)
-    else:
+    name = f".vae_ray-probe-{os.getpid()}"
+    if not is_uri(location):
         directory = directory_of(location)
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            probe = directory / f".vae_ray-probe-{os.getpid()}"
-            probe.write_bytes(b"")
-            probe.unlink()
+            (directory / name).write_bytes(b"")
+            (directory / name).unlink()
         except OSError as error:
             raise UserError(
                 f"{key}: got {location!r}, cannot be written ({error.strerror}); try --storage DIR"
             ) from None
-
-
-def _write_probe(filesystem: pyarrow.fs.FileSystem, path: str, *, shown: str, key: str) -> None:
-    probe = f"{path}/.vae_ray-probe-{os.getpid()}"
+        return
+    filesystem, path = open_filesystem(location, key=key)
 
     def write_and_delete() -> None:
         filesystem.create_dir(path)
-        with filesystem.open_output_stream(probe) as stream:
+        with filesystem.open_output_stream(f"{path}/{name}") as stream:
             stream.write(b"vae_ray")
-        filesystem.delete_file(probe)
+        filesystem.delete_file(f"{path}/{name}")
 
     try:
         with_timeout(write_and_delete)
     except OSError as error:
-        reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{key}: got {shown!r}, cannot be written ({reason}); check the address, that the bucket exists, and the "
-            "credentials in the environment"
+            f"{key}: got {location!r}, cannot be written ({one_line(error)[:200]}); check the address, that the bucket "
+            "exists, and the credentials in the environment"
         ) from None
 
 
-def with_timeout(action: Callable[[], Answer], *, seconds: float = ANSWER_SECONDS) -> Answer:
+def with_timeout(action: Callable[[], T]) -> T:
     """What `action` returns or raises; raises `TimeoutError` if it takes longer: file systems wait much longer."""
-    outcome: list[Answer] = []
-    failure: list[BaseException] = []
+    future: Future[T] = Future()
 
     def run() -> None:
         try:
-            outcome.append(action())
+            future.set_result(action())
         except BaseException as error:
-            failure.append(error)
+            future.set_exception(error)
 
-    thread = threading.Thread(target=run, name="storage probe", daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if thread.is_alive():
-        raise TimeoutError(f"no answer within {seconds:.0f} s")
-    if failure:
-        raise failure[0]
-    return outcome[0]
+    # a daemon, unlike the threads of an executor: the process can end while it waits
+    threading.Thread(target=run, name="storage probe", daemon=True).start()
+    try:
+        return future.result(TIMEOUT_SECONDS)
+    except TimeoutError:
+        if future.done():
+            raise
+        raise TimeoutError(f"no answer within {TIMEOUT_SECONDS:.0f} s") from None

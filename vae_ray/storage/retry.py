@@ -1,4 +1,4 @@
-"""Writing where the storage may be full, or away for a while: what is worth waiting for, and what is said."""
+"""Writing to a storage that may be full, or away for a while."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from vae_ray.errors import one_line
+
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
@@ -21,26 +23,27 @@ AWAY = {
     *(errno.EIO, errno.ESTALE, errno.ENOENT, errno.ENOTCONN, errno.ETIMEDOUT, errno.ENODEV, errno.ENXIO),
     *(errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ECONNRESET, errno.ECONNABORTED, errno.EAGAIN, errno.EBUSY),
 }
-"""What a network file system says while its server is away; ENOENT is a mount point without its file system."""
+"""Errors of a network file system whose server is away; ENOENT is a mount point without its file system."""
 PAUSES_SECONDS = (0.5, 1.0, 2.0, 4.0, *[8.0] * 7)
 """Between attempts; together somewhat more than a minute."""
 
 
-def retry_io(action: Callable[[], T], *, where: Path) -> T:
-    """The result of `action`, tried again with growing pauses while the storage is away; raises its last `OSError`."""
+def is_away(error: OSError) -> bool:
+    """Whether the storage may come back."""
+    return error.errno in AWAY
+
+
+def retry_io(action: Callable[[], T], *, where: Path | str, is_transient: Callable[[OSError], bool] = is_away) -> T:
+    """The result of `action`, retried with growing pauses after transient errors; raises the last `OSError`."""
     for number, pause in enumerate(PAUSES_SECONDS):
         try:
             return action()
         except OSError as error:
-            if error.errno not in AWAY:
+            if not is_transient(error):
                 raise
             if number == 0:
-                logger.warning(
-                    "%s: the storage is away (%s); trying again for %d s",
-                    where,
-                    describe_os_error(error),
-                    sum(PAUSES_SECONDS),
-                )
+                why, seconds = describe_os_error(error), sum(PAUSES_SECONDS)
+                logger.warning("%s: the storage is away (%s); trying again for %d s", where, why, seconds)
         time.sleep(pause)
     return action()
 
@@ -48,7 +51,7 @@ def retry_io(action: Callable[[], T], *, where: Path) -> T:
 def append_whole(file: Path, content: bytes) -> None:
     """Append and sync all of `content` or, where that is not possible, nothing; raises `OSError`.
 
-    The file is made if need be, its directory is not: that would write beside a file system that is away.
+    Creates the file but not its directory: that would write beside a file system that is away.
     """
     with file.open("ab", buffering=0) as stream:
         size, rest = stream.seek(0, os.SEEK_END), memoryview(content)
@@ -64,9 +67,8 @@ def append_whole(file: Path, content: bytes) -> None:
 
 def describe_os_error(error: OSError, *, where: Path | None = None, needed_bytes: int | None = None) -> str:
     """Why a file could not be written; with the bytes needed and free if the disk is full."""
-    text = error.strerror or str(error)
+    text = error.strerror or one_line(error)[:200]
     if error.errno in FULL and where is not None and needed_bytes is not None:
         with contextlib.suppress(OSError):
-            free = shutil.disk_usage(where).free
-            text += f": {needed_bytes:,} bytes needed, {free:,} free"
+            text += f": {needed_bytes:,} bytes needed, {shutil.disk_usage(where).free:,} free"
     return text

@@ -64,14 +64,14 @@ def fit_epochs(
             if group.rank == 0:
                 stack.enter_context(run.open_for_writing())
                 if keep_warnings:
-                    stack.enter_context(warning_log(run.warnings_file))
+                    stack.enter_context(warning_log(run.records.warnings_file))
 
         raise_on_all_ranks(group, open_for_writing)
         trainer = Trainer(experiment, run, group)
         _record_attempt(trainer)
         recorder, callbacks = None, Callbacks(())
         if group.rank == 0:
-            recorder = stack.enter_context(_recorder(trainer))
+            recorder = stack.enter_context(contextlib.closing(_recorder(trainer)))
             trainer.checkpointing.prune()
             callbacks = Callbacks(experiment.run.callbacks)
         callbacks.call("run_began", run.location, experiment)
@@ -108,7 +108,7 @@ def _record_attempt(trainer: Trainer) -> None:
     workers = group.all_gather((group.node, os.getpid()))
     if group.rank == 0:
         try:
-            trainer.run.append_attempt(
+            trainer.run.records.append_attempt(
                 started_at=time.time(),
                 num_workers=group.size,
                 nodes=[node for node, _ in workers],
@@ -118,4 +118,4 @@ def _record_attempt(trainer: Trainer) -> None:
                 seconds_before=trainer.seconds_before,
             )
         except OSError as error:
-            logger.warning("%s: could not be written (%s)", trainer.run.attempts_file, describe_os_error(error))
+            logger.warning("%s: could not be written (%s)", trainer.run.records.attempts_file, describe_os_error(error))

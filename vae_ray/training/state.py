@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from vae_ray.config.experiment import Experiment
+from vae_ray.errors import one_line
 from vae_ray.evaluation.metrics import ELBO_TERMS
 from vae_ray.models.vae import VAE
 from vae_ray.objectives import Objective
-from vae_ray.storage.reading import shown
+from vae_ray.storage.reading import short_repr
 from vae_ray.training.averaged_weights import AveragedWeights
 from vae_ray.training.optimization import MOMENTS, build_optimizer
 
@@ -45,7 +46,7 @@ class Progress:
         for field in fields(cls):
             allowed = (int,) if type(field.default) is int else (int, float, type(field.default))
             if type(values[field.name]) not in allowed:
-                raise ValueError(f"{field.name} is {shown(values[field.name])}")
+                raise ValueError(f"{field.name} is {short_repr(values[field.name])}")
         return cls(**values)
 
 
@@ -109,22 +110,22 @@ class TrainState:
             raise ValueError(f"{TERM_SUMS} has shape {tuple(sums.shape)} and dtype {sums.dtype}")
         own = {name: remaining.pop(f"{OBJECTIVE}{name}", None) for name in self.objective.state_dict()}
         if any(value is None for value in own.values()):
-            raise ValueError(f"lacks the objective's {shown(next(name for name, v in own.items() if v is None))}")
+            raise ValueError(f"lacks the objective's {short_repr(next(name for name, v in own.items() if v is None))}")
         try:
             self.objective.load_state_dict({name: value for name, value in own.items() if value is not None})
         except RuntimeError as error:  # other shapes
-            raise ValueError(" ".join(str(error).split())) from None
+            raise ValueError(one_line(error)) from None
         for prefix, optimizer, parameter in self._optimized():
             names = [name for name in remaining if name.startswith(prefix) and "." not in name.removeprefix(prefix)]
             values = {name.removeprefix(prefix): remaining.pop(name) for name in names}
             expected = {"step": torch.Size([]), **dict.fromkeys(MOMENTS, parameter.shape)} if values else {}
             if {name: value.shape if value.is_floating_point() else None for name, value in values.items()} != expected:
-                raise ValueError(f"the optimizer's state of {shown(prefix)} does not fit the parameter")
+                raise ValueError(f"the optimizer's state of {short_repr(prefix)} does not fit the parameter")
             optimizer.state.pop(parameter, None)
             if values:
                 optimizer.state[parameter] = {name: value.to(parameter.device) for name, value in values.items()}
         if remaining:
-            raise ValueError(f"has {shown(next(iter(remaining)))}, which this model's training does not have")
+            raise ValueError(f"has {short_repr(next(iter(remaining)))}, which this model's training does not have")
         self.progress = Progress.from_scalars(scalars)
         if self.averaged is not None:
             self.averaged.num_updates = self.progress.num_averaged

@@ -29,7 +29,7 @@ class JournalCallback(tune.Callback):  # type: ignore[misc]
         records: Sequence[TrialRecord],
     ) -> None:
         self._directory, self._view, self._epochs_of = directory, view, epochs_of
-        self._warnings_shown = {record.name: len(directory.trial(record.name).warnings()) for record in records}
+        self._warnings_shown = {record.name: len(directory.trial(record.name).records.warnings()) for record in records}
 
     def __getstate__(self) -> dict[str, Any]:
         """Nothing: Tune saves its callbacks for a restore of its own, which we never ask for."""
@@ -60,7 +60,7 @@ class JournalCallback(tune.Callback):  # type: ignore[misc]
 
     def _warn(self, name: str) -> None:
         """Show what a trial has warned of since the last look."""
-        shown, warnings = self._warnings_shown.get(name, 0), self._directory.trial(name).warnings()
+        shown, warnings = self._warnings_shown.get(name, 0), self._directory.trial(name).records.warnings()
         for warning in warnings[shown:]:
             self._view.warned(name, warning)
         self._warnings_shown[name] = len(warnings)
@@ -68,7 +68,7 @@ class JournalCallback(tune.Callback):  # type: ignore[misc]
     def _end(self, trial: Trial, end: dict[str, str]) -> None:
         name = str(trial)
         self._warn(name)
-        epoch = trial.last_result.get("epoch", 0) or len(self._directory.trial(name).history())
+        epoch = trial.last_result.get("epoch", 0) or len(self._directory.trial(name).records.history())
         self._directory.append_to_journal({"trial": name, "event": "ended", "epoch": epoch, **end})
         self._view.ended(name, end["state"], end["reason"], epoch)
 

@@ -16,8 +16,9 @@ from vae_ray.config.sections import NAME_PATTERN
 from vae_ray.errors import CorruptFile
 from vae_ray.run_files.run_directory import RunDirectory
 from vae_ray.storage.locations import join_location
-from vae_ray.storage.reading import parse_json, read_bytes, shown
-from vae_ray.tuning.directory import TRIALS, SweepDirectory, json_lines
+from vae_ray.storage.reading import parse_json, read_bytes, short_repr
+from vae_ray.storage.records import read_records
+from vae_ray.tuning.directory import TRIALS, SweepDirectory
 
 FAILURES = ("diverged", "failed", "killed")
 FAILURE_FILE = "failure.json"
@@ -66,7 +67,7 @@ class TrialRecord:
     @property
     def current(self) -> dict[str, Any]:
         """The overrides with which it goes on: those of the last exploit under PBT, else those it began with."""
-        lines = json_lines(self.run.path / LINEAGE_FILE)
+        lines = read_records(self.run.path / LINEAGE_FILE)
         return lines[-1]["overrides"] if lines else self.proposed
 
     def value(self, metric: str) -> float | None:
@@ -81,7 +82,7 @@ def read_trials(directory: SweepDirectory) -> list[TrialRecord]:
     ended: dict[str, dict[str, Any]] = {}
     for entry in directory.journal():
         if not _is_entry(entry):
-            raise CorruptFile(f"{directory.journal_file}: damaged, {shown(entry)} is nothing that a sweep writes")
+            raise CorruptFile(f"{directory.journal_file}: damaged, {short_repr(entry)} is nothing that a sweep writes")
         if entry["event"] == "proposed":
             proposed.setdefault(entry["trial"], entry["overrides"])
         else:
@@ -120,7 +121,7 @@ def _read_trial(
         reason=end.get("reason", "") if state in FAILURES else "",
         run=run,
         checkpoints=checkpoints,
-        history=[line for line in run.history() if line["epoch"] <= epochs_done],
+        history=[line for line in run.records.history() if line["epoch"] <= epochs_done],
     )
 
 

@@ -19,9 +19,9 @@ from typing import Any
 from scipy.stats import qmc
 
 from vae_ray.config.experiment import Experiment, canonical_key, is_place_key
-from vae_ray.errors import UserError
+from vae_ray.errors import UserError, one_line
 from vae_ray.seeds import stream
-from vae_ray.storage.reading import parse_yaml, read_bytes, shown
+from vae_ray.storage.reading import parse_yaml, read_bytes, short_repr
 
 SEARCH_DIR = Path(__file__).parents[1] / "config" / "searches"
 SIGNIFICANT_DIGITS = 4
@@ -137,7 +137,7 @@ class SearchSpace:
         try:
             content = parse_yaml(read_bytes(Path(name)))
         except (OSError, ValueError) as error:
-            raise UserError(f"search: {name}: cannot be read as YAML: {' '.join(str(error).split())}") from None
+            raise UserError(f"search: {name}: cannot be read as YAML: {one_line(error)}") from None
         return cls.from_dict(content)
 
     @classmethod
@@ -152,14 +152,14 @@ class SearchSpace:
                 raise UserError(f"search: {name}: stands there twice; name it once")
             if not isinstance(value, Mapping) or len(value) != 1 or next(iter(value)) not in DOMAIN_TYPES:
                 raise UserError(
-                    f"search: {name}: got {shown(value)}, should be one of {', '.join(DOMAIN_TYPES)} with its values; "
-                    f"for example {{{name}: {{choice: [1, 2]}}}}"
+                    f"search: {name}: got {short_repr(value)}, should be one of {', '.join(DOMAIN_TYPES)} with its "
+                    f"values; for example {{{name}: {{choice: [1, 2]}}}}"
                 )
             ((kind, arguments),) = value.items()
             try:
                 domains[name] = DOMAIN_TYPES[kind](arguments)
             except ValueError as error:
-                raise UserError(f"search: {name}: {kind}: got {shown(arguments)}, {error}") from None
+                raise UserError(f"search: {name}: {kind}: got {short_repr(arguments)}, {error}") from None
         return cls(domains, {canonical_key(str(key)): dict(value) for key, value in content.items()})
 
     def checked(self, experiment: Experiment) -> SearchSpace:

@@ -22,7 +22,6 @@ from vae_ray.errors import UserError
 from vae_ray.runs.exclusive import exclusive_run, is_taken, run_location
 from vae_ray.runs.preflight import preflight, with_absolute_paths
 from vae_ray.storage.locations import absolute
-from vae_ray.storage.mirror import working_copy
 from vae_ray.tuning.directory import SweepDirectory
 from vae_ray.tuning.run_trials import run_trials
 from vae_ray.tuning.settings import SweepSettings, settings
@@ -134,7 +133,7 @@ def preflighted(chosen: SweepSettings, experiment: Experiment) -> tuple[SweepSet
 def open_sweep(experiment: Experiment, chosen: SweepSettings, *, resume: bool) -> Iterator[SweepDirectory]:
     """The sweep's directory, locked for this process and described; refused if it is something else's."""
     name, storage = str(experiment.run.name), absolute(experiment.run.storage)
-    directory = SweepDirectory.at(run_location(experiment))
+    directory = SweepDirectory.at(run_location(experiment), role="driver")
     description = {"experiment": experiment.to_dict(), **chosen.to_dict()}
 
     def refuse_other_uses() -> None:
@@ -154,7 +153,7 @@ def open_sweep(experiment: Experiment, chosen: SweepSettings, *, resume: bool) -
         if difference:
             raise UserError(f"sweep {name!r}: cannot be resumed as {what}")
 
-    with exclusive_run(directory.path, directory.mirror, name=name, before=refuse_other_uses):
+    with exclusive_run(directory, name=name, before=refuse_other_uses):
         directory.write_description(description)
         yield directory
 
@@ -174,7 +173,7 @@ def _difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 def rebuild_report(path: str | Path) -> SweepResult:
     """Write the leaderboard, the report and `best/` of a sweep's directory again, from its trials' files."""
-    directory = SweepDirectory.at(str(path))
-    with working_copy(directory.mirror) if directory.mirror is not None else contextlib.nullcontext():
+    directory = SweepDirectory.at(path, role="driver")
+    with directory.working_copy():
         directory.description()  # raises UserError if this is no sweep
         return summarize_sweep(directory, started_at=time.time())

@@ -23,12 +23,13 @@ from vae_ray.checkpoints.loading import all_checkpoints, complete_checkpoints, r
 from vae_ray.config.experiment import Experiment
 from vae_ray.config.user_code import Files, install
 from vae_ray.distributed.launch import fit
-from vae_ray.errors import CorruptFile, Diverged, Stopped
+from vae_ray.errors import CorruptFile, Diverged, Stopped, one_line
 from vae_ray.parallel.group import SingleProcess
 from vae_ray.run_files.run_directory import RunDirectory
 from vae_ray.storage.atomic import atomic_write
 from vae_ray.storage.locations import join_location
-from vae_ray.storage.reading import parse_json, read_bytes, shown
+from vae_ray.storage.reading import parse_json, read_bytes, short_repr
+from vae_ray.storage.records import append_records
 from vae_ray.training.fit import EpochResult, fit_epochs
 from vae_ray.tuning.directory import TRIALS
 from vae_ray.tuning.records import FAILURE_FILE, LINEAGE_FILE, trial_experiment
@@ -91,7 +92,9 @@ class TrialLoop(tune.Trainable):  # type: ignore[misc]
         """Go on from what `save_checkpoint` of this trial, or under PBT of a better one, handed over."""
         donor = parse_json(read_bytes(Path(checkpoint, DONOR)))
         if Path(donor["checkpoint"]).name != donor["checkpoint"]:
-            raise CorruptFile(f"{Path(checkpoint, DONOR)}: {shown(donor['checkpoint'])} would lie outside of the sweep")
+            raise CorruptFile(
+                f"{Path(checkpoint, DONOR)}: {short_repr(donor['checkpoint'])} would lie outside of the sweep"
+            )
         if donor["trial"] != self._name:
             self._adopt(Path(checkpoint, donor["checkpoint"]), donor["trial"])
 
@@ -128,8 +131,8 @@ class TrialLoop(tune.Trainable):  # type: ignore[misc]
         adopted = self._run.checkpoints / f".partial-{source.name}"
         shutil.copytree(source, adopted, dirs_exist_ok=True)
         os.replace(adopted, self._run.checkpoints / source.name)
-        with (self._run.path / LINEAGE_FILE).open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"epoch": epoch, "weights_of": donor, "overrides": self._overrides}) + "\n")
+        step = {"epoch": epoch, "weights_of": donor, "overrides": self._overrides}
+        append_records(self._run.path / LINEAGE_FILE, [step])
         self._run.push()
 
 
@@ -175,7 +178,7 @@ def recorded_failure(run: RunDirectory) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    text = " ".join(str(error).split())
+    text = one_line(error)
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return f"out of memory: {text}".rstrip(": ")
     return text if isinstance(error, Diverged) else f"{type(error).__name__}: {text}"

@@ -12,7 +12,8 @@ from typing import Any
 from vae_ray.checkpoints.loading import checkpoint_name
 from vae_ray.config.experiment import Experiment, preset_names
 from vae_ray.config.keys import flag_of
-from vae_ray.tuning.directory import SweepDirectory, json_lines
+from vae_ray.storage.records import read_records
+from vae_ray.tuning.directory import SweepDirectory
 from vae_ray.tuning.records import LINEAGE_FILE, TrialRecord
 
 PICTURE_KINDS = ("samples", "reconstructions", "traversals")
@@ -60,7 +61,7 @@ def report_trials(
     for row in table:
         record = by_name[row["trial"]]
         experiment = record.best.experiment() if record.best else base.with_overrides(record.proposed)
-        lineage = json_lines(record.run.path / LINEAGE_FILE)
+        lineage = read_records(record.run.path / LINEAGE_FILE)
         tooltip = {column: as_text(row.get(column)) for column in ("trial", "state", *tooltip_columns)}
         trials.append(ReportTrial(record, row, experiment, lineage, _pictures(directory, record, lineage), tooltip))
     return trials
