@@ -1,6 +1,6 @@
-"""Truth and contract: who is best, what stands in the tables, and what `best/` holds."""
+"""Truth and contract: the ranking, the tables, and what `best/` holds."""
 
-import csv
+import io
 import json
 import math
 import shutil
@@ -13,15 +13,15 @@ import pyarrow.parquet
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
-from tests.tuning.test_records import end, propose, small_sweep, train_trial
+from tests.tuning.trials import end, propose, record_of, small_sweep, train_trial
 from vae_ray import TrainedVAE
-from vae_ray.checkpoints.loading import Checkpoint
 from vae_ray.checkpoints.saving import copy_checkpoint
-from vae_ray.run_files.run_directory import RunDirectory
 from vae_ray.tuning import leaderboard
 from vae_ray.tuning.directory import SweepDirectory
-from vae_ray.tuning.leaderboard import pareto_front, ranked
+from vae_ray.tuning.leaderboard import non_dominated, ranked
+from vae_ray.tuning.progress import SweepView
 from vae_ray.tuning.records import FAILURES, TrialRecord, read_trials
 from vae_ray.tuning.settings import METRICS
 from vae_ray.tuning.summary import summarize_sweep
@@ -29,23 +29,6 @@ from vae_ray.tuning.summary import summarize_sweep
 RATE_DISTORTION = ("val/rate", "val/distortion")
 SMALL_BETA, MIDDLE_BETA, LARGE_BETA, FAILED, PROPOSED = (f"{number:04d}" for number in range(5))
 REASON = 'a "quoted" reason, with a comma;\nand a second line: ünlucky'
-
-
-def record_of(name: str, metrics: dict[str, float] | None, *, state: str = "finished") -> TrialRecord:
-    """A record as it would be read; without metrics it has no checkpoint."""
-    checkpoint = Checkpoint(
-        step=None,
-        scalars={},
-        format_version=3,
-        path=Path(name, "checkpoints", "epoch=0003"),
-        epoch=3,
-        image_shape=(1, 8, 8),
-        metrics={"val/nelbo": 0.0, **(metrics or {})},
-        selection_metric="val/nelbo",
-        files={},
-    )
-    checkpoints = [] if metrics is None else [checkpoint]
-    return TrialRecord(name, {}, state, "", RunDirectory(Path(name)), checkpoints, [])
 
 
 def names(records: Sequence[TrialRecord]) -> list[str]:
@@ -58,12 +41,12 @@ points = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), max_size=9)
 
 def records_at(points: Sequence[tuple[float, float]]) -> list[TrialRecord]:
     return [
-        record_of(f"{number:04d}", dict(zip(RATE_DISTORTION, map(float, point), strict=True)))
+        record_of(f"{number:04d}", {"val/nelbo": float(sum(point)), "val/rate": point[0], "val/distortion": point[1]})
         for number, point in enumerate(points)
     ]
 
 
-def beats(a: tuple[float, float], b: tuple[float, float]) -> bool:
+def dominates(a: tuple[float, float], b: tuple[float, float]) -> bool:
     """Pareto dominance, literally: nowhere worse and somewhere better."""
     return a[0] <= b[0] and a[1] <= b[1] and (a[0] < b[0] or a[1] < b[1])
 
@@ -73,10 +56,10 @@ def beats(a: tuple[float, float], b: tuple[float, float]) -> bool:
 
 @given(st.lists(st.sampled_from([1.0, 2.0, 2.5, 7.0]), max_size=7), st.randoms(use_true_random=False))
 def test_trials_are_ranked_by_the_metric_and_ties_by_name(values: list[float], random: Any) -> None:
-    records = [record_of(f"{number:04d}", {"val/rate": value}) for number, value in enumerate(values)]
+    records = [record_of(f"{number:04d}", {"val/nelbo": value}) for number, value in enumerate(values)]
     random.shuffle(records)
     order = sorted((value, f"{number:04d}") for number, value in enumerate(values))
-    assert names(ranked(records, ["val/rate"])) == [name for _, name in order]
+    assert names(ranked(records, ["val/nelbo"])) == [name for _, name in order]
 
 
 @given(st.lists(st.sampled_from(["finished", "stopped", "pending", *FAILURES]), min_size=1, max_size=6), st.data())
@@ -93,37 +76,33 @@ def test_failed_trials_come_last_however_good_they_were(states: list[str], data:
 
 
 def test_a_trial_that_lacks_the_metric_is_not_ranked_before_one_that_has_it() -> None:
-    records = [record_of("0000", {}), record_of("0001", {"val/rate": 9.0})]
-    assert names(ranked(records, ["val/rate"])) == ["0001", "0000"]
+    records = [record_of("0000", {}), record_of("0001", {"train/nelbo": 9.0})]
+    assert names(ranked(records, ["train/nelbo"])) == ["0001", "0000"]
 
 
 # --- two metrics ----------------------------------------------------------------------------------------
 
 
 @given(points)
-def test_the_pareto_front_is_what_no_other_beats(points: list[tuple[float, float]]) -> None:
+def test_the_pareto_front_is_what_no_other_dominates(points: list[tuple[float, float]]) -> None:
     expected = [
-        f"{number:04d}" for number, point in enumerate(points) if not any(beats(other, point) for other in points)
+        f"{number:04d}" for number, point in enumerate(points) if not any(dominates(other, point) for other in points)
     ]
-    assert names(pareto_front(records_at(points), RATE_DISTORTION)) == expected
-
-
-def test_duplicates_share_the_front() -> None:
-    assert names(pareto_front(records_at([(1, 2), (1, 2), (1, 3)]), RATE_DISTORTION)) == ["0000", "0001"]
+    assert names(non_dominated(records_at(points), RATE_DISTORTION)) == expected
 
 
 def test_failed_trials_neither_are_on_the_front_nor_push_others_from_it() -> None:
     good = {"val/rate": 0.0, "val/distortion": 0.0}
     failed = [record_of(f"9{n:03d}", good, state=state) for n, state in enumerate(FAILURES)]
-    assert names(pareto_front([*failed, *records_at([(2, 3)])], RATE_DISTORTION)) == ["0000"]
+    assert names(non_dominated([*failed, *records_at([(2, 3)])], RATE_DISTORTION)) == ["0000"]
 
 
 @given(points)
-def test_two_metrics_rank_front_by_front_and_a_front_by_the_sum(points: list[tuple[float, float]]) -> None:
+def test_two_metrics_rank_front_by_front_and_a_front_by_nelbo(points: list[tuple[float, float]]) -> None:
     depth: dict[int, int] = {}
     for level in range(len(points)):
         left = [number for number in range(len(points)) if number not in depth]
-        depth |= {n: level for n in left if not any(beats(points[other], points[n]) for other in left)}
+        depth |= {n: level for n in left if not any(dominates(points[other], points[n]) for other in left)}
     order = sorted(range(len(points)), key=lambda n: (depth[n], sum(points[n]), n))
     assert names(ranked(records_at(points), RATE_DISTORTION)) == [f"{number:04d}" for number in order]
 
@@ -177,7 +156,7 @@ def test_every_metric_that_can_be_chosen_is_measured_in_every_checkpoint(
     assert all(math.isfinite(checkpoint.metrics[metric]) for record in records for checkpoint in record.checkpoints)
 
 
-def test_a_row_tells_what_a_trial_s_own_files_tell(
+def test_a_row_is_what_a_trial_s_own_files_hold(
     directory: SweepDirectory, records: list[TrialRecord], table: list[dict[str, Any]]
 ) -> None:
     by_name = {row["trial"]: row for row in table}
@@ -207,7 +186,7 @@ def test_the_front_is_drawn_on_the_split_by_which_trials_are_compared(
     directory: SweepDirectory, records: list[TrialRecord]
 ) -> None:
     for split in ("val", "train"):
-        front = pareto_front(records, [f"{split}/rate", f"{split}/distortion"])
+        front = non_dominated(records, [f"{split}/rate", f"{split}/distortion"])
         for metrics in ([f"{split}/nelbo"], [f"{split}/distortion", f"{split}/rate"]):
             table = leaderboard.rows(records, metrics, directory)
             assert {row["trial"] for row in table if row["pareto_front"]} == set(names(front))
@@ -226,38 +205,28 @@ def test_csv_and_parquet_hold_the_same_values_as_the_table(
     assert read.to_pylist() == table
 
 
-def test_any_reader_of_csv_finds_every_trial_and_reason(directory: SweepDirectory, table: list[dict[str, Any]]) -> None:
-    with directory.leaderboard_csv.open(newline="", encoding="utf-8") as stream:
-        rows = list(csv.DictReader(stream))
-    assert [row["trial"] for row in rows] == [row["trial"] for row in table]
-    assert [row["reason"] for row in rows] == ["", "", "", REASON, ""]
-    assert [float(row["val/nelbo"]) for row in rows[:3]] == [row["val/nelbo"] for row in table[:3]]
-
-
-def test_tables_are_replaced_whole(directory: SweepDirectory, table: list[dict[str, Any]]) -> None:
-    before = directory.leaderboard_csv.read_bytes()
-    leaderboard.write_leaderboard(table[:1], directory)
-    assert pyarrow.parquet.read_table(directory.leaderboard_parquet).num_rows == 1
-    leaderboard.write_leaderboard(table, directory)
-    assert directory.leaderboard_csv.read_bytes() == before
-    assert list(directory.path.glob(".partial-*")) == []
-
-
-def content_of(path: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
-
-
-def test_best_is_the_winner_s_checkpoint_and_nothing_of_an_earlier_one(
-    directory: SweepDirectory, records: list[TrialRecord]
+@pytest.mark.parametrize("metrics", [("val/nelbo",), RATE_DISTORTION], ids=str)
+def test_live_line_leaderboard_summary_and_best_name_the_same_trial_and_epoch(
+    metrics: tuple[str, ...], directory: SweepDirectory, records: list[TrialRecord]
 ) -> None:
-    order = [record.best for record in ranked(records, ["val/nelbo"]) if record.best is not None]
-    copy_checkpoint(order[1], directory.best)
-    (directory.best / "stray").write_text("of the earlier one")
-    (directory.path / ".partial-best").mkdir()  # of a driver that was killed
-    (directory.path / ".partial-best" / "torn").write_text("torn")
-    copy_checkpoint(order[0], directory.best)
-    assert content_of(directory.best) == content_of(order[0].path)
-    assert not (directory.path / ".partial-best").exists()
+    directory.write_description({**directory.description(), "metrics": list(metrics)})
+    written = io.StringIO()
+    view = SweepView(
+        "mine", metric="val/nelbo", num_trials=5, epochs=2, records=[], console=Console(file=written, width=200)
+    )
+    with view:
+        for record in records:
+            for line in record.history:
+                view.epoch(record.name, record.proposed, line)
+            view.ended(record.name, record.state, record.reason, record.epochs_done)
+    result = summarize_sweep(directory, started_at=0.0)
+    best = TrainedVAE.load(directory.best).checkpoint
+    winner = ranked(records, metrics)[0]
+    assert winner.best is not None
+    assert (result.best["trial"], best.metrics) == (winner.name, winner.best.metrics)
+    assert f"best val/nelbo {best.score:.2f} (trial {winner.name})" in written.getvalue()
+    smallest = min(line["val/nelbo"] for record in records if not record.failed for line in record.history)
+    assert best.metrics["val/nelbo"] == result.best["metrics"]["val/nelbo"] == smallest
 
 
 def test_best_evaluates_to_the_winner_s_metrics(directory: SweepDirectory, records: list[TrialRecord]) -> None:

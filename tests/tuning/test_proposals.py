@@ -1,4 +1,4 @@
-"""Contract and truth: what the next trial tries, and that it is written down before anyone begins it."""
+"""Contract and truth: what the next trial tries, and that it is in the journal before the trial starts."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ray.tune.search import Searcher
 
+from tests.tuning import trials
+from tests.tuning.trials import settings_of
 from vae_ray import Experiment
-from vae_ray.checkpoints.loading import Checkpoint
-from vae_ray.run_files.run_directory import RunDirectory
 from vae_ray.tuning.directory import SweepDirectory
-from vae_ray.tuning.proposals import OptunaProposals, decoded, distributions, encoded, propose_all
+from vae_ray.tuning.proposals import OptunaProposals, distributions, propose_all
 from vae_ray.tuning.records import FAILURES, TrialRecord
-from vae_ray.tuning.settings import SweepSettings, settings
+from vae_ray.tuning.settings import SweepSettings
 from vae_ray.tuning.space import SearchSpace, Values
 from vae_ray.tuning.trial import TRIAL
 
@@ -33,10 +33,16 @@ SPACE = SearchSpace.from_dict(EVERY_KIND).checked(Experiment())
 FRONT = ("val/rate", "val/distortion")
 
 
-def chosen(num_trials: int = 5, *, searcher: str = "optuna", **arguments: Any) -> SweepSettings:
-    defaults = {"search": EVERY_KIND, "metric": "val/nelbo", "scheduler": "none", "workers_per_trial": 1}
-    found = settings(**{**defaults, "num_trials": num_trials, "searcher": searcher, **arguments})
-    return replace(found, space=found.space.checked(Experiment()))
+def settings_for(num_trials: int = 5, *, searcher: str = "optuna", **arguments: Any) -> SweepSettings:
+    defaults = {"search": EVERY_KIND, "scheduler": "none", "num_trials": num_trials, "searcher": searcher}
+    settings = settings_of(**{**defaults, **arguments})
+    return replace(settings, space=settings.space.checked(Experiment()))
+
+
+def optuna_proposals(
+    directory: SweepDirectory, settings: SweepSettings, records: list[TrialRecord], *, seed: int = 0
+) -> OptunaProposals:
+    return OptunaProposals(directory, settings, seed=seed, records=records, selection_metric="val/nelbo")
 
 
 @pytest.fixture
@@ -45,27 +51,14 @@ def directory(tmp_path: Path) -> SweepDirectory:
 
 
 def record_of(number: int, state: str, metrics: dict[str, float] | None = None) -> TrialRecord:
-    """A trial as its files would tell it."""
-    checkpoint = Checkpoint(
-        step=None,
-        scalars={},
-        format_version=3,
-        path=Path("epoch=0002"),
-        epoch=2,
-        image_shape=(1, 8, 8),
-        metrics={"val/nelbo": 0.0, **(metrics or {})},
-        selection_metric="val/nelbo",
-        files={},
-    )
-    name, checkpoints = f"{number:04d}", [] if metrics is None else [checkpoint]
-    return TrialRecord(name, SPACE.draw(9, number), state, "", RunDirectory(Path(name)), checkpoints, [])
+    return trials.record_of(f"{number:04d}", metrics, state=state, proposed=SPACE.draw(9, number))
 
 
 def proposed_in(directory: SweepDirectory) -> dict[str, dict[str, Any]]:
     return {entry["trial"]: entry["overrides"] for entry in directory.journal() if entry["event"] == "proposed"}
 
 
-def tooltip_columns(proposals: OptunaProposals) -> list[tuple[str, list[float] | None]]:
+def results(proposals: OptunaProposals) -> list[tuple[str, list[float] | None]]:
     """State and values of every trial that Optuna knows of and that has ended."""
     return [(trial.state.name, trial.values) for trial in proposals._study.trials if trial.state.is_finished()]
 
@@ -78,15 +71,9 @@ def result(epoch: int, nelbo: float, **metrics: float) -> dict[str, Any]:
 
 
 @given(st.integers(0, 2**32), st.integers(0, 99))
-def test_encoding_and_decoding_give_the_overrides_back(seed: int, number: int) -> None:
-    overrides = SPACE.draw(seed, number)
-    assert decoded(SPACE, encoded(SPACE, overrides)) == overrides
-
-
-@given(st.integers(0, 2**32), st.integers(0, 99))
 def test_whatever_is_drawn_lies_in_optuna_s_distributions(seed: int, number: int) -> None:
-    params = encoded(SPACE, SPACE.draw(seed, number))
-    # refuses what is outside, and names that are not known
+    params = SPACE.draw(seed, number)
+    # refuses values that are outside, and other names
     trial = optuna.trial.create_trial(value=0.0, params=params, distributions=distributions(SPACE))
     assert trial.params == params
 
@@ -97,13 +84,13 @@ def test_distributions_have_the_ends_and_scales_of_the_domains() -> None:
         "objective.beta": optuna.distributions.FloatDistribution(0, 4),
         "model.latent_dim": optuna.distributions.IntDistribution(2, 17),
         "optim.warmup_steps": optuna.distributions.IntDistribution(1, 300, log=True),
-        "model.network.hidden": optuna.distributions.CategoricalDistribution((0, 1)),
-        "optim.grad_clip": optuna.distributions.CategoricalDistribution((0, 1, 2)),
+        "model.network.hidden": optuna.distributions.CategoricalDistribution(("[16]", "[400, 100]")),
+        "optim.grad_clip": optuna.distributions.CategoricalDistribution((None, 1.0, 2.5)),
     }
 
 
 def test_whatever_optuna_suggests_is_in_the_space(directory: SweepDirectory) -> None:
-    proposals = OptunaProposals(directory, chosen(30), seed=0, records=[])
+    proposals = optuna_proposals(directory, settings_for(30), [])
     for number in range(30):  # the first ten are random, then TPE has models
         overrides = dict(suggested(proposals, str(number)))
         assert overrides.pop(TRIAL) == f"{number:04d}"
@@ -128,7 +115,7 @@ def suggested(proposals: OptunaProposals, trial_id: str) -> dict[str, Any]:
 
 def test_what_earlier_drivers_left_comes_first_and_new_trials_after(directory: SweepDirectory) -> None:
     records = [record_of(0, "failed"), record_of(1, "pending"), record_of(2, "pending", {"val/nelbo": 3.0})]
-    proposals = OptunaProposals(directory, chosen(4), seed=0, records=records)
+    proposals = optuna_proposals(directory, settings_for(4), records)
     assert [suggested(proposals, "a"), suggested(proposals, "b")] == [
         {TRIAL: record.name, **record.proposed} for record in records[1:]
     ]
@@ -138,7 +125,7 @@ def test_what_earlier_drivers_left_comes_first_and_new_trials_after(directory: S
 
 
 def test_every_new_proposal_is_in_the_journal_when_it_is_handed_out(directory: SweepDirectory) -> None:
-    proposals = OptunaProposals(directory, chosen(3), seed=0, records=[])
+    proposals = optuna_proposals(directory, settings_for(3), [])
     for number in range(3):
         config = suggested(proposals, str(number))
         name = config.pop(TRIAL)
@@ -147,64 +134,55 @@ def test_every_new_proposal_is_in_the_journal_when_it_is_handed_out(directory: S
     assert list(proposed_in(directory)) == ["0000", "0001", "0002"]
 
 
-def test_optuna_is_told_the_best_epoch_and_not_the_last(directory: SweepDirectory) -> None:
-    proposals = OptunaProposals(directory, chosen(), seed=0, records=[])
+def test_optuna_learns_the_best_epoch_and_not_the_last(directory: SweepDirectory) -> None:
+    proposals = optuna_proposals(directory, settings_for(), [])
     proposals.suggest("a")
     for epoch, nelbo in enumerate((30.0, 20.0, 25.0), start=1):
         proposals.on_trial_result("a", result(epoch, nelbo))
     proposals.on_trial_complete("a", result(3, 25.0))
-    assert tooltip_columns(proposals) == [("COMPLETE", [20.0])]
+    assert results(proposals) == [("COMPLETE", [20.0])]
 
 
 def test_the_last_epoch_counts_though_tune_reports_it_only_with_the_end(directory: SweepDirectory) -> None:
     """Tune calls `on_trial_result` for no epoch at which a trial is done or stopped."""
-    proposals = OptunaProposals(directory, chosen(), seed=0, records=[])
+    proposals = optuna_proposals(directory, settings_for(), [])
     proposals.suggest("a")
     proposals.on_trial_result("a", result(1, 30.0))
     proposals.on_trial_complete("a", result(2, 20.0))
     proposals.suggest("b")
     proposals.on_trial_complete("b", result(1, 40.0))
-    assert tooltip_columns(proposals) == [("COMPLETE", [20.0]), ("COMPLETE", [40.0])]
+    assert results(proposals) == [("COMPLETE", [20.0]), ("COMPLETE", [40.0])]
 
 
-def test_two_metrics_are_told_of_the_epoch_of_the_smallest_sum(directory: SweepDirectory) -> None:
-    proposals = OptunaProposals(directory, chosen(metric=FRONT), seed=0, records=[])
+def test_of_two_metrics_optuna_learns_the_epoch_of_the_smallest_nelbo(directory: SweepDirectory) -> None:
+    proposals = optuna_proposals(directory, settings_for(metric=FRONT), [])
     proposals.suggest("a")
     for epoch, (rate, distortion) in enumerate([(1.0, 40.0), (6.0, 20.0), (9.0, 18.0)], start=1):
         line = result(epoch, rate + distortion, **{"val/rate": rate, "val/distortion": distortion})
         proposals.on_trial_result("a", line)
     proposals.on_trial_complete("a", line)
-    assert tooltip_columns(proposals) == [("COMPLETE", [6.0, 20.0])]
+    assert results(proposals) == [("COMPLETE", [6.0, 20.0])]
     assert suggested(proposals, "b")[TRIAL] == "0001"
 
 
 @pytest.mark.parametrize("metric", ["val/nelbo", FRONT], ids=str)
 def test_a_trial_that_failed_teaches_nothing_and_stops_nothing(directory: SweepDirectory, metric: Any) -> None:
     """Its numbers were good until it diverged; on the leaderboard it is last all the same."""
-    proposals = OptunaProposals(directory, chosen(metric=metric), seed=0, records=[])
+    proposals = optuna_proposals(directory, settings_for(metric=metric), [])
     for name in ("a", "b"):
         proposals.suggest(name)
     proposals.on_trial_result("a", result(1, 1.0, **dict.fromkeys(FRONT, 0.5)))
     proposals.on_trial_complete("a", None, error=True)
     proposals.on_trial_complete("b", None, error=True)
-    assert [values for state, values in tooltip_columns(proposals) if state == "COMPLETE"] == []
+    assert [values for state, values in results(proposals) if state == "COMPLETE"] == []
     assert suggested(proposals, "c")[TRIAL] == "0002"
-
-
-def test_a_trial_that_was_taken_up_again_failing_teaches_nothing(directory: SweepDirectory) -> None:
-    proposals = OptunaProposals(directory, chosen(), seed=0, records=[record_of(0, "pending")])
-    proposals.suggest("a")
-    proposals.on_trial_result("a", result(1, 1.0))
-    proposals.on_trial_complete("a", None, error=True)
-    assert tooltip_columns(proposals) == []
-    assert suggested(proposals, "b")[TRIAL] == "0001"
 
 
 # --- from what is known ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("metrics", [("val/nelbo",), FRONT], ids=str)
-def test_optuna_knows_what_earlier_trials_came_to(directory: SweepDirectory, metrics: tuple[str, ...]) -> None:
+def test_optuna_knows_the_results_of_earlier_trials(directory: SweepDirectory, metrics: tuple[str, ...]) -> None:
     values = [{"val/nelbo": 10.0 * n, "val/rate": 3.0 * n, "val/distortion": 7.0 * n} for n in range(1, 4)]
     records = [
         record_of(0, "finished", values[0]),
@@ -213,31 +191,29 @@ def test_optuna_knows_what_earlier_trials_came_to(directory: SweepDirectory, met
         *(record_of(3 + n, state, values[2]) for n, state in enumerate(FAILURES)),
         record_of(6, "finished"),
     ]
-    proposals = OptunaProposals(directory, chosen(9, metric=metrics), seed=0, records=records)
-    assert tooltip_columns(proposals) == [("COMPLETE", [known[metric] for metric in metrics]) for known in values[:2]]
+    proposals = optuna_proposals(directory, settings_for(9, metric=metrics), records)
+    assert results(proposals) == [("COMPLETE", [metrics_[metric] for metric in metrics]) for metrics_ in values[:2]]
     assert [suggested(proposals, name)[TRIAL] for name in "abc"] == ["0002", "0007", "0008"]
 
 
 @pytest.mark.parametrize("metrics", [("val/nelbo",), FRONT], ids=str)
-def test_a_trial_that_was_taken_up_again_is_told_when_it_ends(
-    directory: SweepDirectory, metrics: tuple[str, ...]
-) -> None:
-    proposals = OptunaProposals(directory, chosen(metric=metrics), seed=0, records=[record_of(0, "pending")])
+def test_a_resumed_trial_is_a_result_when_it_ends(directory: SweepDirectory, metrics: tuple[str, ...]) -> None:
+    proposals = optuna_proposals(directory, settings_for(metric=metrics), [record_of(0, "pending")])
     proposals.suggest("a")
     line = result(1, 30.0, **{"val/rate": 10.0, "val/distortion": 20.0})
     proposals.on_trial_result("a", line)
     proposals.on_trial_complete("a", line)
-    assert tooltip_columns(proposals) == [("COMPLETE", [line[metric] for metric in metrics])]
+    assert results(proposals) == [("COMPLETE", [line[metric] for metric in metrics])]
 
 
-def test_what_a_trial_did_before_it_was_taken_up_again_counts(directory: SweepDirectory) -> None:
+def test_what_a_trial_did_before_it_was_resumed_counts(directory: SweepDirectory) -> None:
     """Its best checkpoint may be of an epoch that an earlier driver saw."""
     records = [record_of(0, "pending", {"val/nelbo": 20.0})]
-    proposals = OptunaProposals(directory, chosen(), seed=0, records=records)
+    proposals = optuna_proposals(directory, settings_for(), records)
     proposals.suggest("a")
     proposals.on_trial_result("a", result(3, 30.0))
     proposals.on_trial_complete("a", result(4, 25.0))
-    assert tooltip_columns(proposals) == [("COMPLETE", [20.0])]
+    assert results(proposals) == [("COMPLETE", [20.0])]
 
 
 def test_from_one_seed_and_the_same_records_comes_the_same_suggestion(tmp_path: Path) -> None:
@@ -245,11 +221,11 @@ def test_from_one_seed_and_the_same_records_comes_the_same_suggestion(tmp_path: 
     seen = []
     for attempt, (seed, known) in enumerate([(3, records), (3, records), (4, records), (3, records[:1])]):
         (tmp_path / str(attempt)).mkdir()
-        proposals = OptunaProposals(SweepDirectory(tmp_path / str(attempt)), chosen(9), seed=seed, records=known)
+        proposals = optuna_proposals(SweepDirectory(tmp_path / str(attempt)), settings_for(9), known, seed=seed)
         new = [suggested(proposals, str(n)) for n in range(3)][1:]
         seen.append([{key: value for key, value in config.items() if key != TRIAL} for config in new])
     assert seen[0] == seen[1]
-    # another seed goes another way, and so does a later start: it must not say again what was said before
+    # another seed goes another way, and so does a later start: it must not repeat suggestions
     assert seen[0] != seen[2]
     assert seen[0][0] not in seen[3]
 
@@ -263,10 +239,10 @@ def test_more_trials_only_extend_what_was_proposed(
     tmp_path_factory: pytest.TempPathFactory, first: int, more: int, seed: int
 ) -> None:
     whole, grown = (SweepDirectory(tmp_path_factory.mktemp("proposals")) for _ in range(2))
-    propose_all(whole, replace(chosen(searcher="random"), num_trials=first + more), seed=seed)
-    propose_all(grown, replace(chosen(searcher="random"), num_trials=first), seed=seed)
+    propose_all(whole, replace(settings_for(searcher="random"), num_trials=first + more), seed=seed)
+    propose_all(grown, replace(settings_for(searcher="random"), num_trials=first), seed=seed)
     before = grown.journal()
-    propose_all(grown, replace(chosen(searcher="random"), num_trials=first + more), seed=seed)
+    propose_all(grown, replace(settings_for(searcher="random"), num_trials=first + more), seed=seed)
     assert grown.journal()[:first] == before
     assert grown.journal() == whole.journal()
     assert list(proposed_in(whole)) == [f"{number:04d}" for number in range(first + more)]
@@ -274,7 +250,7 @@ def test_more_trials_only_extend_what_was_proposed(
 
 def test_a_grid_is_proposed_whole_and_in_order(directory: SweepDirectory) -> None:
     search = {"model.latent_dim": {"grid": [2, 5]}, "model.network.hidden": {"choice": [[16], [8, 4], [32]]}}
-    grid = chosen(None, searcher="grid", search=search)  # type: ignore[arg-type]
+    grid = settings_for(None, searcher="grid", search=search)  # type: ignore[arg-type]
     propose_all(directory, grid, seed=0)
     assert list(proposed_in(directory).values()) == grid.space.grid()
     propose_all(directory, grid, seed=0)

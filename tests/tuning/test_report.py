@@ -224,7 +224,7 @@ def test_the_plane_has_the_best_checkpoints_of_the_ranked_trials(page: Page, rec
         point = points[record.name]
         assert (point["rate"], point["distortion"]) == (record.value("val/rate"), record.value("val/distortion"))
         assert (point["latent_dim"], point["beta"]) == tuple(record.overrides[key] for key in SEARCH)
-    front = leaderboard.pareto_front(records, ["val/rate", "val/distortion"])
+    front = leaderboard.non_dominated(records, ["val/rate", "val/distortion"])
     assert {name for name, point in points.items() if point["pareto_front"]} == {record.name for record in front}
 
 

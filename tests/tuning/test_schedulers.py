@@ -1,10 +1,9 @@
-"""Truth and contract: who is stopped, and that a restored scheduler judges as the undisturbed one."""
+"""Truth and contract: which trials are stopped, and that a replayed scheduler decides as the undisturbed one."""
 
 import functools
 import itertools
 import random
 import secrets
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -12,17 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
 
+from tests.tuning.trials import record_of
 from vae_ray import Experiment
-from vae_ray.run_files.run_directory import RunDirectory
 from vae_ray.tuning.records import TrialRecord
-from vae_ray.tuning.schedulers import (
-    ASHA_REDUCTION_FACTOR,
-    SCHEDULERS,
-    ReplayedScheduler,
-    SchedulerSpec,
-    _within,
-    rungs,
-)
+from vae_ray.tuning.schedulers import ASHA_REDUCTION_FACTOR, SCHEDULERS, replay, rungs
 from vae_ray.tuning.settings import PBT_KEYS
 from vae_ray.tuning.space import Range, SearchSpace
 from vae_ray.tuning.trial import TRIAL
@@ -59,18 +51,16 @@ class Event(NamedTuple):
     decision: str
 
 
-def setting(epochs: int = EPOCHS) -> SchedulerSpec:
-    return SchedulerSpec(METRIC, epochs, SPACE)
-
-
-def record_of(name: str, history: list[dict[str, Any]], *, state: str = "pending") -> TrialRecord:
-    return TrialRecord(name, {}, state, "", RunDirectory(Path(name)), [], history)
+def scheduler_of(name: str, events: list[Event]) -> tuple[TrialScheduler, set[str]]:
+    """A scheduler that has seen these events, and which trials it stops at their last."""
+    scheduler = SCHEDULERS[name](METRIC, EPOCHS, SPACE)
+    return scheduler, replay(scheduler, records_of(events)[::-1])  # in any order
 
 
 def records_of(events: list[Event]) -> list[TrialRecord]:
     """What the trials' files tell after these events; trials that were only proposed are among them."""
     return [
-        record_of(name, [event.line for event in events if event.name == name])
+        record_of(name, state="pending", history=[event.line for event in events if event.name == name])
         for name in (f"{number:04d}" for number in range(NUM_TRIALS))
     ]
 
@@ -79,7 +69,7 @@ def records_of(events: list[Event]) -> list[TrialRecord]:
 def undisturbed(seed: int) -> list[Event]:
     """A whole sweep, three trials at a time, each epoch of another length: in the order in which it happened."""
     numbers = random.Random(seed)
-    scheduler = SCHEDULERS["asha"](setting(), []).scheduler
+    scheduler = SCHEDULERS["asha"](METRIC, EPOCHS, SPACE)
     waiting = [f"{number:04d}" for number in range(NUM_TRIALS)]
     quality = {name: numbers.uniform(0, 20) for name in waiting}
     running: dict[str, tuple[Trial, dict[str, Any]]] = {}
@@ -99,7 +89,7 @@ def undisturbed(seed: int) -> list[Event]:
         name = min(running, key=lambda name: running[name][1]["started_at"] + running[name][1]["seconds"])
         trial, line = running[name]
         now = line["started_at"] + line["seconds"]
-        events.append(Event(name, line, tooltip_columns(scheduler, trial, line)))
+        events.append(Event(name, line, decision_of(scheduler, trial, line)))
         if events[-1].decision == TrialScheduler.STOP:
             del running[name]
         else:
@@ -107,7 +97,7 @@ def undisturbed(seed: int) -> list[Event]:
     return events
 
 
-def tooltip_columns(scheduler: TrialScheduler, trial: Trial, line: dict[str, Any]) -> str:
+def decision_of(scheduler: TrialScheduler, trial: Trial, line: dict[str, Any]) -> str:
     """The decision on one epoch, with what Tune does after it."""
     decision: str = scheduler.on_trial_result(None, trial, line)
     if decision == TrialScheduler.STOP:
@@ -115,17 +105,17 @@ def tooltip_columns(scheduler: TrialScheduler, trial: Trial, line: dict[str, Any
     return decision
 
 
-def first_other_decision(scheduling: ReplayedScheduler, events: list[Event], cut: int) -> Event | None:
-    """Where a restored sweep's scheduler, told the events from `cut` on, first decides otherwise; None if nowhere.
+def first_other_decision(scheduler: TrialScheduler, events: list[Event], cut: int) -> Event | None:
+    """Where a resumed sweep's scheduler first decides otherwise from `cut` on; None if nowhere.
 
     Unfinished trials come back as new ones of Tune's.
     """
     ended = {event.name for event in events[:cut] if event.decision == TrialScheduler.STOP}
     trials = {f"{number:04d}": Trial(f"{number:04d}") for number in range(NUM_TRIALS)}
     for name in sorted(trials.keys() - ended):
-        scheduling.scheduler.on_trial_add(None, trials[name])
+        scheduler.on_trial_add(None, trials[name])
     return next(
-        (e for e in events[cut:] if tooltip_columns(scheduling.scheduler, trials[e.name], e.line) != e.decision),
+        (e for e in events[cut:] if decision_of(scheduler, trials[e.name], e.line) != e.decision),
         None,
     )
 
@@ -142,15 +132,11 @@ def test_rungs_are_at_most_four_epochs_before_the_last_a_factor_apart(epochs: in
     assert [b / a for a, b in itertools.pairwise(found)] == [ASHA_REDUCTION_FACTOR] * (len(found) - 1)
 
 
-def test_one_epoch_has_one_rung() -> None:
-    assert rungs(1) == [1]
-
-
 @pytest.mark.parametrize("epochs", range(1, 101))
 def test_rungs_are_those_that_ray_s_scheduler_has(epochs: int) -> None:
-    scheduler = SCHEDULERS["asha"](setting(epochs), []).scheduler
+    scheduler = SCHEDULERS["asha"](METRIC, epochs, SPACE)
     assert isinstance(scheduler, AsyncHyperBandScheduler)
-    (bracket,) = scheduler._brackets  # Ray tells them nowhere else
+    (bracket,) = scheduler._brackets  # Ray has them nowhere else
     assert sorted(milestone for milestone, _ in bracket._rungs if milestone < max(epochs, 2)) == rungs(epochs)
 
 
@@ -158,26 +144,12 @@ def test_rungs_are_those_that_ray_s_scheduler_has(epochs: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_restored_asha_decides_the_rest_as_the_undisturbed_one(seed: int) -> None:
+def test_a_replayed_asha_decides_the_rest_and_the_last_records_as_the_undisturbed_one(seed: int) -> None:
     events = undisturbed(seed)
     for cut in range(len(events) + 1):
-        scheduling = SCHEDULERS["asha"](setting(), records_of(events[:cut]))
-        assert first_other_decision(scheduling, events, cut) is None, cut
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_restored_asha_names_exactly_the_trials_that_it_had_stopped(seed: int) -> None:
-    events = undisturbed(seed)
-    for cut in range(len(events) + 1):
-        stopped = {event.name for event in events[:cut] if event.decision == TrialScheduler.STOP}
-        assert SCHEDULERS["asha"](setting(), records_of(events[:cut])).stopped == stopped, cut
-
-
-def test_the_order_of_records_is_of_no_account() -> None:
-    events = undisturbed(0)
-    for cut in range(len(events)):
-        scheduling = SCHEDULERS["asha"](setting(), records_of(events[:cut])[::-1])
-        assert first_other_decision(scheduling, events, cut) is None, cut
+        scheduler, stopped = scheduler_of("asha", events[:cut])
+        assert first_other_decision(scheduler, events, cut) is None, cut
+        assert stopped == {event.name for event in events[:cut] if event.decision == TrialScheduler.STOP}, cut
 
 
 def test_asha_that_forgets_what_it_saw_decides_otherwise() -> None:
@@ -187,12 +159,12 @@ def test_asha_that_forgets_what_it_saw_decides_otherwise() -> None:
     assert {event.line["epoch"] for event in early} == set(rungs(EPOCHS))
     assert len(early) < NUM_TRIALS
     cut = events.index(early[0])
-    assert first_other_decision(SCHEDULERS["asha"](setting(), []), events, cut) == early[0]
+    assert first_other_decision(SCHEDULERS["asha"](METRIC, EPOCHS, SPACE), events, cut) == early[0]
 
 
-def test_trials_are_told_apart_by_our_names_and_not_by_ray_s_ids() -> None:
+def test_trials_are_identified_by_our_names_and_not_by_ray_s_ids() -> None:
     """The same trial under another id does not enter a rung a second time."""
-    scheduler = SCHEDULERS["asha"](setting(), []).scheduler
+    scheduler = SCHEDULERS["asha"](METRIC, EPOCHS, SPACE)
     for value in (5.0, 1.0):  # the second is the better: it would shift the cut
         trial = Trial("0000")
         scheduler.on_trial_add(None, trial)
@@ -205,20 +177,12 @@ def test_trials_are_told_apart_by_our_names_and_not_by_ray_s_ids() -> None:
 # --- every scheduler ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
-def test_a_scheduler_of_a_new_sweep_has_stopped_nothing(name: str) -> None:
-    scheduling = SCHEDULERS[name](setting(), [])
-    assert isinstance(scheduling.scheduler, TrialScheduler)
-    assert scheduling.stopped == frozenset()
-
-
 def test_without_a_scheduler_the_worst_trial_runs_to_the_end() -> None:
-    events = undisturbed(1)
-    scheduling = SCHEDULERS["none"](setting(), records_of(events[:20]))
-    assert scheduling.stopped == frozenset()
-    trial = Trial("0000")
+    scheduler, stopped = scheduler_of("none", undisturbed(1)[:20])
+    assert stopped == set()
     lines = ({"epoch": epoch, METRIC: 1e9} for epoch in range(1, EPOCHS + 1))
-    assert {scheduling.scheduler.on_trial_result(None, trial, line) for line in lines} == {TrialScheduler.CONTINUE}
+    trial = Trial("0000")
+    assert {scheduler.on_trial_result(None, trial, line) for line in lines} == {TrialScheduler.CONTINUE}
 
 
 # --- pbt ------------------------------------------------------------------------------------------------
@@ -226,7 +190,7 @@ def test_without_a_scheduler_the_worst_trial_runs_to_the_end() -> None:
 
 @pytest.mark.parametrize("epochs", [1, 4, 5, 17, 100])
 def test_a_population_compares_itself_about_five_times(epochs: int) -> None:
-    interval = SCHEDULERS["pbt"](setting(epochs), []).scheduler._perturbation_interval
+    interval = SCHEDULERS["pbt"](METRIC, epochs, SPACE)._perturbation_interval
     assert interval >= 1
     assert min(epochs, 5) <= epochs / interval < 10
 
@@ -241,14 +205,14 @@ def test_a_population_compares_itself_about_five_times(epochs: int) -> None:
 def test_a_perturbed_number_stays_in_its_range(kind: str, low: float, ratio: float, at: float, factor: float) -> None:
     space = SearchSpace.from_dict({"optim.lr": {kind: [low, low * ratio]}, "objective.beta": {"choice": [1.0, 2.0]}})
     config = {TRIAL: "0003", "optim.lr": (low + (low * ratio - low) * at) * factor, "objective.beta": 2.0}
-    bounded = _within(config, space)
+    bounded = space.rounded(config)
     assert low <= bounded["optim.lr"] <= low * ratio
     assert {**bounded, "optim.lr": None} == {**config, "optim.lr": None}
 
 
 def test_what_pbt_explores_is_in_the_space_and_valid_for_the_experiment() -> None:
     assert set(SPACE.domains) < set(PBT_KEYS)
-    scheduler = SCHEDULERS["pbt"](setting(), []).scheduler
+    scheduler = SCHEDULERS["pbt"](METRIC, EPOCHS, SPACE)
     random.seed(7)  # PBT draws from the global generator
     trial = Trial("0003")
     trial.config |= SPACE.draw(0, 0)

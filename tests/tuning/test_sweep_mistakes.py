@@ -12,28 +12,20 @@ import pytest
 import ray
 import torch
 
-from tests.tuning.test_records import small_sweep
-from vae_ray import Experiment, TrainResult, UserError
+from tests.tuning.trials import small_sweep
+from vae_ray import Experiment, TrainResult
 from vae_ray.cli.main import main
-from vae_ray.tuning.settings import settings
-from vae_ray.tuning.sweep import preflighted
 
 TOO_MANY_CPUS = str((os.cpu_count() or 1) + 1)
 SEARCHES = {
     "torn": "optim.lr: {choice: [1",
-    "empty": "",
-    "list": "- optim.lr",
     "unknown_key": "optim.lrr: {choice: [1]}",
-    "unknown_kind": "optim.lr: {normal: [0, 1]}",
-    "reversed": "optim.lr: {uniform: [2, 1]}",
     "bad_value": "optim.lr: {choice: [-1]}",
-    "fractions": "model.latent_dim: {uniform: [2, 20]}",
-    "place": "run.storage: {choice: [here, there]}",
     "workers": "workers.num: {choice: [1, 2]}",
-    "code": "optim.lr: {choice: [!!python/object/apply:os.mkdir [made]]}",
     "large_batch": "training.global_batch_size: {choice: [64, 5000]}",
     "batch_for_workers": "training.global_batch_size: {logint: [1, 64]}",
-    "all_for_validation": "data.num_validation: {int: [1, 1438]}",
+    "num_validation": "data.num_validation: {choice: [50, 100]}",
+    "seed": "run.seed: {int: [0, 9]}",
     "lr": "optim.lr: {loguniform: [1e-4, 1e-2]}",
     "grid": "model.latent_dim: {grid: [2, 5]}",
 }
@@ -79,37 +71,21 @@ MISTAKES: list[tuple[str, list[str], str]] = [
     ("unknown preset", ["sweep", "digit"], "did you mean 'digits'"),
     ("unknown flag", ["sweep", "digits", "--num-trial", "3"], "did you mean '--num-trials'"),
     ("unknown key", ["sweep", "digits", "--optim.lrr", "1"], "did you mean 'optim.lr'"),
-    ("bad value of a key", ["sweep", "digits", "--optim.lr=fast"], "optim.lr: got 'fast'"),
     ("unknown space", ["sweep", "digits", "--search", "optimisation"], "did you mean 'optimization'"),
-    ("missing space", ["sweep", "digits", "--search", "no/such.yaml"], "no/such.yaml: cannot be read"),
-    ("a directory for a space", ["sweep", "digits", "--search", "../searches"], "../searches: cannot be read"),
     ("torn space", searching("torn"), "torn.yaml: cannot be read as YAML"),
-    ("empty space", searching("empty"), "search: should be a mapping"),
-    ("a list for a space", searching("list"), "search: should be a mapping"),
     ("unknown key of the space", searching("unknown_key"), "did you mean 'optim.lr'"),
-    ("unknown kind of the space", searching("unknown_kind"), "loguniform"),
-    ("reversed range", searching("reversed"), "search: optim.lr: uniform: got [2, 1]"),
     ("bad value of the space", searching("bad_value"), "search: optim.lr: got -1"),
-    ("fractions of whole numbers", searching("fractions"), "search: model.latent_dim: got"),
-    ("a place to search", searching("place"), "search: run.storage: cannot be searched"),
     ("workers to search", searching("workers"), "search: workers.num: cannot be searched"),
-    ("code in the space", searching("code"), "code.yaml: cannot be read as YAML"),
     ("batch too large", searching("large_batch"), "search: training.global_batch_size: got 5000"),
-    ("all for validation", searching("all_for_validation"), "less than the 1438"),
-    ("unknown scheduler", ["sweep", "digits", "--scheduler", "ashaa"], "did you mean 'asha'"),
-    ("unknown searcher", ["sweep", "digits", "--searcher", "optua"], "did you mean 'optuna'"),
+    ("the validation split to search", searching("num_validation"), "data.num_validation: cannot be searched"),
+    ("the seed to search", searching("seed"), "run.seed: cannot be searched, each trial would have other noise"),
+    ("the rate alone", ["sweep", "digits", "--metric", "val/rate"], "a collapsed trial"),
+    ("training metrics", ["sweep", "digits", "--metric=train/nelbo"], "or --data.num-validation 0"),
+    ("two splits", ["sweep", "digits", "--metric=val/nelbo,train/rate"], "metric: got 'train/rate'"),
     ("unknown metric", ["sweep", "digits", "--metric", "val/nebo"], "did you mean 'val/nelbo'"),
-    ("the loss", ["sweep", "digits", "--metric", "val/loss"], "the smallest beta would win"),
-    ("a test metric", ["sweep", "digits", "--metric", "test/nelbo"], "no test any more"),
-    ("asha by two", ["sweep", "digits", "--scheduler=asha", "--metric=val/rate,val/distortion"], "--scheduler none"),
-    ("pbt of a network's shape", ["sweep", "digits", "--scheduler=pbt", "--search=default"], "model.latent_dim"),
     ("pbt with workers", ["sweep", "digits", "--scheduler=pbt", "--workers.num=2"], "trials of one worker"),
-    ("pbt with optuna", ["sweep", "digits", "--scheduler=pbt", "--searcher=optuna"], "--searcher random"),
-    ("pbt a few at a time", ["sweep", "digits", "--scheduler=pbt", "--max-concurrent=2"], "max_concurrent: has no"),
-    ("a grid of ranges", [*searching("lr"), "--searcher", "grid"], "a range has no grid"),
-    ("another number than the grid's", [*searching("grid"), "--searcher=grid", "--num-trials=3"], "2 points"),
+    ("pbt a few at a time", ["sweep", "digits", "--scheduler=pbt", "--max-concurrent=2"], "not supported with pbt"),
     ("no trials", ["sweep", "digits", "--num-trials", "0"], "num_trials: got 0"),
-    ("trials that are no number", ["sweep", "digits", "--num-trials", "many"], "'many'"),
     ("none at once", ["sweep", "digits", "--max-concurrent", "0"], "max_concurrent: got 0"),
     ("fewer than no workers", ["sweep", "digits", "--workers-per-trial", "-1"], "workers_per_trial: got -1"),
     (
@@ -130,11 +106,11 @@ MISTAKES: list[tuple[str, list[str], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "said"), [m[1:] for m in MISTAKES], ids=[m[0] for m in MISTAKES])
+@pytest.mark.parametrize(("arguments", "part"), [m[1:] for m in MISTAKES], ids=[m[0] for m in MISTAKES])
 def test_a_mistake_is_one_line_and_exit_code_2_and_leaves_no_sweep(
-    arguments: list[str], said: str, place: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], part: str, place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert said in mistake(capsys, *arguments)
+    assert part in mistake(capsys, *arguments)
     # the storage itself may have been made; nothing in it
     assert [path for path in place.rglob("*") if path != place / "runs"] == []
 
@@ -142,16 +118,16 @@ def test_a_mistake_is_one_line_and_exit_code_2_and_leaves_no_sweep(
 def test_a_mistake_is_one_line_though_a_validation_split_was_made(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """That images are set aside is told when a sweep starts, not when it does not."""
-    said = mistake(capsys, *searching("large_batch"), "--data.num-validation=0")
-    assert "training.global_batch_size" in said
-    assert "set aside" not in said
+    """The warning that images are set aside comes only when a sweep starts."""
+    message = mistake(capsys, *searching("large_batch"), "--data.num-validation=0")
+    assert "training.global_batch_size" in message
+    assert "set aside" not in message
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs")
 def test_a_batch_too_small_for_the_workers_is_a_mistake(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    said = mistake(capsys, *searching("batch_for_workers"), "--workers-per-trial", "2")
-    assert "search: workers.num: got 2, should be at most training.global_batch_size (1)" in said
+    message = mistake(capsys, *searching("batch_for_workers"), "--workers-per-trial", "2")
+    assert "search: workers.num: got 2, should be at most training.global_batch_size (1)" in message
     assert list(place.rglob("*")) == [place / "runs"]
 
 
@@ -175,9 +151,9 @@ def test_the_name_of_a_run_is_taken(trained_run: TrainResult, place: Path, capsy
     shutil.copytree(trained_run.run_dir, place / "runs" / "mine")
     before = content_of(place)
     for options in ([], ["--resume"]):
-        said = mistake(capsys, "sweep", "digits", "--name", "mine", *options)
-        assert "run.name: 'mine' is already used" in said
-        assert "something else" in said
+        message = mistake(capsys, "sweep", "digits", "--name", "mine", *options)
+        assert "run.name: 'mine' is already used" in message
+        assert "something else" in message
     assert content_of(place) == before
 
 
@@ -192,17 +168,19 @@ def test_the_name_of_other_files_is_taken(place: Path, options: list[str], capsy
     assert content_of(place) == before
 
 
-def test_the_name_of_a_sweep_is_taken_and_what_differs_is_told(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_name_of_a_sweep_is_taken_and_what_differs_is_named(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (place / "runs").mkdir()
     directory = small_sweep(place / "runs" / "mine")
     before = content_of(place)
-    said = mistake(capsys, "sweep", "digits", "--name", "mine", "--num-trials", "9")
-    assert "a different sweep" in said
-    assert "model.latent_dim: 3 -> 10" in said
-    assert "scheduler: 'none' -> 'asha'" in said
-    assert "--resume" in said
-    said = mistake(capsys, "sweep", "digits", "--name", "mine", "--resume")
-    assert said.startswith("vae-ray: sweep 'mine': cannot be resumed as a different sweep (")
+    message = mistake(capsys, "sweep", "digits", "--name", "mine", "--num-trials", "9")
+    assert "a different sweep" in message
+    assert "model.latent_dim: 3 -> 10" in message
+    assert "scheduler: 'none' -> 'asha'" in message
+    assert "--resume" in message
+    message = mistake(capsys, "sweep", "digits", "--name", "mine", "--resume")
+    assert message.startswith("vae-ray: sweep 'mine': cannot be resumed as a different sweep (")
     assert content_of(place) == before
     directory.description_file.write_text("experiment: {")
     damaged = "sweep.yaml: cannot be read: "
@@ -219,8 +197,8 @@ def test_a_sweep_that_is_running_is_not_joined(place: Path, capsys: pytest.Captu
     search.write_text("objective.beta: {loguniform: [0.01, 4.0]}")
     same = ["sweep", str(experiment), "--search", str(search), "--scheduler=none", "--num-trials=8", "--resume"]
     with filelock.FileLock(directory.path / ".driver.lock"):
-        said = mistake(capsys, *same, "--name", "mine", "--storage", str(place / "runs"))
-    assert "'mine' is running right now" in said
+        message = mistake(capsys, *same, "--name", "mine", "--storage", str(place / "runs"))
+    assert "'mine' is running right now" in message
     assert directory.description() == content
 
 
@@ -231,24 +209,3 @@ def test_a_run_does_not_move_into_a_sweep(place: Path, capsys: pytest.CaptureFix
     small = ["--workers.num=0", "--training.epochs=1", "--model.network.hidden=8"]
     assert "run.name: 'mine' is already used" in mistake(capsys, "train", "digits", "--name", "mine", *small)
     assert content_of(place) == before
-
-
-# --- what only the space reveals ------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "search",
-    [
-        # without a validation split such a trial has no val/nelbo
-        {"data.num_validation": {"choice": [0, 100]}},
-        {"data.num_validation": {"int": [0, 100]}},
-    ],
-    ids=str,
-)
-def test_a_space_in_which_a_trial_would_lack_the_metric_is_refused(search: dict[str, Any], place: Path) -> None:
-    experiment = Experiment.preset("digits").with_overrides({"run.storage": str(place), "run.name": "mine"})
-    chosen = settings(
-        search=search, metric="val/nelbo", num_trials=2, scheduler=None, searcher="random", workers_per_trial=1
-    )
-    with pytest.raises(UserError, match=r"data\.num_validation"):
-        preflighted(chosen, experiment)

@@ -113,8 +113,9 @@ def field_docs() -> Iterator[keys.FieldDoc]:
 
 @functools.cache
 def _docs_by_key() -> dict[str, keys.FieldDoc]:
-    """The fields by both of their keys."""
-    return {key: doc for doc in field_docs() for key in (doc.key, doc.flat_key)}
+    """The fields by all of their keys."""
+    docs = {key: doc for doc in field_docs() for key in (doc.key, doc.flat_key)}
+    return docs | {doc.flat_key.rpartition(".")[0]: doc for doc in field_docs() if doc.is_axis}
 
 
 def is_place_key(key: str) -> bool:

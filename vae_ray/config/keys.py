@@ -36,6 +36,8 @@ class FieldDoc(NamedTuple):
     entry: str
     """The entry whose setting it is, as in "mlp"; empty for a field that is always there."""
     is_place: bool
+    is_axis: bool = False
+    """Whether its value is the name of an entry; the key without the last part of `flat_key` means it too."""
 
 
 def field_docs(model: type[BaseModel], prefix: str = "", entry: str = "", is_place: bool = False) -> Iterator[FieldDoc]:
@@ -58,7 +60,7 @@ def _axis_docs(key: str, axis: Choice, field: FieldInfo, is_place: bool) -> Iter
     tag_key = key if axis.tag == "name" else f"{key}.{axis.tag}"
     description = field.description or f"The {axis.axis}."
     default = getattr(field.default, axis.tag)
-    yield FieldDoc(tag_key, f"{key}.{axis.tag}", f"{{{names}}}", default, description, "", is_place)
+    yield FieldDoc(tag_key, f"{key}.{axis.tag}", f"{{{names}}}", default, description, "", is_place, is_axis=True)
     by_class: dict[type[BaseModel], list[str]] = {}
     for name, cls in entries.items():
         by_class.setdefault(cls, []).append(name)

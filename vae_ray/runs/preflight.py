@@ -42,9 +42,9 @@ def with_absolute_paths(experiment: Experiment) -> Experiment:
 def preflight(experiment: Experiment) -> Experiment:
     """Check, without starting anything, all that can be known beforehand; the experiment with `auto` resolved.
 
-    On a cluster `workers` are resolved later, once it is connected. Raises `UserError` for a storage that cannot be
-    written, data that cannot be read or are too small, a model that cannot be built, a user's code that does not fit,
-    and workers, CPUs or GPUs that do not exist.
+    On a cluster most of `workers` is resolved later, once it is connected. Raises `UserError` for a storage that cannot
+    be written, data that cannot be read or are too small, a model that cannot be built, a user's code that does not
+    fit, and workers, CPUs or GPUs that do not exist.
     """
     check_writable(experiment.run.storage)
     splits = Splits.open(experiment)
@@ -59,7 +59,7 @@ def preflight(experiment: Experiment) -> Experiment:
     for path in experiment.run.callbacks:
         user_code.call(path, {}, key="run.callbacks")
     if placement.uses_cluster() and experiment.workers.num != 0:
-        return experiment
+        return placement.with_one_thread_if_small(experiment, model)
     experiment = placement.resolve_local(experiment, model)
     check_workers(experiment, model)
     if experiment.workers.num == 0:

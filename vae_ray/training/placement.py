@@ -46,8 +46,15 @@ def resolve_local(experiment: Experiment, model: VAE) -> Experiment:
     return experiment.with_overrides({"workers.num": num, "workers.cpus": cpus})
 
 
+def with_one_thread_if_small(experiment: Experiment, model: VAE) -> Experiment:
+    """The experiment with `workers.cpus` 1 in place of `auto` if a step is too small to be shared out."""
+    if experiment.workers.cpus == "auto" and num_threads(2, experiment, model) == 1:
+        return experiment.with_overrides({"workers.cpus": 1})
+    return experiment
+
+
 def resolve_on_cluster(experiment: Experiment, nodes: Sequence[Mapping[str, float]]) -> Experiment:
-    """The same on a cluster of `nodes`, each with its total "CPU" and "GPU"."""
+    """The experiment with numbers in place of `auto` on a cluster of `nodes`, each with its total "CPU" and "GPU"."""
     workers = experiment.workers
     gpus = sum(int(node.get("GPU", 0) // workers.gpus) for node in nodes) if workers.device != "cpu" else 0
     with_cpus = [node for node in nodes if node.get("CPU", 0) >= 1]

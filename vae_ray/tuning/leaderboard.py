@@ -1,14 +1,12 @@
 """The leaderboard: trials in order of a metric that does not contain beta, as CSV, Parquet and `best/`.
 
-Why not the loss: it is distortion + beta * rate, so two trials of different beta do not measure the same thing, and
-the one with the smallest beta wins whatever it has learnt. `nelbo` is distortion + rate for all of them. The
-trade-off itself is two numbers, rate and distortion; the trials that no other beats in both are the Pareto front
-(Alemi et al. 2018, arXiv:1711.00464).
+Not the loss: it is distortion + beta * rate, so trials of different beta do not measure the same thing, and the
+smallest beta wins. `nelbo` is distortion + rate for all of them. The trade-off itself is two numbers, rate and
+distortion; the non-dominated trials are the Pareto front (Alemi et al. 2018, arXiv:1711.00464).
 """
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -19,66 +17,65 @@ import pyarrow.parquet
 
 from vae_ray.tuning.directory import SweepDirectory
 from vae_ray.tuning.records import TrialRecord
-
-PARETO_METRICS = ("rate", "distortion")
+from vae_ray.tuning.settings import TERMS
+from vae_ray.tuning.space import scalar
 
 
 def ranked(records: Sequence[TrialRecord], metrics: Sequence[str]) -> list[TrialRecord]:
-    """Trials from best to worst by the metric of their best checkpoints; failed ones and those without one last.
+    """Trials from best to worst by their best checkpoints; failed ones and those without one last.
 
-    With two metrics the Pareto front comes first, then the front of the others, and so on; within one, by the sum.
+    With two metrics the Pareto front comes first, then the front of the others, and so on; within one, by the
+    selection metric.
     """
-    valued = [record for record in records if _values(record, metrics) is not None]
+    left = [record for record in records if is_comparable(record, metrics)]
     order: list[TrialRecord] = []
-    while valued:
-        front = valued if len(metrics) == 1 else pareto_front(valued, metrics)
-        order += sorted(front, key=lambda record: (sum(_values(record, metrics) or ()), record.name))
-        valued = [record for record in valued if record not in front]
+    while left:
+        front = non_dominated(left, metrics) if len(metrics) > 1 else left
+        order += sorted(front, key=lambda record: (record.best.score if record.best else 0.0, record.name))
+        left = [record for record in left if record not in front]
     return order + [record for record in records if record not in order]
 
 
-def pareto_front(records: Sequence[TrialRecord], metrics: Sequence[str]) -> list[TrialRecord]:
-    """The trials than which no other is at least as good in all metrics and better in one."""
-    values = {record.name: found for record in records if (found := _values(record, metrics)) is not None}
-
-    def is_beaten(name: str) -> bool:
-        mine = values[name]
-        return any(other != mine and all(o <= m for o, m in zip(other, mine, strict=True)) for other in values.values())
-
-    return [record for record in records if record.name in values and not is_beaten(record.name)]
+def is_comparable(record: TrialRecord, metrics: Sequence[str]) -> bool:
+    """Whether a trial has not failed and has a checkpoint with these metrics."""
+    return not record.failed and all(record.value(metric) is not None for metric in metrics)
 
 
-def _values(record: TrialRecord, metrics: Sequence[str]) -> tuple[float, ...] | None:
-    found = [record.value(metric) for metric in metrics]
-    return None if record.failed else tuple(v for v in found if v is not None) if None not in found else None
+def non_dominated(records: Sequence[TrialRecord], metrics: Sequence[str]) -> list[TrialRecord]:
+    """The Pareto front: trials to which no other is equal or better in all metrics and better in one."""
+    comparable = [record for record in records if is_comparable(record, metrics)]
+    points = [tuple(record.value(metric) or 0.0 for metric in metrics) for record in comparable]
+
+    def is_dominated(point: tuple[float, ...]) -> bool:
+        return any(p != point and all(a <= b for a, b in zip(p, point, strict=True)) for p in points)
+
+    return [record for record, point in zip(comparable, points, strict=True) if not is_dominated(point)]
 
 
 def rate_and_distortion(metrics: Sequence[str]) -> tuple[str, str]:
     """The two metrics of the rate-distortion plane, on the split by which trials are compared."""
     split = metrics[0].partition("/")[0]
-    return f"{split}/{PARETO_METRICS[0]}", f"{split}/{PARETO_METRICS[1]}"
+    return f"{split}/rate", f"{split}/distortion"
 
 
 def rows(records: Sequence[TrialRecord], metrics: Sequence[str], directory: SweepDirectory) -> list[dict[str, Any]]:
     """One row a trial, best first: plain values, None where there is none."""
-    front = {record.name for record in pareto_front(records, rate_and_distortion(metrics))}
-    measured = sorted(
-        {key for record in records if record.best for key in record.best.metrics if "/" in key}, key=_metric_order
-    )
+    front = {record.name for record in non_dominated(records, rate_and_distortion(metrics))}
+    measured = {key for record in records if record.best for key in record.best.metrics if "/" in key}
+    columns = sorted(measured, key=_metric_order)
     table = []
     for rank, record in enumerate(ranked(records, metrics), start=1):
         best = record.best
-        is_ranked = _values(record, metrics) is not None
         table.append(
             {
-                "rank": rank if is_ranked else None,
+                "rank": rank if is_comparable(record, metrics) else None,
                 "trial": record.name,
                 "state": record.state,
                 "epochs": record.epochs_done,
                 "best_epoch": best.epoch if best else None,
-                **{key: best.metrics.get(key) if best else None for key in measured},
+                **{key: record.value(key) for key in columns},
                 "pareto_front": record.name in front,
-                **{key: _cell(value) for key, value in record.overrides.items()},
+                **{key: scalar(value) for key, value in record.overrides.items()},
                 "seconds": sum(line["seconds"] for line in record.history),
                 "checkpoint": str(best.path.relative_to(directory.path)) if best else None,
                 "reason": record.reason,
@@ -87,14 +84,10 @@ def rows(records: Sequence[TrialRecord], metrics: Sequence[str], directory: Swee
     return table
 
 
-def _metric_order(metric: str) -> tuple[int, int]:
+def _metric_order(metric: str) -> tuple[int, int, str]:
     split, _, term = metric.partition("/")
-    splits, terms = ("val", "test", "train"), ("nelbo", "distortion", "rate", "loss")
-    return splits.index(split), terms.index(term) if term in terms else len(terms)
-
-
-def _cell(value: Any) -> Any:
-    return value if isinstance(value, bool | int | float | str) or value is None else json.dumps(value)
+    terms = (*TERMS, "loss")
+    return ("val", "test", "train").index(split), terms.index(term) if term in terms else len(terms), term
 
 
 def write_leaderboard(table: Sequence[dict[str, Any]], directory: SweepDirectory) -> None:

@@ -1,13 +1,15 @@
-"""What has become of each trial, read from the files that it and the sweep's journal left.
+"""The state of each trial, read from its own files and from the sweep's journal.
 
-States: `pending` (proposed, perhaps begun), `finished`, `stopped` (early, by the scheduler), and the failures
-`diverged` (a loss that is no longer finite), `failed` (an error) and `killed` (its process died).
+States: `pending` (proposed, perhaps begun), `finished`, `stopped` (early, by the scheduler or its patience), and the
+failures `diverged` (a loss that is not finite), `failed` (an error) and `killed` (its process died).
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from vae_ray.checkpoints.loading import Checkpoint, best_checkpoint, complete_checkpoints
@@ -25,12 +27,12 @@ FAILURE_FILE = "failure.json"
 """Why a trial failed, left in its directory by its own process; one that was killed leaves none."""
 
 LINEAGE_FILE = "lineage.jsonl"
-"""Whose weights a trial went on with, and with which overrides; only under PBT."""
+"""From whose weights a trial continued, and with which overrides; only under PBT."""
 
 
 @dataclass(frozen=True)
 class TrialRecord:
-    """One trial as its files tell it."""
+    """One trial, as its files describe it."""
 
     name: str
     proposed: dict[str, Any]
@@ -40,43 +42,58 @@ class TrialRecord:
     """Why it failed; empty for the others."""
     run: RunDirectory
     checkpoints: list[Checkpoint]
+    """Of whole epochs, oldest first."""
     history: list[dict[str, Any]]
-    """Its lines of `metrics.jsonl` up to its last complete checkpoint."""
+    """Its records of `metrics.jsonl` up to its last complete checkpoint."""
 
     @property
     def epochs_done(self) -> int:
         return self.checkpoints[-1].epoch if self.checkpoints else 0
 
-    @property
+    @cached_property
     def best(self) -> Checkpoint | None:
-        """Its best checkpoint by nelbo, `best/` of the sweep if it wins."""
+        """Its best checkpoint by the selection metric, by which trials are compared too."""
         return best_checkpoint(self.checkpoints) if self.checkpoints else None
 
     @property
     def failed(self) -> bool:
         return self.state in FAILURES
 
-    @property
+    @cached_property
     def overrides(self) -> dict[str, Any]:
-        """The searched keys as the best checkpoint had them: under PBT they change on the way."""
-        if self.best is None:
-            return self.proposed
-        flat = self.best.experiment().flat()
-        return {key: flat[key] for key in self.proposed}
+        """The searched keys as the best checkpoint had them: PBT changes them during a trial."""
+        return self._values_of(self.best) if self.best is not None else self.proposed
+
+    @property
+    def lineage(self) -> list[dict[str, Any]]:
+        """What it adopted from other trials, oldest first: `epoch`, `weights_of` and its `overrides` from there on."""
+        return read_lineage(self.run)
 
     @property
     def current(self) -> dict[str, Any]:
-        """The overrides with which it goes on: those of the last exploit under PBT, else those it began with."""
-        lines = read_records(self.run.path / LINEAGE_FILE)
-        return lines[-1]["overrides"] if lines else self.proposed
+        """The overrides with which it continues: those of its newest intact checkpoint.
+
+        Under PBT that may be another trial's. Then they are those of the adoption, or its donor's if a kill left no
+        record of it.
+        """
+        for checkpoint in reversed(self.checkpoints):
+            with contextlib.suppress(CorruptFile):
+                owner = checkpoint.experiment().run.name
+                adoptions = [e for e in self.lineage if (e["epoch"], e["weights_of"]) == (checkpoint.epoch, owner)]
+                return dict(adoptions[-1]["overrides"]) if adoptions else self._values_of(checkpoint)
+        return self.proposed
 
     def value(self, metric: str) -> float | None:
         """The metric of the best checkpoint in nats; None without one."""
         return self.best.metrics.get(metric) if self.best is not None else None
 
+    def _values_of(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        flat = checkpoint.experiment().flat()
+        return {key: flat[key] for key in self.proposed}
+
 
 def read_trials(directory: SweepDirectory) -> list[TrialRecord]:
-    """Every trial that was ever proposed, once, in order of its name."""
+    """Every trial that was ever proposed, once, in order of its name; reads the manifests of all checkpoints."""
     experiment = Experiment.from_dict(directory.description()["experiment"], origin=str(directory.description_file))
     proposed: dict[str, dict[str, Any]] = {}
     ended: dict[str, dict[str, Any]] = {}
@@ -94,7 +111,7 @@ def read_trials(directory: SweepDirectory) -> list[TrialRecord]:
 
 
 def _is_entry(entry: dict[str, Any]) -> bool:
-    """Whether an entry of the journal is one of ours: of a trial inside the sweep, and of keys that can be searched."""
+    """Whether an entry of the journal is ours: of a trial inside the sweep, and of keys that can be searched."""
     name, overrides = entry.get("trial"), entry.get("overrides", {})
     return (
         isinstance(name, str)
@@ -129,6 +146,11 @@ def trial_experiment(base: Experiment, sweep: str, name: str, overrides: dict[st
     """What the trial of that name, of the sweep at that location, trains."""
     place = {"run.name": name, "run.storage": join_location(sweep, TRIALS)}
     return base.with_overrides({**overrides, **place})
+
+
+def read_lineage(run: RunDirectory) -> list[dict[str, Any]]:
+    """The records of `lineage.jsonl`, oldest first."""
+    return read_records(run.path / LINEAGE_FILE)
 
 
 def read_failure(run: RunDirectory) -> dict[str, str]:

@@ -1,6 +1,8 @@
-"""Whatever of a sweep has not ended yet, run by Ray Tune.
+"""Run the unfinished trials with Ray Tune.
 
-Tune is started anew each time, with a scheduler and a searcher that know our records; its own state is thrown away.
+What a trial has done is in its own files and in the journal; they are read once at each start. Everything else is
+derived from them: which trials are left, the state of the scheduler, what the searcher knows. Tune starts fresh each
+time, and its own state is deleted.
 """
 
 from __future__ import annotations
@@ -9,7 +11,6 @@ import logging
 import os
 import random
 import secrets
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 import ray
 import torch
 from ray import tune
+from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import BasicVariantGenerator
 
 from vae_ray.config import user_code
@@ -25,17 +27,18 @@ from vae_ray.distributed.launch import clear_state, ray_state
 from vae_ray.distributed.resources import alive_resources, max_workers_fitting, may_grow, worker_resources
 from vae_ray.seeds import stream
 from vae_ray.storage.locations import join_location
+from vae_ray.training.checkpointing import selection_metric
 from vae_ray.tuning.callbacks import JournalCallback
 from vae_ray.tuning.directory import TRIALS, SweepDirectory
 from vae_ray.tuning.progress import SweepView
 from vae_ray.tuning.proposals import FixedConfigurations, OptunaProposals, propose_all
 from vae_ray.tuning.records import TrialRecord, read_trials
-from vae_ray.tuning.schedulers import SCHEDULERS, SchedulerSpec
+from vae_ray.tuning.schedulers import SCHEDULERS, replay
 from vae_ray.tuning.settings import SweepSettings
 from vae_ray.tuning.trial import TRIAL, TrialLoop, train_group
 
 TUNE_STATE = ".tune"
-"""What Tune keeps for itself in a sweep's directory while it runs; a new one at every start."""
+"""Tune's own files in a sweep's directory while it runs."""
 HEAD_NODE = "node:__internal_head__"
 PBT_CHECKPOINTS_KEPT = 4
 """Of each trial, by Tune, while it runs: one that others are about to copy must not be deleted."""
@@ -44,104 +47,101 @@ PBT_CHECKPOINTS_KEPT = 4
 def run_trials(
     directory: SweepDirectory,
     experiment: Experiment,
-    chosen: SweepSettings,
+    settings: SweepSettings,
     *,
     device: torch.device,
     max_concurrent: int | None,
     quiet: bool,
 ) -> None:
-    """Run all trials that have not ended; Ray must be connected. Raises `KeyboardInterrupt` if told to stop before."""
-    seed = experiment.run.seed
-    if chosen.searcher != "optuna":
-        propose_all(directory, chosen, seed=seed)
-    setting = SchedulerSpec(chosen.metrics[0], _most_epochs(experiment, chosen), chosen.space)
-    known = read_trials(directory)
-    scheduling = SCHEDULERS[chosen.scheduler](setting, known)
-    for record in known:
-        if record.state == "pending" and record.name in scheduling.stopped:
-            end = {"event": "ended", "epoch": record.epochs_done, "state": "stopped", "reason": ""}
-            directory.append_to_journal({"trial": record.name, **end})
-    records = [_reopened(record) for record in read_trials(directory)]
-    pending = [record for record in records if record.state == "pending"]
-    num_to_run = len(pending) + chosen.num_trials - len(records)
+    """Run all trials that have not ended; Ray must be connected. Raises `KeyboardInterrupt` if it is interrupted."""
+    epochs = _most_epochs(experiment, settings)
+    scheduler, records = _replayed(directory, experiment, settings, epochs)
+    num_to_run = settings.num_trials - sum(record.state != "pending" for record in records)
     if not num_to_run:
         return
-    if chosen.scheduler == "pbt":  # it draws from the global generators
-        random.seed(stream(seed, "pbt"))
-        np.random.seed(stream(seed, "pbt") % 2**32)
-    # PBT pauses trials and compares the whole population: all of it must be alive at once.
-    limit = 0 if chosen.scheduler == "pbt" else _concurrency(experiment, device, max_concurrent or num_to_run)
+    metric, num_trials = selection_metric(experiment), settings.num_trials
+    view = SweepView(directory.name, metric=metric, num_trials=num_trials, epochs=epochs, records=records, quiet=quiet)
+    callback = JournalCallback(directory, view, epochs=experiment.training.epochs, records=records)
+    # PBT pauses trials and compares the whole population: all of it must run at once.
+    limit = 0 if settings.scheduler == "pbt" else _concurrency(experiment, device, max_concurrent or num_to_run)
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(limit or num_to_run)
-    with (
-        ray_state(directory.location, TUNE_STATE) as storage,
-        SweepView(
-            directory.name,
-            metric=chosen.display_metric,
-            num_trials=chosen.num_trials,
-            epochs=setting.epochs,
-            records=records,
-            quiet=quiet,
-        ) as view,
-    ):
-        watch = JournalCallback(
-            directory, view, lambda overrides: experiment.with_overrides(overrides).training.epochs, records
-        )
+    with ray_state(directory.location, TUNE_STATE) as storage, view:
         tuner = tune.Tuner(
             _trainable(directory, experiment, device),
-            # Tune wants the keys of given configurations declared
-            param_space=dict.fromkeys((TRIAL, *chosen.space.domains)) if chosen.searcher != "optuna" else None,
+            # Tune requires the keys of given configurations
+            param_space=dict.fromkeys((TRIAL, *settings.space.domains)) if settings.searcher != "optuna" else None,
             tune_config=tune.TuneConfig(
-                **_search(directory, chosen, seed=seed, records=records, limit=limit),
-                scheduler=scheduling.scheduler,
+                **_search(directory, experiment, settings, records, limit),
+                scheduler=scheduler,
                 num_samples=num_to_run,
                 trial_name_creator=lambda trial: trial.config[TRIAL],
                 reuse_actors=experiment.workers.max == 1,
             ),
-            run_config=tune.RunConfig(
-                name=f"{directory.name}-{secrets.token_hex(4)}",
-                verbose=0,
-                callbacks=[watch],
-                checkpoint_config=tune.CheckpointConfig(num_to_keep=PBT_CHECKPOINTS_KEPT),
-                **storage,
-            ),
+            run_config=_run_config(directory, callback, storage),
         )
-        for name in ("ray.tune", "ray.train"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)  # failures are told once, by the view
         tuner.fit()
         directory.pull()
-        watch.all_ended()
-    _clear_away(directory)
-    if any(record.state == "pending" for record in read_trials(directory)):
+        callback.show_warnings()
+    for name in callback.ended:  # what a nested TorchTrainer leaves when its trial is stopped early
+        clear_state(join_location(directory.location, TRIALS, name))
+    if len(callback.ended) < num_to_run:
         raise KeyboardInterrupt
 
 
+def _replayed(
+    directory: SweepDirectory, experiment: Experiment, settings: SweepSettings, epochs: int
+) -> tuple[TrialScheduler, list[TrialRecord]]:
+    """A scheduler that has seen what earlier drivers saw, and all trials; killed ones are pending again."""
+    seed = experiment.run.seed
+    if settings.searcher != "optuna":
+        propose_all(directory, settings, seed=seed)
+    if settings.scheduler == "pbt":  # it draws from the global generators
+        random.seed(stream(seed, "pbt"))
+        np.random.seed(stream(seed, "pbt") % 2**32)
+    scheduler = SCHEDULERS[settings.scheduler](settings.metrics[0], epochs, settings.space)
+    records = [
+        replace(record, state="pending", reason="") if record.state == "killed" else record
+        for record in read_trials(directory)
+    ]
+    stopped = replay(scheduler, records)
+    for index, record in enumerate(records):
+        if record.state == "pending" and record.name in stopped:
+            end = {"event": "ended", "epoch": record.epochs_done, "state": "stopped", "reason": ""}
+            directory.append_to_journal({"trial": record.name, **end})
+            records[index] = replace(record, state="stopped")
+    return scheduler, records
+
+
+def _run_config(directory: SweepDirectory, callback: JournalCallback, storage: dict[str, Any]) -> tune.RunConfig:
+    for name in ("ray.tune", "ray.train"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # the view reports failures, once
+    return tune.RunConfig(
+        name=f"{directory.name}-{secrets.token_hex(4)}",
+        verbose=0,
+        callbacks=[callback],
+        checkpoint_config=tune.CheckpointConfig(num_to_keep=PBT_CHECKPOINTS_KEPT),
+        **storage,
+    )
+
+
 def _search(
-    directory: SweepDirectory, chosen: SweepSettings, *, seed: int, records: list[TrialRecord], limit: int
+    directory: SweepDirectory, experiment: Experiment, settings: SweepSettings, records: list[TrialRecord], limit: int
 ) -> dict[str, Any]:
     """Tune's arguments for what is tried next, at most `limit` trials at once (0: as many as there are)."""
-    if chosen.searcher == "optuna":
-        proposals = OptunaProposals(directory, chosen, seed=seed, records=records)
+    if settings.searcher == "optuna":
+        seed, metric = experiment.run.seed, selection_metric(experiment)
+        proposals = OptunaProposals(directory, settings, seed=seed, records=records, selection_metric=metric)
         return {"search_alg": proposals, "max_concurrent_trials": limit}
-    pending = [{TRIAL: record.name, **record.current} for record in records if record.state == "pending"]
-    if chosen.scheduler == "pbt":
-        return {"search_alg": FixedConfigurations(pending)}
-    return {"search_alg": BasicVariantGenerator(points_to_evaluate=pending, max_concurrent=limit)}
+    pending = [record for record in records if record.state == "pending"]
+    if settings.scheduler == "pbt":
+        return {"search_alg": FixedConfigurations([{TRIAL: record.name, **record.current} for record in pending])}
+    points = [{TRIAL: record.name, **record.proposed} for record in pending]
+    return {"search_alg": BasicVariantGenerator(points_to_evaluate=points, max_concurrent=limit)}
 
 
-def _clear_away(directory: SweepDirectory) -> None:
-    """Delete what a nested TorchTrainer leaves when its trial is stopped early."""
-    for record in read_trials(directory):
-        clear_state(join_location(directory.location, TRIALS, record.name))
-
-
-def _reopened(record: TrialRecord) -> TrialRecord:
-    """A trial whose process was killed is still to be done: it was not its fault."""
-    return replace(record, state="pending", reason="") if record.state == "killed" else record
-
-
-def _most_epochs(experiment: Experiment, chosen: SweepSettings) -> int:
+def _most_epochs(experiment: Experiment, settings: SweepSettings) -> int:
     """Epochs of the longest trial."""
-    domain = chosen.space.domains.get("training.epochs")
+    domain = settings.space.domains.get("training.epochs")
     return max(domain.boundary_values()) if domain is not None else experiment.training.epochs
 
 
@@ -157,14 +157,14 @@ def _concurrency(experiment: Experiment, device: torch.device, most: int) -> int
     return max(1, min(max_workers_fitting(alive_resources(nodes), each) // workers.max, most))
 
 
-def _trainable(directory: SweepDirectory, experiment: Experiment, device: torch.device) -> Callable[..., Any]:
-    """What Tune runs for a trial, with what it may hold."""
+def _trainable(directory: SweepDirectory, experiment: Experiment, device: torch.device) -> Any:
+    """What Tune runs for a trial, with the resources that it reserves."""
     parameters: dict[str, Any] = {
         "sweep": directory.location,
         "experiment": experiment.to_dict(),
         "device": device.type,
+        "user_code": user_code.collect(experiment.user_code()),
     }
-    parameters["user_code"] = user_code.collect(experiment.user_code())
     workers = experiment.workers
     if workers.max > 1:
         # The trial's own process only waits for its workers. It must hold something, and not a part of a CPU that

@@ -1,20 +1,24 @@
-"""How a space is searched: what the user chose, checked, with every combination that cannot work refused."""
+"""How a space is searched: the arguments of a sweep, checked, with every combination that cannot work refused."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from vae_ray.config.keys import did_you_mean
 from vae_ray.errors import UserError
+from vae_ray.evaluation.metrics import ELBO_TERMS
+from vae_ray.tuning.schedulers import SCHEDULERS
 from vae_ray.tuning.space import Range, SearchSpace
 
-SCHEDULER_NAMES = ("asha", "none", "pbt")
-SEARCHER_NAMES = ("random", "grid", "optuna")
-METRICS = tuple(f"{split}/{term}" for split in ("val", "train") for term in ("nelbo", "distortion", "rate"))
+SEARCHERS = ("random", "grid", "optuna")
+TERMS = ("nelbo", *ELBO_TERMS)
+"""What trials can be compared by: beta occurs in none of them."""
+METRICS = tuple(f"{split}/{term}" for split in ("val", "train") for term in TERMS)
+WINS_ALONE = {"rate": "a collapsed trial, whose latents ignore the image,", "distortion": "an autoencoder (beta = 0)"}
 DEFAULT_NUM_TRIALS = 16
-# What may change in mid-run: neither the shape of the network nor the data.
+# What may change during a trial: neither the shape of the network nor the data.
 PBT_KEYS = ("optim.lr", "optim.weight_decay", "optim.grad_clip", "objective.beta")
 
 
@@ -28,11 +32,6 @@ class SweepSettings:
     num_trials: int
     scheduler: str
     searcher: str
-
-    @property
-    def display_metric(self) -> str:
-        """The one number by which people follow the sweep."""
-        return self.metrics[0] if len(self.metrics) == 1 else f"{self.metrics[0].partition('/')[0]}/nelbo"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as `sweep.yaml` holds it."""
@@ -56,10 +55,9 @@ def settings(
 ) -> SweepSettings:
     """The settings that the arguments of `sweep` mean; raises `UserError` for those that cannot work."""
     metrics = _metrics(metric)
-    if scheduler is None:
-        scheduler = "asha" if len(metrics) == 1 else "none"
-    _one_of("scheduler", scheduler, SCHEDULER_NAMES)
-    _one_of("searcher", searcher, SEARCHER_NAMES)
+    scheduler = scheduler if scheduler is not None else "asha" if len(metrics) == 1 else "none"
+    _check_name("scheduler", scheduler, list(SCHEDULERS))
+    _check_name("searcher", searcher, SEARCHERS)
     if len(metrics) > 1 and scheduler != "none":
         raise UserError(
             f"scheduler: got {scheduler!r}, with two metrics no trial can be stopped early; use --scheduler none"
@@ -69,36 +67,40 @@ def settings(
     space = SearchSpace.load(search) if isinstance(search, str) else SearchSpace.from_dict(search)
     if scheduler == "pbt":
         _check_pbt(space, searcher=searcher, workers_per_trial=workers_per_trial)
-    num_trials = _num_trials(num_trials, space, searcher=searcher, least=2 if scheduler == "pbt" else 1)
+    num_trials = _num_trials(num_trials, space, searcher=searcher, min_trials=2 if scheduler == "pbt" else 1)
     return SweepSettings(space, metrics, num_trials, scheduler, searcher)
 
 
 def _metrics(metric: str | Sequence[str]) -> tuple[str, ...]:
     metrics = tuple(metric.replace(" ", "").split(",")) if isinstance(metric, str) else tuple(metric)
-    if not metrics:
-        raise UserError(f"metric: got {metric!r}, should be one of {', '.join(METRICS)}")
     for name in metrics:
-        if name.endswith("/loss"):
+        split, _, term = name.partition("/")
+        if term == "loss":
             raise UserError(
                 f"metric: got {name!r}, trials of different beta cannot be compared by what they optimised: "
                 "the smallest beta would win; use --metric val/nelbo"
             )
-        if name.startswith("test/"):
+        if split == "test":
             raise UserError(
-                f"metric: got {name!r}, a test metric by which trials were chosen is no test any more; "
-                f"use --metric val/{name.removeprefix('test/')}"
+                f"metric: got {name!r}, the test split must not select the winner, or its metrics are no test; "
+                f"use --metric val/{term}"
             )
-        _one_of("metric", name, METRICS)
-    if len(metrics) > 2 or len(set(metrics)) < len(metrics):
-        raise UserError(f"metric: got {','.join(metrics)!r}, should be one metric or two different ones")
+        _check_name("metric", name, METRICS)
+        if len(metrics) == 1 and term in WINS_ALONE:
+            raise UserError(
+                f"metric: got {name!r}, {WINS_ALONE[term]} would win; use --metric {split}/nelbo, or "
+                f"--metric {split}/rate,{split}/distortion for the trade-off"
+            )
+    if not 1 <= len(metrics) <= 2 or len(set(metrics)) < len(metrics):
+        raise UserError(
+            f"metric: got {','.join(metrics)!r}, should be one metric or two different ones of {', '.join(METRICS)}"
+        )
     return metrics
 
 
-def _one_of(key: str, value: str, known: Sequence[str]) -> None:
-    if value not in known:
-        near = difflib.get_close_matches(value, known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise UserError(f"{key}: got {value!r}, should be one of {', '.join(known)}{hint}")
+def _check_name(key: str, value: str, names: Sequence[str]) -> None:
+    if value not in names:
+        raise UserError(f"{key}: got {value!r}; {did_you_mean(value, names)}")
 
 
 def _check_pbt(space: SearchSpace, *, searcher: str, workers_per_trial: int) -> None:
@@ -112,14 +114,14 @@ def _check_pbt(space: SearchSpace, *, searcher: str, workers_per_trial: int) -> 
     for key, domain in space.domains.items():
         if key not in PBT_KEYS:
             raise UserError(
-                f"search: {key}: cannot change while a trial runs, as pbt would have it; it can search "
+                f"search: {key}: cannot change while a trial runs, as pbt requires; it can search "
                 f"{', '.join(PBT_KEYS)}; or use --scheduler asha"
             )
         if isinstance(domain, Range) and domain.integer:
             raise UserError(f"search: {key}: pbt changes numbers by factors, should be uniform, loguniform or choice")
 
 
-def _num_trials(num_trials: int | None, space: SearchSpace, *, searcher: str, least: int) -> int:
+def _num_trials(num_trials: int | None, space: SearchSpace, *, searcher: str, min_trials: int) -> int:
     if searcher == "grid":
         size = len(space.grid())
         if num_trials not in (None, size):
@@ -127,9 +129,11 @@ def _num_trials(num_trials: int | None, space: SearchSpace, *, searcher: str, le
                 f"num_trials: got {num_trials}, the grid has {size} points; leave it out or use --searcher random"
             )
         return size
-    chosen = DEFAULT_NUM_TRIALS if num_trials is None else num_trials
-    if chosen < least:
+    if num_trials is None:
+        return DEFAULT_NUM_TRIALS
+    if num_trials < min_trials:
         raise UserError(
-            f"num_trials: got {chosen}, should be at least {least}; for example --num-trials {DEFAULT_NUM_TRIALS}"
+            f"num_trials: got {num_trials}, should be at least {min_trials}; for example "
+            f"--num-trials {DEFAULT_NUM_TRIALS}"
         )
-    return chosen
+    return num_trials

@@ -1,4 +1,4 @@
-"""What a sweep has come to, from its files alone: leaderboard, `best/`, report and summary."""
+"""Build the result of a sweep from its files: leaderboard, `best/`, report and summary."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SweepResult:
-    """What a sweep has come to; `to_dict` is the object that `vae-ray sweep --json` prints."""
+    """The result of a sweep; `to_dict` is the object that `vae-ray sweep --json` prints."""
 
     sweep_dir: Path | str
     """A path; of a storage that is a URI, the URI. So are the files."""
@@ -32,11 +32,11 @@ class SweepResult:
     states: dict[str, int]
     """How many trials finished, were stopped, diverged, ..."""
     metrics: list[str]
-    """By what trials are compared."""
+    """Those by which trials are compared."""
     best: dict[str, Any]
     """`trial`, `overrides`, `checkpoint`, `metrics` of the winner, in nats."""
     pareto_front: list[str]
-    """Trials that no other beats in both rate and distortion."""
+    """Trials that are not dominated in rate and distortion."""
     leaderboard: Path | str
     report: Path | str
     seconds: float
@@ -49,7 +49,7 @@ class SweepResult:
 
 
 def summarize_sweep(directory: SweepDirectory, *, started_at: float) -> SweepResult:
-    """Write the leaderboard, `best/`, the report and the summary of whatever trials have done so far."""
+    """Write the leaderboard, `best/`, the report and the summary of all trials as they are now."""
     metrics = directory.description()["metrics"]
     directory.pull()
     records = read_trials(directory)
@@ -71,13 +71,13 @@ def summarize_sweep(directory: SweepDirectory, *, started_at: float) -> SweepRes
         versions=versions(),
     )
     directory.write_summary(result.to_dict())
-    write_report(directory, records, table)  # last: what has been computed must not depend on how it looks
+    write_report(directory, records, table)  # last: if it fails, all results are written
     directory.push()
     return result
 
 
 def install_best(ranked: Sequence[TrialRecord], directory: SweepDirectory) -> dict[str, Any]:
-    """The first whose best checkpoint is whole, for the summary, once it lies in `best/`; empty if there is none."""
+    """Copy the first intact best checkpoint to `best/`; its description, empty if there is none."""
     for winner in ranked:
         if winner.failed or winner.best is None:
             continue
@@ -85,7 +85,7 @@ def install_best(ranked: Sequence[TrialRecord], directory: SweepDirectory) -> di
             directory.pull(winner.best.path)
             copy_checkpoint(winner.best, directory.best)
         except CorruptFile as error:
-            logger.warning("%s; trial %s is passed over", error, winner.name)
+            logger.warning("%s; trial %s is left out", error, winner.name)
             continue
         metrics = {key: value for key, value in winner.best.metrics.items() if "/" in key}
         if "test/nelbo" not in metrics:  # no epoch evaluated it

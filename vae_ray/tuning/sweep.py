@@ -1,7 +1,7 @@
-"""`sweep`: many trials of one Experiment, the best of each kept, ranked and shown.
+"""`sweep`: many trials of one Experiment, ranked by their best checkpoints.
 
-The driver's part. What was proposed and how each trial ended stands in our journal, what it learnt in its run
-directory; Tune is started anew for whatever is still to be done, so that a restored sweep differs in nothing.
+The driver's part: check, hold the directory, run the trials, summarize. The journal has what was proposed and how
+each trial ended, the run directories what each trial learnt; a resumed sweep reads these alone.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from vae_ray.errors import UserError
 from vae_ray.runs.exclusive import exclusive_run, is_taken, run_location
 from vae_ray.runs.preflight import preflight, with_absolute_paths
 from vae_ray.storage.locations import absolute
+from vae_ray.training.checkpointing import selection_metric
 from vae_ray.tuning.directory import SweepDirectory
 from vae_ray.tuning.run_trials import run_trials
 from vae_ray.tuning.settings import SweepSettings, settings
@@ -29,9 +30,8 @@ from vae_ray.tuning.summary import SweepResult, summarize_sweep
 
 logger = logging.getLogger(__name__)
 
-MOST_VALIDATION_IMAGES = 2000
-"""All trials see the same ones, so their differences are less noisy than the numbers; training would miss more."""
-INCOMPARABLE = {"data.source", "likelihood.name"}
+MAX_VALIDATION_IMAGES = 2000
+"""All trials are measured on the same ones, so their differences are less noisy than the numbers."""
 
 
 def sweep(
@@ -50,18 +50,19 @@ def sweep(
     """Try `num_trials` variations of `experiment` and return the best; `quiet=False` shows progress on stderr.
 
     `search` is the name of a space that ships with the package, a YAML file, or plain data such as
-    `{"optim.lr": {"loguniform": [1e-4, 1e-2]}}`. Trials are compared by `metric` of their best checkpoints, one of
-    `val/nelbo`, `val/distortion`, ... or two of them for a Pareto front; never by the loss, which contains beta.
-    With `resume` a sweep of that name goes on: what has ended is not run again.
+    `{"optim.lr": {"loguniform": [1e-4, 1e-2]}}`. Trials are compared by `metric` of their best checkpoints:
+    `val/nelbo`, or two such as `("val/rate", "val/distortion")` for a Pareto front; never by the loss, which contains
+    beta. The best checkpoint of a trial is that of the smallest nelbo on the same split. With `resume` a sweep of that
+    name continues: what has ended is not run again.
 
-    A trial that fails is marked with its reason and the others go on; the result counts them. Raises `UserError`,
-    before anything starts, for what the user can put right.
+    A trial that fails is marked with its reason and the others continue; the result counts them. Raises `UserError`,
+    before anything starts, for what the user can correct.
     """
     started_at = time.time()
     if resume and experiment.run.name is None:
         raise UserError("run.name: --resume needs the name of a sweep; for example --name my-sweep --resume")
     experiment = _base_experiment(experiment, workers_per_trial)
-    chosen = settings(
+    checked = settings(
         search=search,
         metric=metric,
         num_trials=num_trials,
@@ -69,23 +70,19 @@ def sweep(
         searcher=searcher,
         workers_per_trial=experiment.workers.max,
     )
-    if max_concurrent is not None:
-        _check_max_concurrent(max_concurrent, chosen.scheduler)
+    if max_concurrent is not None and max_concurrent < 1:
+        raise UserError(f"max_concurrent: got {max_concurrent}, should be at least 1; for example --max-concurrent 2")
+    if max_concurrent is not None and checked.scheduler == "pbt":
+        raise UserError("max_concurrent: not supported with pbt: the whole population runs concurrently; leave it out")
+    had_validation = experiment.data.num_validation > 0
+    checked, experiment = preflighted(checked, experiment)
     num_validation = experiment.data.num_validation
-    chosen, experiment = preflighted(chosen, experiment)
-    with open_sweep(experiment, chosen, resume=resume) as directory:
-        _tell(num_set_aside=experiment.data.num_validation if not num_validation else 0, chosen=chosen)
+    with open_sweep(experiment, checked, resume=resume) as directory:
+        if num_validation and not had_validation:
+            logger.warning("data.num_validation: %d training images are set aside to compare trials by", num_validation)
         with connect(experiment, dashboard=experiment.workers.max > 1) as (experiment, device):
-            run_trials(directory, experiment, chosen, device=device, max_concurrent=max_concurrent, quiet=quiet)
+            run_trials(directory, experiment, checked, device=device, max_concurrent=max_concurrent, quiet=quiet)
         return summarize_sweep(directory, started_at=started_at)
-
-
-def _tell(*, num_set_aside: int, chosen: SweepSettings) -> None:
-    """Say what the user may not expect."""
-    if num_set_aside:
-        logger.warning("data.num_validation: %d training images are set aside to compare trials by", num_set_aside)
-    for key in sorted(INCOMPARABLE & chosen.space.domains.keys()):
-        logger.warning("search: %s: nats of different values measure different things; do not trust the ranking", key)
 
 
 def _base_experiment(experiment: Experiment, workers_per_trial: int | None) -> Experiment:
@@ -100,41 +97,39 @@ def _base_experiment(experiment: Experiment, workers_per_trial: int | None) -> E
     return with_absolute_paths(experiment.with_overrides(overrides))
 
 
-def _check_max_concurrent(max_concurrent: int, scheduler: str) -> None:
-    if max_concurrent < 1:
-        raise UserError(f"max_concurrent: got {max_concurrent}, should be at least 1; for example --max-concurrent 2")
-    if scheduler == "pbt":
-        raise UserError("max_concurrent: has no meaning for pbt, whose whole population is alive at once; leave it out")
-
-
-def preflighted(chosen: SweepSettings, experiment: Experiment) -> tuple[SweepSettings, Experiment]:
-    """Check all that can be known before a trial starts; the settings and experiment as they will be used.
+def preflighted(checked: SweepSettings, experiment: Experiment) -> tuple[SweepSettings, Experiment]:
+    """Check all that can be known before a trial starts; the settings and the experiment as they will be used.
 
     Where trials are compared on a validation split and there is none, a tenth of the training images (at most
     2,000) becomes one. Raises `UserError` for a key or a value of the space that is no valid Experiment.
     """
-    if chosen.metrics[0].startswith("val/") and not experiment.data.num_validation:
+    if any(metric.startswith("val/") for metric in checked.metrics) and not experiment.data.num_validation:
         num_images = len(open_split(experiment.data, "train"))
-        experiment = experiment.with_overrides({"data.num_validation": min(MOST_VALIDATION_IMAGES, num_images // 10)})
-    space = chosen.space.checked(experiment)
+        experiment = experiment.with_overrides({"data.num_validation": min(MAX_VALIDATION_IMAGES, num_images // 10)})
+    split = selection_metric(experiment).partition("/")[0]
+    for metric in checked.metrics:
+        if not metric.startswith(f"{split}/"):
+            raise UserError(
+                f"metric: got {metric!r}, but the checkpoints of each trial are selected on the validation split; "
+                "use --metric val/nelbo, or --data.num-validation 0"
+            )
+    space = checked.space.checked(experiment)
     preflight(experiment)
-    for overrides in space.boundary_values():
-        if chosen.metrics[0].startswith("val/") and overrides.get("data.num_validation") == 0:
-            raise UserError(f"search: data.num_validation: got 0, but trials are compared by {chosen.metrics[0]}")
-        if next(iter(overrides)).startswith(("data.", "training.global_batch_size")):
+    for key, domain in space.domains.items():
+        for value in domain.boundary_values() if key.startswith(("data.", "training.global_batch_size")) else ():
             try:
-                preflight(experiment.with_overrides(overrides))
+                preflight(experiment.with_overrides({key: value}))
             except UserError as error:
                 raise UserError(f"search: {error}") from None
-    return replace(chosen, space=space), experiment
+    return replace(checked, space=space), experiment
 
 
 @contextlib.contextmanager
-def open_sweep(experiment: Experiment, chosen: SweepSettings, *, resume: bool) -> Iterator[SweepDirectory]:
+def open_sweep(experiment: Experiment, checked: SweepSettings, *, resume: bool) -> Iterator[SweepDirectory]:
     """The sweep's directory, locked for this process and described; refused if it is something else's."""
     name, storage = str(experiment.run.name), absolute(experiment.run.storage)
     directory = SweepDirectory.at(run_location(experiment), role="driver")
-    description = {"experiment": experiment.to_dict(), **chosen.to_dict()}
+    description = {"experiment": experiment.to_dict(), **checked.to_dict()}
 
     def refuse_other_uses() -> None:
         if not directory.description_file.exists():
@@ -147,8 +142,8 @@ def open_sweep(experiment: Experiment, chosen: SweepSettings, *, resume: bool) -
         what = f"a different sweep ({'; '.join(difference)})" if difference else "this sweep"
         if not resume:
             raise UserError(
-                f"run.name: {name!r} is already used in {storage} by {what}; add --resume to go on "
-                "with it, or choose another --name"
+                f"run.name: {name!r} is already used in {storage} by {what}; add --resume to "
+                "continue it, or choose another --name"
             )
         if difference:
             raise UserError(f"sweep {name!r}: cannot be resumed as {what}")
@@ -159,16 +154,12 @@ def open_sweep(experiment: Experiment, chosen: SweepSettings, *, resume: bool) -
 
 
 def _difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Readable differences of two descriptions; more trials than before are none, they go on with it."""
+    """Readable differences of two descriptions; a larger num_trials is allowed and extends the sweep."""
     experiments = [Experiment.from_dict(content["experiment"]) for content in (old, new)]
-    found = differing_fields(*experiments, content_only=True)
-    for key in ("search", "metrics", "scheduler", "searcher"):
-        if old.get(key) != new[key]:
-            found.append(f"{key}: {old.get(key)!r} -> {new[key]!r}")
-    grows = new["searcher"] != "grid" and new["num_trials"] > old.get("num_trials", 0)
-    if new["num_trials"] != old.get("num_trials") and not grows:
-        found.append(f"num_trials: {old.get('num_trials')} -> {new['num_trials']}")
-    return found
+    extends = new["searcher"] != "grid" and new["num_trials"] > old["num_trials"]
+    keys = ("search", "metrics", "scheduler", "searcher", *(() if extends else ("num_trials",)))
+    settings = [f"{key}: {old[key]!r} -> {new[key]!r}" for key in keys if old[key] != new[key]]
+    return [*differing_fields(*experiments, content_only=True), *settings]
 
 
 def rebuild_report(path: str | Path) -> SweepResult:

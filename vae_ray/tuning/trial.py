@@ -1,15 +1,14 @@
 """One trial, in the process that Tune gives it.
 
 With one worker it is the training loop itself, an epoch a step, and Tune reuses the process for the next trial: no
-imports, no worker group, no start-up. With several workers it starts a TorchTrainer. Either way it goes on from its
-run directory's newest checkpoint, so a trial can be begun, stopped, killed and taken up again at any epoch.
+imports, no worker group, no start-up. With several workers it starts a TorchTrainer. Both continue from the newest
+checkpoint of the run directory, so a trial can be stopped, killed and resumed at any epoch.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -19,27 +18,31 @@ import torch
 from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
-from vae_ray.checkpoints.loading import all_checkpoints, complete_checkpoints, read_checkpoint
+from vae_ray.checkpoints.loading import (
+    Checkpoint,
+    all_checkpoints,
+    checkpoint_directories,
+    complete_checkpoints,
+    read_checkpoint,
+)
+from vae_ray.checkpoints.saving import copy_checkpoint
 from vae_ray.config.experiment import Experiment
 from vae_ray.config.user_code import Files, install
 from vae_ray.distributed.launch import fit
 from vae_ray.errors import CorruptFile, Diverged, Stopped, one_line
 from vae_ray.parallel.group import SingleProcess
 from vae_ray.run_files.run_directory import RunDirectory
-from vae_ray.storage.atomic import atomic_write
-from vae_ray.storage.locations import join_location
-from vae_ray.storage.reading import parse_json, read_bytes, short_repr
+from vae_ray.runs.exclusive import run_location
+from vae_ray.storage.atomic import atomic_remove_directory, atomic_write
 from vae_ray.storage.records import append_records
 from vae_ray.training.fit import EpochResult, fit_epochs
-from vae_ray.tuning.directory import TRIALS
-from vae_ray.tuning.records import FAILURE_FILE, LINEAGE_FILE, trial_experiment
+from vae_ray.tuning.records import FAILURE_FILE, LINEAGE_FILE, read_lineage, trial_experiment
 
 TRIAL = "trial"
 """Key of a trial's name in the configuration that it begins with; all other keys are the Experiment's.
 
-Tune is told to call the trial so (`str(trial)`), and that is where everyone reads it: PBT copies configurations whole.
+Tune calls the trial so (`str(trial)`), and that is where its name is read: PBT copies configurations whole.
 """
-DONOR = "donor.json"
 
 
 class TrialLoop(tune.Trainable):  # type: ignore[misc]
@@ -55,90 +58,87 @@ class TrialLoop(tune.Trainable):  # type: ignore[misc]
     ) -> None:
         """Tune's entry; the arguments after `config` come from `tune.with_parameters`."""
         install(user_code or {})
-        self._sweep = sweep
-        self._base = Experiment.from_dict(experiment)
-        self._device = torch.device(device)
+        self._sweep, self._base, self._device = sweep, Experiment.from_dict(experiment), torch.device(device)
         self._epochs: Generator[EpochResult, None, None] | None = None
-        self._begin(config)
+        self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Become another trial."""
-        self._close()
-        self._begin(new_config)
+        self.cleanup()
+        self._overrides = overrides_of(new_config)
+        self._experiment = trial_experiment(self._base, self._sweep, self.trial_name, self._overrides)
+        self._run = RunDirectory.at(run_location(self._experiment), role="trial")
         return True
 
     def step(self) -> dict[str, Any]:
-        """Train one epoch; its line of metrics."""
+        """Train one epoch; its record of metrics."""
         with recorded_failure(self._run):
-            self._epochs = self._epochs or self._open()
+            if self._epochs is None:
+                start_files(self._run, self._experiment)
+                record_lineage(self._run, self.trial_name, self._overrides)
+                group = SingleProcess(self._device)
+                self._epochs = fit_epochs(self._experiment, self._run.location, group, keep_warnings=True)
             result = next(self._epochs)
             if result.is_last:
-                self._close()
+                self.cleanup()
             return {**result.record, "done": result.is_last}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """Hand over the newest checkpoint with its trial's name; only PBT asks.
+        """Copy the newest checkpoint for another trial; only PBT asks.
 
-        The run directory is let go of, because another process may be the one to go on with a paused trial.
+        Releases the run directory, because another process may continue a paused trial.
         """
-        self._close()
+        self.cleanup()
         self._run.pull()
         newest = complete_checkpoints(self._run.checkpoints)[-1]
         self._run.pull(newest.path)
         shutil.copytree(newest.path, Path(checkpoint_dir, newest.path.name))
-        Path(checkpoint_dir, DONOR).write_text(json.dumps({"trial": self._name, "checkpoint": newest.path.name}))
 
     def load_checkpoint(self, checkpoint: str) -> None:
-        """Go on from what `save_checkpoint` of this trial, or under PBT of a better one, handed over."""
-        donor = parse_json(read_bytes(Path(checkpoint, DONOR)))
-        if Path(donor["checkpoint"]).name != donor["checkpoint"]:
-            raise CorruptFile(
-                f"{Path(checkpoint, DONOR)}: {short_repr(donor['checkpoint'])} would lie outside of the sweep"
-            )
-        if donor["trial"] != self._name:
-            self._adopt(Path(checkpoint, donor["checkpoint"]), donor["trial"])
+        """Continue from what `save_checkpoint` of this trial, or under PBT of a better one, has copied."""
+        with recorded_failure(self._run):
+            source = read_checkpoint(checkpoint_directories(Path(checkpoint))[-1])
+            if source.experiment().run.name != self.trial_name:
+                self.cleanup()
+                self._run.pull()
+                adopt(self._run, source, self.trial_name, self._overrides)
+                self._run.push()
 
     def cleanup(self) -> None:
-        """Tune ends this process."""
-        self._close()
-
-    def _begin(self, config: dict[str, Any]) -> None:
-        self._name = self.trial_name
-        self._overrides = overrides_of(config)
-        self._experiment = trial_experiment(self._base, self._sweep, self._name, self._overrides)
-        self._run = run_of(self._sweep, self._name)
-
-    def _open(self) -> Generator[EpochResult, None, None]:
-        self._run.path.mkdir(parents=True, exist_ok=True)
-        self._run.write_experiment(self._experiment)
-        self._run.push(self._run.experiment_file)
-        return fit_epochs(self._experiment, self._run.location, SingleProcess(self._device), keep_warnings=True)
-
-    def _close(self) -> None:
+        """Release the run directory; Tune also calls it at the end of this process."""
         if self._epochs is not None:
-            self._epochs.close()  # writes the hyperparameters and lets go of the run directory
+            self._epochs.close()  # writes the hyperparameters
             self._epochs = None
 
-    def _adopt(self, source: Path, donor: str) -> None:
-        """Replace this trial's state by the donor's; what it did itself stays in its history."""
-        self._close()
-        self._run.pull()
-        adopted_checkpoint = read_checkpoint(source)
-        epoch = adopted_checkpoint.epoch
-        for own in all_checkpoints(self._run.checkpoints):
-            if own.position >= adopted_checkpoint.position:
-                shutil.rmtree(own.path)
-        adopted = self._run.checkpoints / f".partial-{source.name}"
-        shutil.copytree(source, adopted, dirs_exist_ok=True)
-        os.replace(adopted, self._run.checkpoints / source.name)
-        step = {"epoch": epoch, "weights_of": donor, "overrides": self._overrides}
-        append_records(self._run.path / LINEAGE_FILE, [step])
-        self._run.push()
+
+def adopt(run: RunDirectory, source: Checkpoint, name: str, overrides: dict[str, Any]) -> None:
+    """Replace the newest state of the trial `name` by `source`, another trial's checkpoint; its own records stay.
+
+    A kill before the copy has its name leaves the trial as it was; after it the trial continues from the copy, with
+    `TrialRecord.current`. Raises `CorruptFile` for a damaged `source`, and changes nothing then.
+    """
+    copy_checkpoint(source, run.checkpoints / source.path.name)
+    for own in reversed(all_checkpoints(run.checkpoints)):
+        if own.position > source.position:
+            atomic_remove_directory(own.path)
+    record_lineage(run, name, overrides)
 
 
-def run_of(sweep: str, name: str) -> RunDirectory:
-    """The run directory of the trial `name` of the sweep at that location."""
-    return RunDirectory.at(join_location(sweep, TRIALS, name), role="trial")
+def record_lineage(run: RunDirectory, name: str, overrides: dict[str, Any]) -> None:
+    """Record that the trial `name` continues from another trial's checkpoint, if it does and no record says so yet."""
+    for newest in all_checkpoints(run.checkpoints)[-1:]:
+        with contextlib.suppress(CorruptFile):  # training will continue from an older one
+            owner = newest.experiment().run.name
+            entry = {"epoch": newest.epoch, "weights_of": owner, "overrides": overrides}
+            if owner != name and entry not in read_lineage(run):
+                append_records(run.path / LINEAGE_FILE, [entry])
+
+
+def start_files(run: RunDirectory, experiment: Experiment) -> None:
+    """Create a trial's directory with its experiment."""
+    run.path.mkdir(parents=True, exist_ok=True)
+    run.write_experiment(experiment)
+    run.push(run.experiment_file)
 
 
 def train_group(
@@ -148,30 +148,29 @@ def train_group(
     install(user_code)
     name = tune.get_context().get_trial_name()
     own = trial_experiment(Experiment.from_dict(experiment), sweep, name, overrides_of(config))
-    run = run_of(sweep, name)
-    run.path.mkdir(parents=True, exist_ok=True)
+    run = RunDirectory.at(run_location(own), role="trial")
     with recorded_failure(run):
-        run.write_experiment(own)
-        run.push(run.experiment_file)
+        start_files(run, own)
         fit(own, run.location, torch.device(device), callbacks=[TuneReportCallback()])
 
 
 def overrides_of(config: dict[str, Any]) -> dict[str, Any]:
-    """The Experiment's keys of what Tune hands a trial."""
+    """The Experiment's keys of a Tune configuration."""
     return {key: value for key, value in config.items() if key != TRIAL}
 
 
 @contextlib.contextmanager
 def recorded_failure(run: RunDirectory) -> Iterator[None]:
-    """Leave the reason of an exception in the trial's directory: Tune passes on a traceback, people want a line."""
+    """Write the reason of an exception to the trial's directory, in one line: Tune passes on a traceback."""
     file = run.path / FAILURE_FILE
     file.unlink(missing_ok=True)
     try:
         yield
-    except Stopped:  # nothing failed: it goes on from its checkpoint
+    except Stopped:  # nothing failed: it continues from its checkpoint
         raise
     except Exception as error:
         state = "diverged" if isinstance(error, Diverged) else "failed"
+        run.path.mkdir(parents=True, exist_ok=True)
         atomic_write(file, json.dumps({"state": state, "reason": _reason(error)}).encode())
         run.push(file)
         raise
