@@ -8,71 +8,60 @@ from typing import Any
 import pytest
 import torch
 
+from tests.test_cli import experiment_file
 from vae_ray import Experiment, TrainResult
 from vae_ray.cli.main import main
 
 HERE = "--workers.num=0"  # so that nothing needs Ray
 
 
-def experiment_file(experiment: Experiment, tmp_path: Path) -> str:
-    file = tmp_path / "mine.yaml"
-    file.write_text(experiment.to_yaml())
-    return str(file)
-
-
-# --- mistakes -------------------------------------------------------------------------------------------
-
-MISTAKES: list[tuple[str, list[str], str]] = [
-    ("no command", [], "COMMAND"),
-    ("unknown command", ["trian"], "'trian'"),
-    ("no preset", ["train"], "PRESET"),
-    ("unknown preset", ["train", "digit"], "did you mean 'digits'"),
-    ("two presets", ["train", "digits", "mnist"], "'mnist'"),
-    ("missing file", ["train", "no/such.yaml"], "no/such.yaml"),
-    ("a directory for a file", ["train", "/"], "/: cannot be read"),
-    ("unknown flag", ["train", "digits", "--resum"], "did you mean '--resume'"),
-    ("unknown key", ["train", "digits", "--optim.lrr", "1"], "did you mean 'optim.lr'"),
-    ("a key without its section", ["train", "digits", "--lr", "1"], "did you mean 'optim.lr'"),
-    ("no value", ["train", "digits", "--optim.lr"], "needs a value"),
-    ("bad number", ["train", "digits", "--optim.lr", "fast"], "optim.lr: got 'fast'"),
-    ("bad range", ["train", "digits", "--optim.lr=-1"], "optim.lr: got '-1'"),
-    (
-        "bad choice",
-        ["train", "digits", "--likelihood=poisson"],
-        "likelihood: got 'poisson', should be one of bernoulli",
-    ),
-    (
-        "a key of 0.1",
-        ["train", "digits", "--model.likelihood=gaussian"],
-        "does not exist any more; use 'likelihood.name'",
-    ),
-    ("a setting of another entry", ["train", "digits", "--likelihood.scale=1"], "--likelihood gaussian"),
-    ("a setting of another network", ["train", "digits", "--model.network.top-dim=3"], "--model.network ladder"),
-    ("nearly an entry", ["train", "digits", "--model.network=lader"], "did you mean 'ladder'"),
-    ("no such module", ["train", "digits", HERE, "--model.network=no_such:net"], "there is no module 'no_such'"),
-    ("no such function", ["train", "digits", HERE, "--model.network=json:net"], "the module 'json' has no 'net'"),
-    ("no function", ["train", "digits", HERE, "--model.network=json:__name__"], "should be a function or a class"),
-    ("no run to resume", ["resume", "no/such/run"], "run no/such/run: there is no run"),
-    ("a preset to resume", ["resume", "digits"], "run digits: there is no run"),
-    ("name with a path", ["train", "digits", "--name", "../up"], "run.name: got '../up'"),
-    ("empty name", ["train", "digits", "--name", ""], "run.name: got ''"),
-    ("storage on another planet", ["train", "digits", "--storage", "ftp://planet"], "or for example s3://BUCKET/runs"),
-    ("password in the storage", ["train", "digits", "--storage", "s3://me:secret@bucket"], "contains credentials"),
-    ("batch too large", ["train", "digits", HERE, "--training.global-batch-size=5000"], "at most the 1294"),
-    ("all for validation", ["train", "digits", HERE, "--data.num-validation=1438"], "less than the 1438"),
-    ("more workers than images", ["train", "digits", "--workers.num=65"], "workers.num: got 65"),
-    ("missing data", ["train", "mnist", HERE, "--data.root=/no", "--data.download=no"], "/no/MNIST/raw/train"),
-    ("key for another command", ["presets", "--optim.lr", "1"], "only train, resume, sweep take"),
-    ("no such run", ["evaluate", "no/such/run"], "no/such/run"),
-    ("no such run to draw", ["generate", "no/such/run", "--out", "x.png"], "no/such/run"),
-    ("no out", ["generate", "run"], "--out"),
-    ("dry run of a mistake", ["train", "digits", "--dry-run", "--run.seed=-1"], "run.seed: got '-1'"),
+MISTAKES: list[tuple[list[str], str]] = [
+    ([], "COMMAND"),
+    (["trian"], "'trian'"),
+    (["train"], "PRESET"),
+    (["train", ""], "''"),
+    (["train", "digits", "mnist"], "'mnist'"),
+    (["train", "x" * 300], "xxx"),
+    (["train", "no/such.yaml"], "no/such.yaml"),
+    (["train", "/"], "/: cannot be read"),
+    (["train", "digits", "--resum"], "did you mean '--resume'"),
+    (["train", "digits", "--optim.lrr", "1"], "did you mean 'optim.lr'"),
+    (["train", "digits", "--lr", "1"], "did you mean 'optim.lr'"),
+    (["train", "digits", "--optim.lr"], "needs a value"),
+    (["train", "digits", "--optim.lr", "fast"], "optim.lr: got 'fast'"),
+    (["train", "digits", "--likelihood=poisson"], "likelihood: got 'poisson', should be one of bernoulli"),
+    (["train", "digits", "--model.likelihood=gaussian"], "does not exist any more; use 'likelihood.name'"),
+    (["train", "digits", "--likelihood.scale=1"], "--likelihood gaussian"),
+    (["train", "digits", "--model.network.top-dim=3"], "--model.network ladder"),
+    (["train", "digits", "--model.network=lader"], "did you mean 'ladder'"),
+    (["train", "digits", HERE, "--model.network=no_such:net"], "there is no module 'no_such'"),
+    (["train", "digits", HERE, "--model.network=json:net"], "the module 'json' has no 'net'"),
+    (["train", "digits", HERE, "--model.network=json:__name__"], "should be a function or a class"),
+    (["train", "digits", "--name", "../up"], "run.name: got '../up'"),
+    (["train", "digits", "--name", ""], "run.name: got ''"),
+    (["train", "digits", "--storage", "ftp://planet"], "or for example s3://BUCKET/runs"),
+    (["train", "digits", "--storage", "s3://me:secret@bucket"], "contains credentials"),
+    (["train", "digits", HERE, "--storage", "x" * 300], "run.storage: got 'xxx"),
+    (["train", "digits", HERE, "--training.global-batch-size=5000"], "at most the 1294"),
+    (["train", "digits", HERE, "--data.num-validation=1438"], "less than the 1438"),
+    (["train", "digits", "--workers.num=65"], "workers.num: got 65"),
+    (["train", "mnist", HERE, "--data.root=/no", "--data.download=no"], "/no/MNIST/raw/train"),
+    (["train", "digits", "--dry-run", "--run.seed=-1"], "run.seed: got '-1'"),
+    (["resume", "no/such/run"], "run no/such/run: there is no run"),
+    (["presets", "--optim.lr", "1"], "only train, resume, sweep take"),
+    (["evaluate", "no/such/run"], "no/such/run"),
+    (["evaluate", "x" * 300], "xxx"),
+    (["generate", "run"], "--out"),
 ]
 
 
-@pytest.mark.parametrize(("arguments", "said"), [m[1:] for m in MISTAKES], ids=[m[0] for m in MISTAKES])
+def ids(mistake: object) -> str:
+    return " ".join(mistake)[:60] if isinstance(mistake, list) else ""
+
+
+@pytest.mark.parametrize(("arguments", "text"), MISTAKES, ids=ids)
 def test_a_mistake_is_one_line_and_exit_code_2_and_leaves_nothing(
-    arguments: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(arguments) == 2
@@ -80,29 +69,26 @@ def test_a_mistake_is_one_line_and_exit_code_2_and_leaves_nothing(
     assert out == ""
     assert err.startswith("vae-ray: ")
     assert err.count("\n") == 1
-    assert said in err
-    # the storage itself may have been made; no run in it
+    assert text in err
+    # the storage itself may exist now; no run in it
     assert [path for path in tmp_path.rglob("*") if path != tmp_path / "runs"] == []
 
 
 MODEL_MISTAKES: list[tuple[list[str], str]] = [
     (["generate", "RUN", "--out", "no/such/place.png"], "--out: got 'no/such/place.png', cannot be written"),
-    (["generate", "RUN", "--out", "x.png", "--num", "0"], "got 0, should be at least 1"),
     (["generate", "RUN", "--out", "x.png", "--num", "many"], "'many'"),
     (["reconstruct", "RUN", "--out", "x.png", "--num", "-2"], "got -2, should be at least 1"),
     (["interpolate", "RUN", "--out", "x.png", "--steps", "1"], "steps: got 1"),
     (["interpolate", "RUN", "--out", "x.png", "--method", "cubic"], "'cubic', should be one of linear, spherical"),
-    (["interpolate", "RUN", "--out", "x.png", "--num", "0"], "got 0, should be at least 1"),
     (["evaluate", "RUN", "--split", "validation"], "'validation'"),
     (["evaluate", "RUN/checkpoints"], "checkpoints"),
-    (["evaluate", "RUN", "--optim.lr", "1"], "only train, resume, sweep take"),
 ]
 
 
-@pytest.mark.parametrize(("arguments", "said"), MODEL_MISTAKES, ids=[" ".join(m[0]) for m in MODEL_MISTAKES])
+@pytest.mark.parametrize(("arguments", "text"), MODEL_MISTAKES, ids=ids)
 def test_a_mistake_with_a_model_is_one_line_and_exit_code_2(
     arguments: list[str],
-    said: str,
+    text: str,
     trained_run: TrainResult,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -112,27 +98,8 @@ def test_a_mistake_with_a_model_is_one_line_and_exit_code_2(
     assert main([argument.replace("RUN", str(trained_run.run_dir)) for argument in arguments]) == 2
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
-    assert said in err
+    assert text in err
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        pytest.param(["train", "x" * 300]),
-        pytest.param(["evaluate", "x" * 300]),
-        ["train", "digits", HERE, "--storage", "x" * 300],
-    ],
-    ids=["preset", "run", "storage"],
-)
-def test_a_name_too_long_for_a_file_is_a_mistake(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(arguments) == 2
-    assert capsys.readouterr().err.count("\n") == 1
-
-
-def test_an_empty_preset_is_named(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", ""]) == 2
-    assert "''" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -155,9 +122,6 @@ def test_a_mistake_has_the_same_end_in_a_process_of_its_own(tmp_path: Path) -> N
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "vae-ray: preset 'digit' does not exist; did you mean 'digits'?\n"
     assert list(tmp_path.iterdir()) == []
-
-
-# --- failures and interrupts ----------------------------------------------------------------------------
 
 
 def test_a_run_that_fails_is_one_line_and_exit_code_1(

@@ -30,8 +30,8 @@ GATEWAY = SUBNET[254]
 # The first process of a host. It adopts orphans, and so must not collect zombies.
 INIT = "import signal; signal.signal(signal.SIGCHLD, signal.SIG_IGN); print('up', flush=True); signal.pause()"
 
-# $0 the host's name, $1 the directory of its own files, up to "--" what all hosts see, then what to run as init.
-# What is seen keeps its path, also where that lies below the /tmp or /home that each host has for itself.
+# $0 the host's name, $1 the directory of its own files, up to "--" what all hosts see, then the command of init.
+# A shared path keeps its name, also where that lies below the /tmp or /home that each host has for itself.
 BOOT = f"""
 set -e
 name=$0; etc=$1; shift
@@ -215,9 +215,9 @@ class Network:
         """The host's own /etc: names without a name server, and root's home where nothing of the real one lies."""
         etc = self.shared / f".etc-{name}"
         etc.mkdir()
-        known = [f"127.0.0.1 localhost\n{address} {name}\n"]
-        known += [f"{host.address} {host.name}\n" for host in self.hosts.values()]
-        (etc / "hosts").write_text("".join(known))
+        hosts = [f"127.0.0.1 localhost\n{address} {name}\n"]
+        hosts += [f"{host.address} {host.name}\n" for host in self.hosts.values()]
+        (etc / "hosts").write_text("".join(hosts))
         (etc / "resolv.conf").write_text("")
         lines = Path("/etc/passwd").read_text().splitlines()
         others = [line for line in lines if not line.startswith("root:")]

@@ -16,7 +16,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 GCS_PORT, DASHBOARD_PORT = 6379, 8265
 SOON_DEAD = {"RAY_health_check_period_ms": "1000", "RAY_health_check_failure_threshold": "3"}
 """Ray notices a dead node after seconds; with its defaults it takes some twenty."""
-# prints what the dashboard answers; the token comes from the environment as for every client
+# prints what the dashboard answers; the token is in the environment of all clients
 GET = """
 import os, sys, urllib.request
 headers = {"Authorization": "Bearer " + os.environ["RAY_AUTH_TOKEN"]}
@@ -93,7 +93,7 @@ class RayNodes:
         return {node["raylet"]["nodeManagerAddress"] for node in self._alive_nodes()}
 
     def node_id(self, host: Host) -> str:
-        """Ray's name of the living node on `host`."""
+        """Ray's name of the alive node on `host`."""
         nodes = [node["raylet"] for node in self._alive_nodes()]
         return str(next(node["nodeId"] for node in nodes if node["nodeManagerAddress"] == host.address))
 

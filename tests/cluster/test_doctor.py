@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from tests.cluster.hosts import SUBNET, Host, Network, describe
+from tests.cluster.hosts import Host, Network, describe
 from tests.cluster.ray_nodes import DASHBOARD_PORT, GCS_PORT, REPOSITORY, RayNodes, wait_until
 
 pytestmark = pytest.mark.cluster
-
-NOWHERE = str(SUBNET[200])
-"""An address of the network that no host has."""
 
 
 def doctor(client: Host, *arguments: str, env: dict[str, str]) -> tuple[int, Any]:
@@ -39,7 +35,6 @@ def test_a_healthy_cluster_of_two_hosts(two_nodes: RayNodes) -> None:
     ok = findings(answer, "ok")
     assert {"token", "clocks", "versions", "data cache"} <= set(ok)
     assert ok["storage"] == f"{storage} is writable from every node"
-    assert ok["dashboard"].endswith("and requires the token")
 
 
 def test_a_storage_that_a_node_does_not_see_is_named_with_that_node(two_nodes: RayNodes) -> None:
@@ -53,24 +48,6 @@ def test_a_storage_that_a_node_does_not_see_is_named_with_that_node(two_nodes: R
     assert list(findings(answer, "error")) == ["storage"]
     assert f"{other.address} cannot see it" in findings(answer, "error")["storage"]
     assert head.address not in findings(answer, "error")["storage"]
-
-
-@pytest.mark.parametrize("address", [f"http://{NOWHERE}:{DASHBOARD_PORT}", f"{NOWHERE}:{GCS_PORT}"])
-def test_a_dead_address_is_one_line_within_seconds(two_nodes: RayNodes, address: str) -> None:
-    started = time.monotonic()
-    code, answer = doctor(two_nodes.client, "--address", address, env=two_nodes.credentials)
-    assert time.monotonic() - started < 15  # five to give up, the rest to import Ray
-    assert code == 1
-    (text,) = findings(answer, "error").values()
-    assert "answers at" in text
-    assert NOWHERE in text
-    assert len(answer["findings"]) == 1
-
-
-def test_without_the_token_the_cluster_is_closed(two_nodes: RayNodes) -> None:
-    code, answer = doctor(two_nodes.client, "--address", two_nodes.job_address, env={})
-    assert code == 1
-    assert "requires a token; none is set here: set RAY_AUTH_MODE=token" in findings(answer, "error")["cluster"]
 
 
 @pytest.fixture
@@ -96,17 +73,10 @@ def test_a_cluster_without_a_token_is_an_error_that_says_what_to_do(open_head: t
     (token,) = (finding for finding in answer["findings"] if finding["subject"] == "token")
     assert "anyone who can reach the cluster can run code" in token["text"]
     assert "RAY_AUTH_MODE=token" in token["advice"]
-    assert "dashboard" in findings(answer, "warning")
-
-
-def submit(two_nodes: RayNodes, *arguments: str) -> tuple[int, str, str]:
-    """Exit code, answer and log of `vae-ray submit` from the client's place."""
-    command = ["python", "-m", "vae_ray", "submit", *arguments, "--address", two_nodes.job_address]
-    done = two_nodes.client.run(*command, env=two_nodes.credentials, cwd=REPOSITORY)
-    return done.returncode, done.stdout, done.stderr
 
 
 def test_submit_refuses_a_storage_that_the_hosts_do_not_share(two_nodes: RayNodes) -> None:
-    code, _, log = submit(two_nodes, "train", "digits", "--workers.num", "2", "--storage", "/tmp/runs")
-    assert code == 2, log
-    assert "vae-ray: run.storage: got '/tmp/runs', which not all nodes of the cluster share" in log
+    command = ["python", "-m", "vae_ray", "submit", "train", "digits", "--workers.num", "2", "--storage", "/tmp/runs"]
+    done = two_nodes.client.run(*command, "--address", two_nodes.job_address, env=two_nodes.credentials, cwd=REPOSITORY)
+    assert done.returncode == 2, describe(done)
+    assert "vae-ray: run.storage: got '/tmp/runs', which not all nodes of the cluster share" in done.stderr

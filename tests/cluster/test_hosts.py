@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import subprocess
 import sys
 import tempfile
@@ -38,21 +37,9 @@ def test_hosts_reach_each_other_by_name_and_share_only_one_directory(network: Ne
     assert succeeded(second.run("python", "-c", client)).stdout == "hello\n"
     for place in ("/tmp", "/dev/shm", HOME, str(network.shared)):
         succeeded(first.run("touch", f"{place}/from-h1"))
-    seen = [second.run("test", "-e", f"{place}/from-h1").returncode == 0 for place in ("/tmp", "/dev/shm", HOME)]
-    assert seen == [False, False, False]
+    assert all(second.run("test", "-e", f"{place}/from-h1").returncode for place in ("/tmp", "/dev/shm", HOME))
     succeeded(second.run("test", "-e", f"{network.shared}/from-h1"))
     assert second.run("hostname").stdout == "h2\n"
-
-
-def test_killing_everything_on_a_host_is_that_host_alone_and_it_can_be_used_again(network: Network) -> None:
-    first, second = network.host("h1"), network.host("h2")
-    processes = [host.start("sleep", "1234", log=network.shared / "log") for host in (first, second)]
-    while first.processes() != ["sleep 1234"] or second.processes() != ["sleep 1234"]:
-        time.sleep(0.05)
-    second.kill_everything()
-    assert processes[1].wait(timeout=5) == -signal.SIGKILL
-    assert (first.processes(), second.processes()) == (["sleep 1234"], [])
-    assert succeeded(second.run("echo", "again")).stdout == "again\n"
 
 
 def test_hosts_end_with_the_tests_that_are_killed() -> None:
@@ -71,7 +58,7 @@ def test_hosts_end_with_the_tests_that_are_killed() -> None:
             time.sleep(0.05)
 
 
-def test_without_the_right_to_make_hosts_the_reason_is_said() -> None:
+def test_without_the_right_to_make_hosts_the_tests_fail_with_the_reason() -> None:
     """Not a skip: `make test-cluster` fails where it cannot test."""
     code = "from pathlib import Path; from tests.cluster.hosts import Network; Network(Path('/tmp')).__enter__()"
     unprivileged = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", "--no-new-privs", sys.executable, "-c", code]

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_cli import heavy_libraries_after
 from vae_ray.cli.main import main
 
 STORED = ["--storage", "/shared/runs"]
@@ -45,17 +44,11 @@ def other_server() -> Iterator[str]:
     ("arguments", "text"),
     [
         (["train", "digit", *STORED], "preset 'digit' does not exist; did you mean 'digits'?"),
-        (["train", "digits", *STORED, "--optim.lrr", "1"], "key 'optim.lrr' does not exist; did you mean 'optim.lr'?"),
-        (["train", "digits", "--storag", "/x"], "argument '--storag' is not known; did you mean '--storage'?"),
-        (["sweep", "digits", "--num-trial", "3"], "did you mean '--num-trials'?"),
+        (["train", "digits", "--storag", "/x"], "argument '--storag' does not exist; did you mean '--storage'?"),
         (["train", "digits"], "run.storage: got 'runs', relative to a directory of this machine"),
         (["train", "mnist", *STORED, "--data.root", "mine"], "data.root: got 'mine', relative to a directory"),
-        (["train", "digits", *STORED, "--data.cache-dir", "c"], "data.cache_dir: got 'c', relative to a directory"),
         (["evaluate", "runs/x"], "CHECKPOINT: got 'runs/x', relative to a directory of this machine"),
-        (
-            ["evaluate", "/runs/x", "--optim.lr", "1"],
-            "--optim.lr: only train, resume, sweep take the",
-        ),
+        (["evaluate", "/runs/x", "--optim.lr", "1"], "--optim.lr: only train, resume, sweep take the"),
         (["generate", "/runs/x"], "invalid choice: 'generate'"),
         (["train", "digits", *STORED, "--env", "NAME"], "--env: got 'NAME', should be KEY=VALUE"),
         (["train", "digits", *STORED, "--working-dir", "/nowhere"], "--working-dir: got '/nowhere', which is not a"),
@@ -76,49 +69,37 @@ def test_a_mistake_is_one_line(arguments: list[str], text: str, capsys: pytest.C
     assert text in err
 
 
-@pytest.mark.parametrize("scheme", ["http://", ""])
 def test_an_address_that_never_answers_is_given_up_within_seconds(
-    silent_address: str, scheme: str, capsys: pytest.CaptureFixture[str]
+    silent_address: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     started = time.monotonic()
-    assert main(["submit", "train", "digits", *STORED, "--address", scheme + silent_address]) == 2
+    assert main(["submit", "train", "digits", *STORED, "--address", silent_address]) == 2
     assert time.monotonic() - started < 10
     assert f"no Ray dashboard answers at http://{silent_address} (timed out)" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1:1", "http://127.0.0.1:1"])
-def test_the_doctor_says_of_a_dead_address_that_it_is_dead(address: str, capsys: pytest.CaptureFixture[str]) -> None:
-    started = time.monotonic()
-    assert main(["doctor", "--address", address]) == 1
-    assert time.monotonic() - started < 10
-    (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith("error    cluster")
-    assert "Connection refused" in line
-
-
-def test_a_server_that_is_no_ray_is_told_apart(other_server: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["doctor", "--address", other_server, "--json"]) == 1
-    answer = json.loads(capsys.readouterr().out)
-    assert [finding["level"] for finding in answer["findings"]] == ["error"]
-    assert f"no Ray dashboard answers at {other_server} (HTTP 404)" in answer["findings"][0]["text"]
-
-
 @pytest.mark.parametrize(
-    ("address", "usual"),
+    ("address", "text"),
     [
-        ("nonsense", "http://nonsense:8265"),
-        ("host:port", "http://host:8265"),
-        ("//", "http://HOST:8265"),
-        ("ray://host:10001", "http://host:8265"),
+        ("127.0.0.1:1", "Connection refused"),
+        ("host:port", "for example --address http://host:8265"),
+        ("//", "for example --address http://HOST:8265"),
     ],
 )
-def test_the_doctor_refuses_an_address_without_a_dashboard(
-    address: str, usual: str, capsys: pytest.CaptureFixture[str]
+def test_the_doctor_reports_an_address_without_a_dashboard(
+    address: str, text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["doctor", "--address", address]) == 1
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("error    cluster")
-    assert f"for example --address {usual}" in line
+    assert text in line
+
+
+def test_another_server_is_not_taken_for_a_dashboard(other_server: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--address", other_server, "--json"]) == 1
+    answer = json.loads(capsys.readouterr().out)
+    assert [finding["level"] for finding in answer["findings"]] == ["error"]
+    assert f"no Ray dashboard answers at {other_server} (HTTP 404)" in answer["findings"][0]["text"]
 
 
 def test_the_doctor_examines_this_machine_without_ray(
@@ -135,8 +116,3 @@ def test_the_doctor_examines_this_machine_without_ray(
     file.write_text("")
     assert main(["doctor", "--storage", str(file / "below")]) == 1
     assert "error    storage" in capsys.readouterr().out
-
-
-def test_help_and_mistakes_import_neither_torch_nor_ray() -> None:
-    commands = ["doctor", "--help"], ["submit", "--help"], ["submit", "train", "digit"]
-    assert heavy_libraries_after(*commands) == "[]\n"

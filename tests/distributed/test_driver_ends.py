@@ -52,14 +52,14 @@ def test_a_run_stopped_by_ctrl_c_goes_on_to_the_same_bits(undisturbed: TrainResu
     try:
         training.wait_for_epoch(1)
         # a terminal sends it to all of the foreground's processes: the driver's own Ray and its workers too
-        code, seconds, said = training.ends_after(signal.SIGINT, whole_group=True)
+        code, seconds, log = training.ends_after(signal.SIGINT, whole_group=True)
     finally:
         training.process.kill()
-    assert code == 130, said
-    assert said.count("stopping after a checkpoint; once more to stop at once") == 1
+    assert code == 130, log
+    assert log.count("stopping after a checkpoint; once more to stop at once") == 1
     newest = all_checkpoints(training.run.checkpoints)[-1]
-    assert newest.step is not None, said
-    assert f"stopped after step {newest.step} of 161 of epoch {newest.epoch}; continue with: vae-ray resume " in said
+    assert newest.step is not None, log
+    assert f"stopped after step {newest.step} of 161 of epoch {newest.epoch}; continue with: vae-ray resume " in log
     assert seconds < 10
     assert_resumes_to_the_same_bits(experiment, undisturbed)
 
@@ -87,9 +87,9 @@ def test_a_sweep_ends_at_sigterm_with_130_and_leaves_no_process(tmp_path: Path) 
     sweep = Training(experiment, tmp_path, command=["sweep", "--num-trials=2", "--scheduler=none"])
     try:
         sweep.wait_until(lambda: len(list(tmp_path.glob("swept/trials/*/checkpoints/epoch=*"))) >= 2)
-        code, seconds, said = sweep.ends_after(signal.SIGTERM)
+        code, seconds, log = sweep.ends_after(signal.SIGTERM)
     finally:
         sweep.process.kill()
-    assert code == 130, said
-    assert "interrupted; continue with: " in said
+    assert code == 130, log
+    assert "interrupted; continue with: " in log
     assert seconds < 10

@@ -41,15 +41,15 @@ def test_too_many_workers_are_refused_where_no_node_can_join(workers: dict[str, 
     config = WorkersConfig(**workers)
     nodes = [node(1), node(2), node(8, 8, alive=False, group="worker")]
     with pytest.raises(UserError) as error:
-        check_workers_fit(config, nodes, uses_gpu=config.device == "cuda", where="the cluster")
+        check_workers_fit(config, nodes, where="the cluster")
     assert str(error.value) == f"workers.num: {problem}"
 
 
 def test_workers_wait_for_nodes_of_a_cluster_that_a_launcher_started(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "vae_ray"):
-        check_workers_fit(WorkersConfig(num=4), [node(0, group="headgroup")], uses_gpu=False, where="the Ray cluster")
+        check_workers_fit(WorkersConfig(num=4), [node(0, group="headgroup")], where="the Ray cluster")
     assert "waiting for nodes: the Ray cluster has room for 0 of 4 workers now" in caplog.text
 
 
 def test_the_minimum_of_a_range_of_workers_has_to_fit() -> None:
-    check_workers_fit(WorkersConfig(num="2..8"), [node(2)], uses_gpu=False, where="the cluster")
+    check_workers_fit(WorkersConfig(num="2..8"), [node(2)], where="the cluster")

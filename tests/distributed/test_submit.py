@@ -26,7 +26,7 @@ def submit(head: Head, *arguments: str, cwd: Path, **environment: str) -> subpro
 
 
 def jobs(head: Head) -> int:
-    """How many the cluster has been given so far."""
+    """How many jobs the cluster has."""
     ask = "import sys; from ray.job_submission import JobSubmissionClient as C; print(len(C(sys.argv[1]).list_jobs()))"
     done = head.run(sys.executable, "-c", ask, head.dashboard)
     assert done.returncode == 0, done.stderr
@@ -38,7 +38,7 @@ def answer_of(done: subprocess.CompletedProcess[str]) -> Any:
 
 
 def test_files_of_mine_are_swept_on_the_cluster_from_any_directory(head: Head, tmp_path: Path) -> None:
-    """The repository is not where the user is; the experiment, the search and a directory of theirs travel along."""
+    """The user is outside of the repository; the experiment, the search and a directory of theirs are sent along."""
     mine, storage = tmp_path / "mine", tmp_path / "storage"
     mine.mkdir()
     experiment = Experiment.preset("digits").with_overrides({"training.epochs": 1, "model.network.hidden": (16,)})
@@ -59,7 +59,6 @@ def test_files_of_mine_are_swept_on_the_cluster_from_any_directory(head: Head, t
         "exit_code": 0,
     }
     assert "best trial" in done.stderr  # the job's log
-    assert "uploading" in done.stderr
     assert (tmp_path / "cache").is_dir()
     assert json.loads((storage / "sent" / "summary.json").read_text())["num_trials"] == 2
     trained = TrainedVAE.load(storage / "sent").experiment
@@ -75,22 +74,6 @@ def test_a_mistake_that_only_the_job_can_find_has_its_exit_code_and_its_line(hea
     assert answer_of(done)["exit_code"] == 2
     assert re.search(r"^vae-ray: data\.source mnist: file .* is missing", done.stderr, re.MULTILINE)
     assert "Traceback" not in done.stderr
-
-
-@pytest.mark.parametrize(
-    ("environment", "problem"),
-    [
-        ({"RAY_AUTH_MODE": "disabled"}, "requires a token; none is set here: set RAY_AUTH_MODE=token"),
-        ({"RAY_AUTH_TOKEN": "0" * 64}, "refuses this token; set RAY_AUTH_MODE=token"),
-    ],
-)
-def test_without_the_token_nothing_is_sent(
-    head: Head, tmp_path: Path, environment: dict[str, str], problem: str
-) -> None:
-    done = submit(head, "train", "digits", "--storage", str(tmp_path), cwd=tmp_path, **environment)
-    assert done.returncode == 2
-    assert problem in done.stderr
-    assert done.stderr.count("\n") == 1
 
 
 def test_more_workers_than_the_cluster_has_are_refused_and_no_job_is_made(head: Head, tmp_path: Path) -> None:

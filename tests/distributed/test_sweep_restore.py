@@ -162,7 +162,7 @@ def test_a_killed_asha_sweep_resumes_with_its_rungs(undisturbed: SweepResult, tm
         resume=True,
     )
     assert resumed.num_trials == 6
-    # each of the bad ones meets the good ones' results at its first rung, whoever recorded them
+    # each of the bad ones meets the good ones' results at its first rung, of whichever start
     assert {row["state"] for row in leaderboard(directory) if row["trial"] in ("0003", "0004", "0005")} == {"stopped"}
     assert {row["epochs"] for row in leaderboard(directory) if row["trial"] in ("0003", "0004", "0005")} == {"1"}
     assert resumed.best["trial"] in ("0000", "0001", "0002")

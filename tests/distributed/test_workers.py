@@ -67,13 +67,13 @@ def test_a_loss_that_is_not_finite_is_warned_of_and_fails_at_last_and_keeps_no_c
         train(digits(tmp_path, 2, name="diverges", **policy), quiet=False)
     assert list((tmp_path / "diverges" / "checkpoints").glob("epoch=*")) == []
     # what a worker warns of, people see in the driver's terminal
-    said = [line for line in capsys.readouterr().err.splitlines() if "skipped (1 of at most 1 times)" in line]
-    assert said == RunDirectory(tmp_path / "diverges").records.warnings()
-    assert len(said) == 1
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "skipped (1 of at most 1 times)" in line]
+    assert warnings == RunDirectory(tmp_path / "diverges").records.warnings()
+    assert len(warnings) == 1
 
 
 @pytest.mark.usefixtures("cluster")
-@pytest.mark.timeout(30)  # Ray itself would wait for ever
+@pytest.mark.timeout(30)  # Ray itself would wait indefinitely
 def test_more_workers_than_the_cluster_has_are_refused_before_anything_starts(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"workers\.num: got 5 with 1 CPU each.*\(4 CPUs\).*--workers\.num 4"):
         train(digits(tmp_path, 5, name="too-many"))

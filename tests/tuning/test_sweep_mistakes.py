@@ -85,9 +85,9 @@ MISTAKES: list[tuple[str, list[str], str]] = [
     ("unknown metric", ["sweep", "digits", "--metric", "val/nebo"], "did you mean 'val/nelbo'"),
     ("pbt with workers", ["sweep", "digits", "--scheduler=pbt", "--workers.num=2"], "trials of one worker"),
     ("pbt a few at a time", ["sweep", "digits", "--scheduler=pbt", "--max-concurrent=2"], "not supported with pbt"),
-    ("no trials", ["sweep", "digits", "--num-trials", "0"], "num_trials: got 0"),
-    ("none at once", ["sweep", "digits", "--max-concurrent", "0"], "max_concurrent: got 0"),
-    ("fewer than no workers", ["sweep", "digits", "--workers-per-trial", "-1"], "workers_per_trial: got -1"),
+    ("no trials", ["sweep", "digits", "--num-trials", "0"], "--num-trials: got 0, should be at least 1"),
+    ("none at once", ["sweep", "digits", "--max-concurrent", "0"], "--max-concurrent: got 0, should be at least 1"),
+    ("fewer than no workers", ["sweep", "digits", "--workers-per-trial", "-1"], "--workers-per-trial: got -1, should be at least 1"),
     (
         "more workers than CPUs",
         ["sweep", "digits", "--training.global-batch-size=1290", "--workers-per-trial", TOO_MANY_CPUS],

@@ -1,4 +1,4 @@
-"""What each command of the command line does: one call, and its answer as plain data.
+"""What each command of the command line does: one call, and its answer as plain data. Its docstring is its help.
 
 Light until a command runs: torch and ray are imported inside the functions.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,17 +34,16 @@ def _experiment(options: argparse.Namespace) -> Experiment:
     else:
         experiment = Experiment.from_file(name)
         check_trusted(experiment.user_code(), origin=name, trust_code=options.trust_code)
-    given = {"run.name": options.name, "run.storage": options.storage}
+    place = {"run.name": options.name, "run.storage": options.storage}
     return experiment.with_overrides(
-        {**options.overrides, **{key: value for key, value in given.items() if value is not None}}
+        {**options.overrides, **{key: value for key, value in place.items() if value is not None}}
     )
 
 
 def train(options: argparse.Namespace) -> dict[str, Any]:
-    """Train; with `--dry-run` only check."""
-    if options.resume and options.name is not None and (location := _existing_run(options)) is not None:
-        options.run_dir = location  # its own experiment; of what is given only the place may differ
-        return resume(options)
+    """train a VAE: in this process, or data-parallel on Ray workers (--workers.num N)"""
+    if options.resume and options.name is not None and _find_run(options):
+        return resume(options)  # its own experiment; only the place may differ
     experiment = _experiment(options)  # before torch is imported: a typing mistake is answered at once
     if options.dry_run:
         from vae_ray.runs.preflight import preflight, with_absolute_paths
@@ -56,22 +56,23 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     return _train_answer(run_training(experiment, resume=options.resume, quiet=False), options)
 
 
-def _existing_run(options: argparse.Namespace) -> str | None:
-    """The location of the run that `--name` and `--storage` mean; None if there is no run yet."""
+def _find_run(options: argparse.Namespace) -> bool:
+    """Whether there is a run that `--name` and `--storage` mean; it becomes `options.run_dir`."""
     from vae_ray.config.experiment import Experiment
-    from vae_ray.run_files.run_directory import RunDirectory
-    from vae_ray.storage.locations import absolute, is_uri, join_location
+    from vae_ray.runs.train import stored_experiment
+    from vae_ray.storage.locations import absolute, join_location
 
     storage = options.storage or options.overrides.get("run.storage", Experiment().run.storage)
-    location = join_location(absolute(storage), options.name)
-    if is_uri(location):
-        run = RunDirectory.at(location, role="reader")
-        return location if run.mirror is not None and run.mirror.remote.read(run.experiment_file.name) else None
-    return location if RunDirectory(Path(location)).experiment_file.is_file() else None
+    options.run_dir = join_location(absolute(storage), options.name)
+    try:
+        stored_experiment(options.run_dir)
+    except UserError:
+        return False
+    return True
 
 
 def resume(options: argparse.Namespace) -> dict[str, Any]:
-    """Continue a run from its directory."""
+    """continue a run from its directory alone; --training.epochs N extends it"""
     from vae_ray.runs.train import resume as resume_run
 
     result = resume_run(options.run_dir, options.overrides, trust_code=options.trust_code, quiet=False)
@@ -96,7 +97,7 @@ def _train_answer(trained: TrainResult, options: argparse.Namespace) -> dict[str
 
 
 def sweep(options: argparse.Namespace) -> dict[str, Any]:
-    """Try many variations of an experiment."""
+    """try many variations of an experiment with Ray Tune and keep the best"""
     experiment = _experiment(options)
     from vae_ray.tuning.sweep import sweep as run_sweep
 
@@ -118,7 +119,7 @@ def sweep(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def report(options: argparse.Namespace) -> dict[str, Any]:
-    """Write a sweep's leaderboard and report again."""
+    """write a sweep's leaderboard and HTML report again from its files"""
     from vae_ray.tuning.sweep import rebuild_report
 
     result = rebuild_report(options.sweep_dir)
@@ -154,11 +155,7 @@ def _write(picture: Image, options: argparse.Namespace, model: TrainedVAE) -> di
         options.out.write_bytes(png_bytes(picture))
     except OSError as error:
         raise UserError(f"--out: got {str(options.out)!r}, cannot be written ({error.strerror})") from None
-    return {
-        "out": str(options.out),
-        "checkpoint": str(model.checkpoint.path),
-        "epoch": model.checkpoint.epoch,
-    }
+    return {"out": str(options.out), "checkpoint": str(model.checkpoint.path), "epoch": model.checkpoint.epoch}
 
 
 def _title(model: TrainedVAE, what: str) -> str:
@@ -166,7 +163,7 @@ def _title(model: TrainedVAE, what: str) -> str:
 
 
 def generate(options: argparse.Namespace) -> dict[str, Any]:
-    """New images."""
+    """new images, decoded from z ~ N(0, I)"""
     from vae_ray.run_files.image_grids import square_grid
 
     model = _load(options)
@@ -174,28 +171,22 @@ def generate(options: argparse.Namespace) -> dict[str, Any]:
     return _write(square_grid(images, title=_title(model, "samples, z ~ N(0, I)")), options, model)
 
 
-def _test_images(model: TrainedVAE, num: int) -> Any:
-    if num < 1:
-        raise UserError(f"--num: got {num}, should be at least 1")
-    return model.test_images(num)
-
-
 def reconstruct(options: argparse.Namespace) -> dict[str, Any]:
-    """Test images beside their reconstructions."""
+    """test images and their reconstructions"""
     from vae_ray.run_files.image_grids import pairs_grid
 
     model = _load(options)
-    images = _test_images(model, options.num)
+    images = model.test_images(options.num)
     title = _title(model, "test images, z = posterior mean")
     return _write(pairs_grid(images, model.reconstruct(images), title=title), options, model)
 
 
 def interpolate(options: argparse.Namespace) -> dict[str, Any]:
-    """Paths between test images."""
+    """paths in latent space between pairs of test images"""
     from vae_ray.run_files.image_grids import grid
 
     model = _load(options)
-    images = _test_images(model, 2 * options.num)
+    images = model.test_images(2 * options.num)
     start, end = images[0::2], images[1::2]
     paths = model.interpolate(start[: len(end)], end, steps=options.steps, method=options.method)
     title = _title(model, f"{options.method} interpolation between pairs of test images")
@@ -203,19 +194,17 @@ def interpolate(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def traverse(options: argparse.Namespace) -> dict[str, Any]:
-    """What each latent dimension does."""
+    """what each latent dimension does to an image"""
     from vae_ray.run_files.image_grids import grid
 
     model = _load(options)
-    if options.num < 1:
-        raise UserError(f"--num: got {options.num}, should be at least 1")
     traversal = model.traverse(model.test_images(1000), num_dimensions=options.num, steps=options.steps)
     title = _title(model, "one latent dimension at a time, -3 to 3")
     return _write(grid(list(traversal.images), title=title, row_labels=traversal.row_labels()), options, model)
 
 
 def evaluate(options: argparse.Namespace) -> dict[str, Any]:
-    """Exact metrics of a whole split."""
+    """exact metrics of a whole split, in nats"""
     model = _load(options)
     metrics = model.evaluate(options.split)
     labels = model.labels(options.split)
@@ -226,7 +215,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def presets(options: argparse.Namespace) -> dict[str, Any]:
-    """The experiments that ship with the package."""
+    """list the experiments that ship with the package"""
     from vae_ray.config.experiment import PRESET_DIR, preset_names
 
     texts = {}
@@ -237,16 +226,17 @@ def presets(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def submit(options: argparse.Namespace) -> dict[str, Any]:
-    """Run another command as a job of a cluster."""
+    """run train, sweep or evaluate as a job of a Ray cluster, and follow it"""
     inner = options.inner
     inner.overrides = options.overrides
     experiment = None if options.job == "evaluate" else _experiment(inner)  # a typing mistake is answered at once
-    environment = _environment(options.env)
+    for setting in options.env:
+        if not setting.partition("=")[0].isidentifier() or "=" not in setting:
+            raise UserError(f"--env: got {setting!r}, should be KEY=VALUE")
     from vae_ray.cluster import submission
-    from vae_ray.cluster.upload import collect
     from vae_ray.config.user_code import source_files
 
-    workers = None
+    workers, code = None, {}
     if experiment is None:
         submission.check_place("CHECKPOINT", inner.checkpoint, flag="evaluate")
     else:
@@ -254,48 +244,40 @@ def submit(options: argparse.Namespace) -> dict[str, Any]:
         workers = experiment.workers
         if options.job == "sweep":
             workers = workers.model_copy(update={"num": inner.workers_per_trial or 1})
-    given = (getattr(inner, "experiment", None), getattr(inner, "search", None))
-    files = [path for path in given if path is not None and os.path.isfile(path)]
-    named = {f"submitted/{number}-{Path(path).name}": Path(path) for number, path in enumerate(files, start=1)}
-    names = {str(path): name for name, path in named.items()}
-    if experiment is not None:
-        named |= source_files(experiment.user_code())
+        # a module's file, or the directory of a package
+        code = {
+            name.partition("/")[0]: file.parents[name.count("/")] / name.partition("/")[0]
+            for name, file in source_files(experiment.user_code()).items()
+        }
+    paths = [getattr(inner, name, None) or "" for name in ("experiment", "search")]
+    names = {path: f"submitted-{n}-{Path(path).name}" for n, path in enumerate(paths) if os.path.isfile(path)}
     arguments = [_renamed(argument, names) for argument in options.arguments]
     try:
         job = submission.submit(
             [options.job, *arguments, *(f"--{key}={value}" for key, value in options.overrides.items())],
             address=options.address,
-            upload=collect(working_dir=options.working_dir, named=named),
+            files={**code, **{name: Path(path) for path, name in names.items()}},
+            working_dir=options.working_dir,
             workers=workers,
-            environment=environment,
+            environment=dict(setting.split("=", 1) for setting in options.env),
             python=options.python,
             follow=options.follow,
         )
+        options.exit_code = job.command_exit_code if options.follow else 0
     except submission.Detached as detached:
         sys.stderr.write(f"vae-ray: {detached}\n")
-        job = detached.job
-        options.exit_code = 130
-    else:
-        options.exit_code = job.command_exit_code if options.follow else 0
-    return job.to_dict()
-
-
-def _environment(settings: list[str]) -> dict[str, str]:
-    for setting in settings:
-        if not setting.partition("=")[0].isidentifier() or "=" not in setting:
-            raise UserError(f"--env: got {setting!r}, should be KEY=VALUE")
-    return dict(setting.split("=", 1) for setting in settings)
+        job, options.exit_code = detached.job, 130
+    return asdict(job)
 
 
 def _renamed(argument: str, names: dict[str, str]) -> str:
+    """The argument of the job for `PATH` or `--flag=PATH`, where a path in `names` has another name there."""
     flag, separator, value = argument.partition("=")
-    if argument in names:
-        return names[argument]
-    return f"{flag}={names[value]}" if separator and value in names else argument
+    return f"{flag}={names[value]}" if separator and value in names else names.get(argument, argument)
 
 
 def doctor(options: argparse.Namespace) -> dict[str, Any]:
-    """What a machine or a cluster can run."""
+    """check a machine or cluster and report problems"""
     from vae_ray.cluster.doctor import examine
 
     diagnosis = examine(options.address, storage=options.storage, python=options.python)

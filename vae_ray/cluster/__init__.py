@@ -1,1 +1,1 @@
-"""Jobs and machines: submission, upload, dashboard, diagnosis. May import ray."""
+"""Jobs and machines: submission, dashboard, diagnosis. May import ray."""

@@ -1,13 +1,20 @@
-"""Facts that every node of a cluster reports about itself, and how far its clock is off."""
+"""What `vae-ray doctor` collects: facts about each node, how far its clock is off, and whether it can write a storage.
+
+Run on a cluster as a job, `python -m vae_ray.cluster.node_info [STORAGE]`, which brings this package to all nodes. It
+prints one line: `ANSWER` and JSON.
+"""
 
 from __future__ import annotations
 
-import glob
+import contextlib
 import importlib.metadata
+import json
+import logging
 import os
 import platform
 import shutil
 import socket
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,33 +22,37 @@ from typing import Any
 import ray
 from ray._common.utils import get_default_ray_temp_dir
 
-from vae_ray.distributed.nodes import NodeAnswer, on_every_node
-from vae_ray.distributed.resources import memory_bytes, num_cpus
+from vae_ray.distributed.nodes import check_shared_storage, on_every_node
+from vae_ray.errors import UserError
+from vae_ray.storage.locations import cache_root, check_writable, directory_of, is_uri
 
-CHECKED_PACKAGES = ("torch", "ray")
+ANSWER = "vae-ray examination: "
+
+
+def examine_cluster(storage: str | None) -> dict[str, Any]:
+    """The facts about all nodes of the cluster where this job runs, and the problem with `storage`, if there is one."""
+    ray.init(log_to_driver=False, logging_level=logging.CRITICAL)
+    nodes = [
+        {"node_id": answer.node_id, "address": answer.address, "resources": answer.resources}
+        | ({"error": answer.error} if answer.error else answer.result)
+        for answer in on_every_node(collect_node_info)
+    ]
+    offsets = clock_offsets()
+    for node in nodes:
+        node["clock_offset"] = offsets.get(node["node_id"], 0.0)
+    return {"nodes": nodes, "storage_problem": storage_problem(storage) if storage else ""}
 
 
 def collect_node_info() -> dict[str, Any]:
     """The facts about the machine where this runs, as plain data."""
     temp_dir = ray.get_runtime_context().get_temp_dir() if ray.is_initialized() else get_default_ray_temp_dir()
-    cache_dir = os.environ.get("VAE_RAY_CACHE") or os.path.expanduser("~/.cache/vae_ray")
     return {
         "host": socket.gethostname(),
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in CHECKED_PACKAGES}},
-        "num_cpus": num_cpus(),
-        "num_gpus": len(glob.glob("/dev/nvidia[0-9]*")),
-        "memory": memory_bytes(),
+        "versions": {"python": platform.python_version(), "torch": _version("torch"), "ray": _version("ray")},
         "shared_memory": shutil.disk_usage("/dev/shm").total if os.path.isdir("/dev/shm") else None,
         "temp": _directory_info(Path(temp_dir)),
-        "cache": _directory_info(Path(cache_dir)),
+        "cache": _directory_info(cache_root()),
     }
-
-
-def this_machine() -> NodeAnswer:
-    """The facts about this machine, as if it were a node."""
-    facts = collect_node_info()
-    resources = {"CPU": float(facts["num_cpus"]), "GPU": float(facts["num_gpus"])}
-    return NodeAnswer("", facts["host"], resources, facts)
 
 
 def clock_offsets() -> dict[str, float]:
@@ -60,21 +71,42 @@ def clock_offsets() -> dict[str, float]:
     return {node: t - after if t > after else min(0.0, t - before) for node, t in times.items()}
 
 
-def _version(package: str) -> str | None:
+def storage_problem(storage: str) -> str:
+    """Why this machine, or a node of the connected cluster, cannot write to `storage`; empty if all can.
+
+    Leaves nothing there.
+    """
+    directory = directory_of(storage)
+    missing = [] if is_uri(storage) else [path for path in (directory, *directory.parents) if not path.exists()]
+    failed = []
     try:
+        check_writable(storage)
+        if ray.is_initialized() and is_uri(storage):  # each node writes itself, with its own network and credentials
+            failed = [answer for answer in on_every_node(check_writable, storage) if answer.error is not None]
+        elif ray.is_initialized():
+            check_shared_storage(directory)
+    except UserError as error:
+        return str(error).removeprefix("run.storage: ")
+    finally:
+        for path in missing:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+    return "; ".join(f"{answer.address}: {answer.error}" for answer in failed)
+
+
+def _version(package: str) -> str | None:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    return None
 
 
 def _directory_info(path: Path) -> dict[str, Any]:
     """Of a directory, or of its nearest existing parent, in which it would be created."""
     existing = next((parent for parent in (path, *path.parents) if parent.exists()), path)
     usage = shutil.disk_usage(existing)
-    return {
-        "path": str(path),
-        # the path is relative where no home directory exists
-        "writable": path.is_absolute() and existing.is_dir() and os.access(existing, os.W_OK | os.X_OK),
-        "free": usage.free,
-        "total": usage.total,
-    }
+    writable = existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
+    return {"path": str(path), "writable": writable, "free": usage.free, "total": usage.total}
+
+
+if __name__ == "__main__":
+    sys.stdout.write(f"\n{ANSWER}{json.dumps(examine_cluster(sys.argv[1] if len(sys.argv) > 1 else None))}\n")

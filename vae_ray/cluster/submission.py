@@ -1,6 +1,7 @@
 """`vae-ray submit`: run a command of this package as a Ray job, checked before it is sent and followed until it ends.
 
-The job runs `python -m vae_ray COMMAND ...` with the cluster's Python, in a working directory that has the package.
+The job runs `python -m vae_ray COMMAND ...` with the cluster's Python, in a working directory of its own. Ray uploads
+that directory and this package, each once for each content.
 """
 
 from __future__ import annotations
@@ -14,15 +15,13 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from vae_ray.cluster.dashboard import cluster_nodes, describe_error, find_dashboard, job_client
-from vae_ray.cluster.upload import Upload, mebibytes
+from vae_ray.cluster.dashboard import connect, describe_error
 from vae_ray.config.experiment import Experiment
 from vae_ray.config.sections import WorkersConfig
-from vae_ray.distributed.environment import DEFAULTS
+from vae_ray.distributed import RAY_ENVIRONMENT
 from vae_ray.distributed.resources import check_workers_fit
 from vae_ray.errors import TrainingFailed, UserError, one_line
 
@@ -30,14 +29,30 @@ AGENT_SECONDS = 60.0
 STOP_SECONDS = "30"
 """How long a stopped job has for its last checkpoint; Ray's own default is 3."""
 ENDED = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED)
+PACKAGE = Path(__file__).parents[1]
+LOCAL_NAMES = {
+    ".git",
+    ".venv",
+    "venv",
+    "__pycache__",
+    "vae_ray",
+    "data",
+    "datasets",
+    "runs",
+    "results",
+    "build",
+    "dist",
+}
+"""Not uploaded from the top of a working directory. Ray leaves out what a .gitignore or .rayignore there names."""
+EXCLUDES = ("__pycache__", "*.pyc", "*.egg-info", ".*_cache", ".hypothesis", ".ipynb_checkpoints", "node_modules")
 
 
 @dataclass(frozen=True)
 class Job:
-    """A submitted job; `exit_code` is None until it has ended by itself."""
+    """A submitted job, and what `submit --json` prints; `exit_code` is None until it has ended by itself."""
 
     job_id: str
-    url: str
+    address: str
     status: str
     exit_code: int | None = None
 
@@ -50,16 +65,12 @@ class Job:
             return 0
         return self.exit_code if self.exit_code is not None and 0 < self.exit_code < 256 else 1
 
-    def to_dict(self) -> dict[str, Any]:
-        """What `submit --json` prints."""
-        return {"job_id": self.job_id, "address": self.url, "status": self.status, "exit_code": self.exit_code}
-
 
 class Detached(Exception):
     """Ctrl-C while following a job, which keeps running."""
 
     def __init__(self, job: Job) -> None:
-        super().__init__(f"{job.job_id} keeps running; stop it with: ray job stop --address {job.url} {job.job_id}")
+        super().__init__(f"{job.job_id} keeps running; stop it with: ray job stop --address {job.address} {job.job_id}")
         self.job = job
 
 
@@ -67,7 +78,8 @@ def submit(
     arguments: Sequence[str],
     *,
     address: str | None,
-    upload: Upload,
+    files: Mapping[str, Path],
+    working_dir: Path | None = None,
     workers: WorkersConfig | None = None,
     environment: Mapping[str, str] | None = None,
     python: str = "python",
@@ -75,28 +87,25 @@ def submit(
 ) -> Job:
     """Run `vae-ray ARGUMENTS` as a job of the cluster whose dashboard is at `address`; its log goes to stderr.
 
-    Raises `UserError` before anything is sent if the cluster cannot be reached, refuses the token or has too few
-    resources, or if the upload is too large; `Detached` at Ctrl-C.
+    The job's working directory has the `files` (name there: file or directory here) and a copy of `working_dir`. Raises
+    `UserError` before anything is sent if the cluster cannot be reached, refuses the token or has too few resources;
+    `Detached` at Ctrl-C.
     """
-    upload.check_size()
-    dashboard = find_dashboard(address)
-    client = job_client(dashboard)
+    if working_dir is not None and not working_dir.is_dir():
+        raise UserError(f"--working-dir: got '{working_dir}', which is not a directory")
+    dashboard = connect(address)
     # a head that has just started lists no node yet, not even itself
-    if workers is not None and workers.num != "auto" and (nodes := cluster_nodes(dashboard)):
-        check_workers_fit(workers, nodes, uses_gpu=workers.device == "cuda", where="the cluster")
+    if workers is not None and workers.num != "auto" and (nodes := dashboard.nodes()):
+        check_workers_fit(workers, nodes, where="the cluster")
     if dashboard.is_open:
         _print(f"warning: {dashboard.url} requires no token: anyone who can reach it can run code there")
-    _print(f"uploading {len(upload.files)} files, {mebibytes(upload.num_bytes)}")
-    job_id = send(
-        client,
-        [python, "-m", "vae_ray", *arguments],
-        upload,
-        environment={**DEFAULTS, "RAY_JOB_STOP_WAIT_TIME_S": STOP_SECONDS, **(environment or {})},
-    )
+    variables = {**RAY_ENVIRONMENT, "RAY_JOB_STOP_WAIT_TIME_S": STOP_SECONDS, **(environment or {})}
+    command = [python, "-m", "vae_ray", *arguments]
+    job_id = send(dashboard.client, command, working_dir=working_dir, files=files, environment=variables)
     job = Job(job_id, dashboard.url, status=JobStatus.PENDING.value)
     _print(f"job {job_id} at {dashboard.url}")
     try:
-        return _followed(client, job) if follow else job
+        return _followed(dashboard.client, job) if follow else job
     except KeyboardInterrupt:
         raise Detached(job) from None
 
@@ -121,20 +130,32 @@ def check_place(key: str, place: str, *, flag: str) -> None:
 def send(
     client: JobSubmissionClient,
     command: Sequence[str],
-    upload: Upload,
     *,
+    working_dir: Path | None = None,
+    files: Mapping[str, Path] | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> str:
-    """Submit `command` as a job with `upload` as its working directory; returns the job's id."""
+    """Submit `command` as a job; returns the job's id."""
     deadline = time.monotonic() + AGENT_SECONDS
-    with tempfile.TemporaryDirectory(prefix="vae_ray-") as directory:
-        archive = Path(directory, "vae_ray.zip")
-        upload.write(archive)
-        runtime_env = {"working_dir": str(archive), "env_vars": dict(environment or {})}
+    with tempfile.TemporaryDirectory(prefix="vae_ray-") as stage:
+        top = [path for path in (working_dir.iterdir() if working_dir else ()) if path.name not in LOCAL_NAMES]
+        for name, path in {**{path.name: path for path in top}, **(files or {})}.items():
+            Path(stage, name).symlink_to(path.absolute())  # Ray follows it
+        runtime_env = {
+            "working_dir": stage,
+            "py_modules": [str(PACKAGE)],
+            "excludes": list(EXCLUDES),
+            "env_vars": dict(environment or {}),
+        }
         while True:
             try:
                 return client.submit_job(entrypoint=shlex.join(command), runtime_env=runtime_env)
             except (RuntimeError, OSError) as error:
+                if "status code 413" in str(error):
+                    raise UserError(
+                        "--working-dir: the cluster does not accept so large an upload (usually 100 MiB at most); name "
+                        "what the job does not need in a .rayignore file there"
+                    ) from None
                 # a head node that has just started answers before it can run jobs
                 if "No available agent" not in str(error) or time.monotonic() > deadline:
                     lines = [line for line in str(error).splitlines() if line.strip()]
@@ -150,23 +171,25 @@ def _followed(client: JobSubmissionClient, job: Job) -> Job:
         try:
             info = client.get_job_info(job.job_id)
         except (RuntimeError, OSError) as error:
-            raise TrainingFailed(f"{job.url} stopped answering ({describe_error(error)}); job {job.job_id}") from None
+            raise TrainingFailed(
+                f"{job.address} stopped answering ({describe_error(error)}); job {job.job_id}"
+            ) from None
         if info.status in ENDED:
             if info.status == JobStatus.FAILED and info.driver_exit_code is None:
                 _print(f"job {job.job_id} failed: {one_line(info.message or '')[:500]}")
-            return Job(job.job_id, job.url, info.status.value, info.driver_exit_code)
+            return Job(job.job_id, job.address, info.status.value, info.driver_exit_code)
         time.sleep(0.5)
 
 
 async def _print_log(client: JobSubmissionClient, job_id: str, skip: int) -> int:
     """Print the log from the character `skip` on until the connection ends; returns how many have been printed."""
-    seen = 0  # each connection begins at the beginning of the log
+    read = 0  # each connection begins at the beginning of the log
     with contextlib.suppress(RuntimeError, OSError):
         async for text in client.tail_job_logs(job_id):
-            sys.stderr.write(text[max(0, skip - seen) :])
+            sys.stderr.write(text[max(0, skip - read) :])
             sys.stderr.flush()
-            seen += len(text)
-    return max(seen, skip)
+            read += len(text)
+    return max(read, skip)
 
 
 def _print(text: str) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import ray
 import torch
@@ -13,17 +14,18 @@ import torch
 from vae_ray import signals
 from vae_ray.config.experiment import Experiment
 from vae_ray.distributed.nodes import check_shared_storage
-from vae_ray.distributed.resources import alive_resources, check_workers_fit, max_workers_fitting, num_cpus
+from vae_ray.distributed.resources import alive_resources, check_workers_fit, max_workers_fitting
 from vae_ray.errors import UserError, one_line
 from vae_ray.storage.locations import directory_of, is_uri
-from vae_ray.training.placement import resolve_on_cluster
+from vae_ray.training.placement import num_local_cpus, resolve_on_cluster
 
 
 def check_local_resources(experiment: Experiment) -> None:
     """Raise `UserError` if a local Ray would be started and this machine has too few resources for the workers."""
     if _starts_local_ray():
-        resources = {"CPU": float(num_cpus()), "GPU": float(torch.cuda.device_count())}
-        _check_workers_fit(experiment, [{"Alive": True, "Resources": resources, "Labels": {}}], where="this machine")
+        resources = {"CPU": float(num_local_cpus()), "GPU": float(torch.cuda.device_count())}
+        nodes = [{"Alive": True, "Resources": resources, "Labels": {}}]
+        check_workers_fit(experiment.workers, nodes, where="this machine")
 
 
 @contextlib.contextmanager
@@ -40,23 +42,19 @@ def connect(experiment: Experiment, *, dashboard: bool = False) -> Iterator[tupl
         _init(is_local=_starts_local_ray(), dashboard=dashboard)
     try:
         nodes = ray.nodes()
-        experiment = resolve_on_cluster(experiment, alive_resources(nodes))
-        _check_workers_fit(experiment, nodes, where="the Ray cluster")
+        resources = alive_resources(nodes)
+        experiment = resolve_on_cluster(experiment, resources)
+        workers = experiment.workers
+        check_workers_fit(workers, nodes, where="the Ray cluster")
         if not is_uri(experiment.run.storage):
             check_shared_storage(directory_of(experiment.run.storage))
-        workers = experiment.workers
-        uses_gpu = workers.device == "cuda"
-        if workers.device == "auto":
-            uses_gpu = max_workers_fitting(alive_resources(nodes), {"GPU": workers.gpus}) >= workers.max
+        uses_gpu = workers.device == "cuda" or (
+            workers.device == "auto" and max_workers_fitting(resources, {"GPU": workers.gpus}) >= workers.max
+        )
         yield experiment, torch.device("cuda" if uses_gpu else "cpu")
     finally:
         if connects_here:
             ray.shutdown()
-
-
-def _check_workers_fit(experiment: Experiment, nodes: list[dict[str, object]], *, where: str) -> None:
-    workers = experiment.workers
-    check_workers_fit(workers, nodes, uses_gpu=workers.device == "cuda", where=where)
 
 
 def _starts_local_ray() -> bool:
@@ -64,22 +62,17 @@ def _starts_local_ray() -> bool:
 
 
 def _init(*, is_local: bool, dashboard: bool) -> None:
+    local: dict[str, Any] = {}  # without an address Ray reads RAY_ADDRESS
     if is_local:
-        # saves a process: nobody preempts the only node of a local Ray
+        local = {"address": "local", "num_cpus": num_local_cpus(), "include_dashboard": dashboard}
+        # saves a process: the only node of a local Ray is not preempted
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     try:
         with signals.handlers_kept():
-            ray.init(
-                address="local" if is_local else None,  # None reads RAY_ADDRESS
-                num_cpus=num_cpus() if is_local else None,
-                include_dashboard=dashboard if is_local else None,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
+            ray.init(**local, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, OSError, RuntimeError, ValueError) as error:
-        address = os.environ.get("RAY_ADDRESS", "local")
         reason = one_line(error)[:200]
         raise UserError(
-            f"Ray at {address!r} cannot be reached ({reason}); unset RAY_ADDRESS to start a local one, "
-            "or use --workers.num 0"
+            f"Ray at {os.environ.get('RAY_ADDRESS', 'local')!r} cannot be reached ({reason}); unset RAY_ADDRESS to "
+            "start a local one, or use --workers.num 0"
         ) from None

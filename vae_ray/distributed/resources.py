@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
-
-from ray._common.utils import get_system_memory
-from ray._private.utils import get_num_cpus, get_used_memory
 
 from vae_ray.config.sections import WorkersConfig
 from vae_ray.errors import UserError
@@ -18,21 +14,6 @@ NODE_GROUP_LABEL = "ray.io/node-group"
 Resources = Mapping[str, float]
 
 logger = logging.getLogger(__name__)
-
-
-def num_cpus() -> int:
-    """The CPUs that this process may use: those of its affinity, at most the quota of its container.
-
-    Ray reads the quota of cgroup v1 and v2 for its own nodes; it has no public function for it.
-    """
-    of_affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(of_affinity, int(get_num_cpus(override_docker_cpu_warning=True))))
-
-
-def memory_bytes() -> dict[str, int]:
-    """The total and available memory of this machine, or of the container that limits this process."""
-    total = int(get_system_memory())
-    return {"total": total, "available": max(0, total - int(get_used_memory()))}
 
 
 def worker_resources(workers: WorkersConfig, *, uses_gpu: bool) -> dict[str, float]:
@@ -45,7 +26,7 @@ def alive_resources(nodes: Sequence[Mapping[str, Any]]) -> list[Resources]:
     return [node["Resources"] for node in nodes if node["Alive"]]
 
 
-def max_workers_fitting(nodes: Sequence[Resources], each: Resources) -> int:
+def max_workers_fitting(nodes: Iterable[Resources], each: Resources) -> int:
     """How many workers that need `each` fit on all `nodes` together; one worker's resources are of one node."""
     return sum(int(min(node.get(kind, 0) // amount for kind, amount in each.items())) for node in nodes)
 
@@ -54,19 +35,17 @@ def may_grow(nodes: Sequence[Mapping[str, Any]]) -> bool:
     """Whether nodes may join the cluster by themselves: a launcher (`ray up`, KubeRay) started the alive `nodes`.
 
     Ray has no public way to ask whether an autoscaler runs, nor for its limits (ray-project/ray#52033). But each node
-    that a launcher starts has a node group, and a node that somebody starts with `ray start` has none.
+    that a launcher starts has a node group, and a node that `ray start` starts by hand has none.
     """
     return any(node["Alive"] and NODE_GROUP_LABEL in node["Labels"] for node in nodes)
 
 
-def check_workers_fit(
-    workers: WorkersConfig, nodes: Sequence[Mapping[str, Any]], *, uses_gpu: bool, where: str
-) -> None:
+def check_workers_fit(workers: WorkersConfig, nodes: Sequence[Mapping[str, Any]], *, where: str) -> None:
     """Raise `UserError` if the alive `nodes` have no room for `workers.min` workers and no node can join.
 
     `nodes` have the keys of `ray.nodes()`. Where nodes may join, this warns: Ray waits for them.
     """
-    alive, each = alive_resources(nodes), worker_resources(workers, uses_gpu=uses_gpu)
+    alive, each = alive_resources(nodes), worker_resources(workers, uses_gpu=workers.device == "cuda")
     num_fitting = max_workers_fitting(alive, each)
     if workers.min <= num_fitting:
         return
@@ -77,7 +56,6 @@ def check_workers_fit(
             *(where, num_fitting, workers.min),
         )
         return
-    requested = " and ".join(f"{amount:g} {kind}" for kind, amount in each.items())
     totals = {kind: sum(node.get(kind, 0) for node in alive) for kind in each}
     if num_fitting:
         advice = f"--workers.num {num_fitting}"
@@ -86,6 +64,7 @@ def check_workers_fit(
     else:
         advice = f"--workers.cpus {max(1, int(max((node.get('CPU', 0) for node in alive), default=1)))}"
     raise UserError(
-        f"workers.num: got {workers.min} with {requested} each, but {where} has room for {num_fitting} "
+        f"workers.num: got {workers.min} with {' and '.join(f'{amount:g} {kind}' for kind, amount in each.items())} "
+        f"each, but {where} has room for {num_fitting} "
         f"({' and '.join(f'{total:g} {kind}s' for kind, total in totals.items())}); for example {advice}"
     )
