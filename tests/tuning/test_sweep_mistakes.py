@@ -87,7 +87,11 @@ MISTAKES: list[tuple[str, list[str], str]] = [
     ("pbt a few at a time", ["sweep", "digits", "--scheduler=pbt", "--max-concurrent=2"], "not supported with pbt"),
     ("no trials", ["sweep", "digits", "--num-trials", "0"], "--num-trials: got 0, should be at least 1"),
     ("none at once", ["sweep", "digits", "--max-concurrent", "0"], "--max-concurrent: got 0, should be at least 1"),
-    ("fewer than no workers", ["sweep", "digits", "--workers-per-trial", "-1"], "--workers-per-trial: got -1, should be at least 1"),
+    (
+        "fewer than no workers",
+        ["sweep", "digits", "--workers-per-trial", "-1"],
+        "--workers-per-trial: got -1, should be at least 1",
+    ),
     (
         "more workers than CPUs",
         ["sweep", "digits", "--training.global-batch-size=1290", "--workers-per-trial", TOO_MANY_CPUS],

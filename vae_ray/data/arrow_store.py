@@ -155,9 +155,9 @@ def _map(file: Path) -> Split | None:
         table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
         table.validate(full=True)
         # Written as one batch, so the only chunk is the whole column, still in the mapped file; no copy is made. (Nor
-        # does DLPack import pandas, as Arrow's to_numpy() does.)
+        # do `values` and DLPack import pyarrow.compute and pandas, as flatten() and to_numpy() do.)
         column, labels = table["pixels"].chunk(0), np.from_dlpack(table["label"].chunk(0))
-        pixels = np.from_dlpack(column.storage.flatten()).reshape(-1, *column.type.shape)
+        pixels = np.from_dlpack(column.storage.values).reshape(-1, *column.type.shape)
         if pixels.dtype != np.uint8 or pixels.ndim != 4 or labels.dtype != np.int64 or len(labels) != len(pixels):
             raise ValueError(f"pixels {pixels.dtype} {pixels.shape}, labels {labels.dtype} {labels.shape}")
     except (pa.ArrowException, KeyError, IndexError, ValueError, AttributeError) as error:
