@@ -14,17 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vae_ray import Experiment, TrainResult, UserError, train
+from tests.runs import computed
+from vae_ray import Experiment, TrainResult, train
 from vae_ray.cli.main import main
 from vae_ray.runs.train import resume as resume_run
-from vae_ray.storage.records import read_records
-
-
-def numbers(run: Path) -> list[dict[str, Any]]:
-    """What a run computed, without how long it took."""
-    timing = ("images_per_second", "seconds", "started_at")
-    records = read_records(run / "metrics.jsonl")
-    return [{key: value for key, value in record.items() if key not in timing} for record in records]
 
 
 def last_weights(result: TrainResult) -> bytes:
@@ -85,7 +78,7 @@ def test_a_stopped_run_ends_with_the_weights_and_metrics_of_a_whole_one(
     DAMAGES[damage](stopped)
     result = resume(stopped)
     assert last_weights(result) == last_weights(whole)
-    assert numbers(stopped) == numbers(whole.run_dir)
+    assert computed(stopped) == computed(whole.run_dir)
     assert result.best_epoch == whole.best_epoch
     assert result.metrics == pytest.approx(whole.metrics, rel=1e-9)
     assert (stopped / "summary.json").exists()
@@ -115,26 +108,7 @@ def test_resuming_a_finished_run_returns_its_result_and_touches_nothing(whole: T
 
 def test_resuming_what_never_started_starts_it(quick: Experiment) -> None:
     result = train(quick.with_overrides({"training.epochs": 1}), resume=True)
-    assert [line["epoch"] for line in numbers(result.run_dir)] == [1]
-
-
-def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_goes_on(
-    whole: TrainResult, stopped: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    remove_checkpoints(stopped, 4)
-    weights = stopped / "checkpoints" / "epoch=0003" / "weights.safetensors"
-    cut = weights.read_bytes()[:-1]
-    weights.write_bytes(cut)
-    assert last_weights(resume(stopped)) == last_weights(whole)
-    assert f"{weights}: truncated" in caplog.text
-    assert (stopped / "checkpoints" / ".damaged-epoch=0003" / weights.name).read_bytes() == cut
-    assert numbers(stopped) == numbers(whole.run_dir)
-
-
-def test_a_damaged_summary_is_named(stopped: Path) -> None:
-    (stopped / "summary.json").write_text('{"run_dir": ')
-    with pytest.raises(UserError, match=r"summary\.json: damaged"):
-        resume(stopped)
+    assert [line["epoch"] for line in computed(result.run_dir)] == [1]
 
 
 def test_tensorboard_of_a_resumed_run_shows_every_epoch_once(stopped: Path) -> None:
@@ -145,7 +119,7 @@ def test_tensorboard_of_a_resumed_run_shows_every_epoch_once(stopped: Path) -> N
     events = EventAccumulator(str(stopped / "tensorboard"))
     events.Reload()
     shown = [(event.step, event.value) for event in events.Scalars("train/nelbo")]
-    assert shown == [(line["epoch"], np.float32(line["train/nelbo"])) for line in numbers(stopped)]
+    assert shown == [(line["epoch"], np.float32(line["train/nelbo"])) for line in computed(stopped)]
 
 
 # --- from the directory alone ---------------------------------------------------------------------------
@@ -165,7 +139,7 @@ def test_resume_needs_nothing_but_the_directory(
     cache = tmp_path / "cache"
     answer = command(capsys, stopped, "--workers.cpus=1", f"--data.cache-dir={cache}")
     assert (Path(answer["last_checkpoint"]) / "weights.safetensors").read_bytes() == last_weights(whole)
-    assert numbers(stopped) == numbers(whole.run_dir)
+    assert computed(stopped) == computed(whole.run_dir)
     assert list(cache.glob("digits-train-*.arrow")) != []
 
 
@@ -204,7 +178,7 @@ def test_more_epochs_extend_a_run_to_that_of_so_many_epochs(
     at_once = train(constant.with_overrides({"training.epochs": 4, "run.name": "at-once"}))
     assert extended["epochs"] == 4
     assert (Path(extended["last_checkpoint"]) / "weights.safetensors").read_bytes() == last_weights(at_once)
-    assert numbers(run) == numbers(at_once.run_dir)
+    assert computed(run) == computed(at_once.run_dir)
     assert Experiment.from_file(run / "experiment.yaml").training.epochs == 4
     assert command(capsys, run) == extended
 
@@ -279,7 +253,7 @@ def test_a_run_killed_twice_at_random_moments_ends_as_if_it_had_not_been(quick: 
     result = resume_run(run)
     uninterrupted = train(experiment.with_overrides({"run.name": "uninterrupted"}))
     assert last_weights(result) == last_weights(uninterrupted)
-    assert numbers(result.run_dir) == numbers(uninterrupted.run_dir)
+    assert computed(result.run_dir) == computed(uninterrupted.run_dir)
     assert pictures(result.run_dir) == pictures(uninterrupted.run_dir)
     names = [sorted(path.name for path in (r.run_dir / "checkpoints").iterdir()) for r in (result, uninterrupted)]
     assert names[0] == names[1]

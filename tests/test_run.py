@@ -10,6 +10,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 
+from tests.runs import computed
 from vae_ray import Experiment, TrainedVAE, TrainResult, UserError, train
 from vae_ray.parallel.group import SingleProcess
 from vae_ray.run_files.run_directory import RunDirectory
@@ -24,12 +25,6 @@ PICTURES = ("samples", "reconstructions", "traversals")
 
 def lines(run: Path) -> list[dict[str, Any]]:
     return RunDirectory(run).records.history()
-
-
-def numbers(run: Path) -> list[dict[str, Any]]:
-    """What a run computed, without how long it took."""
-    timing = ("images_per_second", "seconds", "started_at")
-    return [{key: value for key, value in line.items() if key not in timing} for line in lines(run)]
 
 
 # --- what a run leaves behind ---------------------------------------------------------------------------
@@ -107,20 +102,20 @@ def test_a_run_is_repeated_to_the_digit_by_its_own_experiment_file(trained_run: 
     again = Experiment.from_file(trained_run.run_dir / "experiment.yaml")
     assert again.run.name is None
     result = train(again.with_overrides({"run.storage": str(tmp_path)}))
-    assert numbers(result.run_dir) == numbers(trained_run.run_dir)
+    assert computed(result.run_dir) == computed(trained_run.run_dir)
     weights = [run.last_checkpoint / "weights.safetensors" for run in (result, trained_run)]
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
-def test_another_seed_gives_other_numbers(trained_run: TrainResult, quick: Experiment) -> None:
+def test_another_seed_gives_other_computed(trained_run: TrainResult, quick: Experiment) -> None:
     other = train(quick.with_overrides({"run.seed": 4}))
-    for ours, theirs in zip(numbers(trained_run.run_dir), numbers(other.run_dir), strict=True):
+    for ours, theirs in zip(computed(trained_run.run_dir), computed(other.run_dir), strict=True):
         assert all(ours[key] != theirs[key] for key in ours if "/" in key)
 
 
 def test_evaluating_otherwise_changes_no_number(trained_run: TrainResult, quick: Experiment) -> None:
     other = train(quick.with_overrides({"training.test_every_epochs": 2, "training.evaluation_batch_size": 77}))
-    for ours, theirs in zip(numbers(trained_run.run_dir), numbers(other.run_dir), strict=True):
+    for ours, theirs in zip(computed(trained_run.run_dir), computed(other.run_dir), strict=True):
         assert {k: v for k, v in ours.items() if k.startswith("train/")} == {
             k: v for k, v in theirs.items() if k.startswith("train/")
         }

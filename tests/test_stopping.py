@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
+from tests.runs import Counting, assert_same, computed, counted_steps, fitted, run_of, tensors_of
 from tests.thread_workers import ThreadWorkers, on_threads
 from vae_ray import Experiment, Stopped, TrainResult, train
-from vae_ray.parallel.group import SingleProcess, WorkerGroup
+from vae_ray.parallel.group import SingleProcess
 from vae_ray.run_files.run_directory import RunDirectory
 from vae_ray.runs.train import resume
-from vae_ray.storage.records import read_records
-from vae_ray.training import loop, stop_requests
+from vae_ray.training import stop_requests
 from vae_ray.training.fit import fit
 from vae_ray.training.stop_requests import Requests, StopRequests
+
+__all__ = ["counted_steps"]
+"""A fixture of every test here."""
 
 EPOCHS, STEPS_PER_EPOCH = 2, 14
 """1,338 images in batches of 100, the last smaller."""
@@ -39,53 +39,6 @@ def whole(module_quick: Experiment) -> TrainResult:
 def ask_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stop_requests, "AGREE_SECONDS", 0.0)
     monkeypatch.setattr(stop_requests, "PREEMPTION_SECONDS", 0.0)
-
-
-class Counting(SingleProcess):
-    """Alone, and calls `at` before every step's gradient, with how many there have been; see `counted_steps`."""
-
-    def __init__(self, at: Callable[[int], None]) -> None:
-        super().__init__(torch.device("cpu"))
-        self.num_steps, self._at = 0, at
-
-    def count(self) -> None:
-        self.num_steps += 1
-        self._at(self.num_steps)
-
-
-@pytest.fixture(autouse=True)
-def counted_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = loop.gradients_of
-
-    def counting(*args: Any, group: WorkerGroup, **options: Any) -> dict[str, list[nn.Parameter]]:
-        if isinstance(group, Counting):
-            group.count()
-        return original(*args, group=group, **options)
-
-    monkeypatch.setattr(loop, "gradients_of", counting)
-
-
-def run_of(experiment: Experiment) -> RunDirectory:
-    """The run's directory, begun as `train` begins it."""
-    run = RunDirectory(Path(experiment.run.storage) / str(experiment.run.name))
-    run.path.mkdir(parents=True)
-    run.write_experiment(experiment)
-    return run
-
-
-def numbers(run: Path) -> Iterator[dict[str, Any]]:
-    for record in read_records(run / "metrics.jsonl"):
-        yield {k: v for k, v in record.items() if k not in ("images_per_second", "seconds", "started_at")}
-
-
-def state(run: Path) -> dict[str, bytes]:
-    files = (run / "checkpoints").rglob("*")
-    return {str(f.relative_to(run)): f.read_bytes() for f in files if f.suffix == ".safetensors"}
-
-
-def assert_same(run: Path, other: Path) -> None:
-    assert state(run) == state(other)
-    assert list(numbers(run)) == list(numbers(other))
 
 
 @pytest.mark.usefixtures("ask_every_step")
@@ -118,7 +71,7 @@ def test_averaged_weights_too_go_on_to_the_same_bits(small: Experiment) -> None:
     with pytest.raises(Stopped):
         fit(averaging, run.path, Counting(lambda n: run.stop_file.touch() if n == 17 else None))
     resume(run.path)
-    assert any(name.endswith("averaged.safetensors") for name in state(run.path))
+    assert any(name.endswith("averaged.safetensors") for name in tensors_of(run.path))
     assert_same(run.path, undisturbed.run_dir)
 
 
@@ -148,10 +101,6 @@ def test_a_machine_that_goes_away_leads_to_one_checkpoint_and_training_goes_on(
     assert_same(run.path, whole.run_dir)
 
 
-def fitted(experiment: Experiment, run: RunDirectory, num_workers: int) -> list[Any]:
-    return on_threads(num_workers, lambda group: fit(experiment, run.path, group))
-
-
 @pytest.mark.usefixtures("ask_every_step")
 @pytest.mark.parametrize("num_workers_after", [2, 1, 3])
 def test_workers_stopped_inside_an_epoch_go_on(small: Experiment, num_workers_after: int) -> None:
@@ -175,7 +124,7 @@ def test_workers_stopped_inside_an_epoch_go_on(small: Experiment, num_workers_af
     if num_workers_after == 2:
         assert_same(stopped.path, undisturbed.path)
     else:
-        for ours, theirs in zip(numbers(stopped.path), numbers(undisturbed.path), strict=True):
+        for ours, theirs in zip(computed(stopped.path), computed(undisturbed.path), strict=True):
             assert ours == pytest.approx(theirs, rel=1e-5)
 
 

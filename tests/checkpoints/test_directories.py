@@ -10,16 +10,8 @@ import pytest
 from tests.checkpoints.written import change_manifest, load, save, state_after
 from vae_ray import TrainedVAE, UserError
 from vae_ray.checkpoints.finding import find_checkpoint
-from vae_ray.checkpoints.loading import (
-    EXPERIMENT,
-    FORMAT_VERSION,
-    MANIFEST,
-    TRAINING_STATE,
-    WEIGHTS,
-    all_checkpoints,
-    best_checkpoint,
-    complete_checkpoints,
-)
+from vae_ray.checkpoints.listing import all_checkpoints, best_checkpoint, complete_checkpoints
+from vae_ray.checkpoints.loading import EXPERIMENT, FORMAT_VERSION, MANIFEST, TRAINING_STATE, WEIGHTS
 from vae_ray.checkpoints.quarantine import load_newest
 from vae_ray.checkpoints.saving import NotSaved, copy_checkpoint, prune_checkpoints
 from vae_ray.errors import CorruptFile

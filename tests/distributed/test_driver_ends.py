@@ -13,7 +13,7 @@ from tests.distributed.conftest import digits
 from tests.faults.signalled import Training
 from tests.storage.servers import ObjectStore
 from vae_ray import Experiment, TrainedVAE, TrainResult, train
-from vae_ray.checkpoints.loading import all_checkpoints
+from vae_ray.checkpoints.listing import all_checkpoints
 from vae_ray.storage.locations import is_uri, join_location, open_filesystem
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster")]

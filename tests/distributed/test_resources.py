@@ -52,4 +52,7 @@ def test_workers_wait_for_nodes_of_a_cluster_that_a_launcher_started(caplog: pyt
 
 
 def test_the_minimum_of_a_range_of_workers_has_to_fit() -> None:
-    check_workers_fit(WorkersConfig(num="2..8"), [node(2)], where="the cluster")
+    workers = WorkersConfig(num="2..8")
+    check_workers_fit(workers, [node(2)], where="the cluster")
+    with pytest.raises(UserError, match=r"workers\.num: got 2 with 1 CPU each"):
+        check_workers_fit(workers, [node(1)], where="the cluster")

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 from vae_ray import Experiment
-from vae_ray.checkpoints.loading import complete_checkpoints
+from vae_ray.checkpoints.listing import complete_checkpoints
 
 SLOWEST_START_SECONDS = {0: 6.0, 2: 45.0}
 """Kills come within so many seconds, by the number of workers: from the first import to the middle of training."""

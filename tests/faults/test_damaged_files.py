@@ -16,7 +16,8 @@ from tests.faults.conftest import Count
 from tests.faults.damage import damages, fresh_copy
 from tests.faults.test_kills_at_every_operation import outcome, tiny
 from vae_ray import Experiment, TrainedVAE, UserError, train
-from vae_ray.checkpoints.loading import complete_checkpoints, read_checkpoint
+from vae_ray.checkpoints.listing import complete_checkpoints
+from vae_ray.checkpoints.loading import read_checkpoint
 from vae_ray.config.sections import DigitsData, MnistData
 from vae_ray.data.arrow_store import open_split
 from vae_ray.run_files.run_directory import RunDirectory

@@ -19,8 +19,9 @@ import torch
 
 from tests.conftest import digits_in_this_process
 from tests.faults.conftest import FORM
+from tests.runs import computed
 from vae_ray import Experiment, TrainedVAE, TrainingFailed, UserError, train
-from vae_ray.checkpoints.loading import complete_checkpoints
+from vae_ray.checkpoints.listing import complete_checkpoints
 from vae_ray.parallel.group import SingleProcess
 from vae_ray.run_files.run_directory import RunDirectory
 from vae_ray.storage import retry as patient_files
@@ -78,11 +79,6 @@ def run_of(experiment: Experiment) -> RunDirectory:
     return run
 
 
-def numbers(run: RunDirectory) -> list[dict[str, Any]]:
-    timing = ("images_per_second", "seconds", "started_at")
-    return [{key: value for key, value in line.items() if key not in timing} for line in run.records.history()]
-
-
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     """The run on a disk with room for it."""
@@ -115,7 +111,7 @@ def test_a_disk_full_for_some_epochs_costs_their_checkpoints_and_pictures_only(
         assert next(epochs).record["epoch"] == epoch
     assert next(epochs, None) is None
     assert same_end(run, undisturbed)
-    assert numbers(run) == numbers(undisturbed)
+    assert computed(run.path) == computed(undisturbed.path)
     said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     not_saved = [text for text in said if "the checkpoint could not be written (No space left on device" in text]
     assert ["epoch=0002" in not_saved[0], "epoch=0003" in not_saved[1], len(not_saved)] == [True, True, 2]
@@ -141,7 +137,7 @@ def test_a_disk_full_at_the_end_fails_the_run_and_keeps_what_was_saved(disk: Pat
     filler.clear()
     assert train(mine, resume=True).epochs == 5
     assert same_end(run, undisturbed)
-    assert numbers(run) == numbers(undisturbed)
+    assert computed(run.path) == computed(undisturbed.path)
 
 
 @pytest.mark.event("disk full")
@@ -157,7 +153,7 @@ def test_checkpoints_inside_epochs_on_a_full_disk_cost_nothing_but_a_warning(
     filler.clear()
     assert len(list(epochs)) == 3
     assert same_end(run, undisturbed)
-    assert numbers(run) == numbers(undisturbed)
+    assert computed(run.path) == computed(undisturbed.path)
 
 
 @pytest.mark.event("disk full")
@@ -186,7 +182,7 @@ def test_a_run_does_not_begin_on_a_full_disk(disk: Path, undisturbed: RunDirecto
     filler.clear()
     run = RunDirectory(train(mine, resume=True).run_dir)
     assert same_end(run, undisturbed)
-    assert numbers(run) == numbers(undisturbed)
+    assert computed(run.path) == computed(undisturbed.path)
 
 
 def away_for(run: RunDirectory, seconds: float) -> threading.Thread:
@@ -216,7 +212,7 @@ def test_storage_that_is_away_for_a_while_costs_nothing(
     assert len(list(epochs)) == 4
     thread.join()
     assert same_end(run, undisturbed)
-    assert numbers(run) == numbers(undisturbed)
+    assert computed(run.path) == computed(undisturbed.path)
     names = sorted(path.name for path in (run.images / "samples").iterdir())
     assert names == [f"epoch={epoch:04d}.png" for epoch in range(1, 6)]
     assert sum("the storage is away" in record.getMessage() for record in caplog.records) == 1

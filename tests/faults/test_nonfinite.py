@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from tests.test_stopping import Counting, assert_same, counted_steps, fitted, numbers, run_of
+from tests.runs import Counting, assert_same, computed, counted_steps, fitted, run_of
 from tests.thread_workers import ThreadWorkers, on_threads
 from vae_ray import Experiment, train
-from vae_ray.checkpoints.loading import all_checkpoints
+from vae_ray.checkpoints.listing import all_checkpoints
 from vae_ray.config.sections import OptimConfig
 from vae_ray.data.batches import Loader, Shards
 from vae_ray.data.splits import Splits
@@ -180,7 +180,7 @@ def test_skip_leaves_the_batch_out_and_goes_on(
     made = spoiled(3, 20)
     fit(small.with_overrides({"training.nonfinite": "skip"}), run.path, SingleProcess(CPU))
     assert len(made) == 2 * STEPS_PER_EPOCH
-    for line in numbers(run.path):
+    for line in computed(run.path):
         assert 0 < line["train/loss"] < 100
     skipped = [record.getMessage() for record in caplog.records]
     assert ["epoch 1, step 3 of 14" in skipped[0], "epoch 2, step 6 of 14" in skipped[1]] == [True, True]
@@ -225,7 +225,7 @@ def test_rollback_goes_on_from_the_last_checkpoint_with_a_smaller_learning_rate(
     made = spoiled(8)
     fit(small, run.path, SingleProcess(CPU))
     assert len(made) == 2 * STEPS_PER_EPOCH + 3  # steps 6 to 8 were made twice
-    lines = list(numbers(run.path))
+    lines = computed(run.path)
     assert [line["lr"] for line in lines] == [2.5e-3, 2.5e-3]
 
     halved = RunDirectory(run.path.parent / "halved")
@@ -233,7 +233,7 @@ def test_rollback_goes_on_from_the_last_checkpoint_with_a_smaller_learning_rate(
     stop_after_the_fifth(small, halved)
     fit(slower, halved.path, SingleProcess(CPU))
     assert weights(run) == weights(halved)
-    assert [line["train/loss"] for line in lines] == [line["train/loss"] for line in numbers(halved.path)]
+    assert [line["train/loss"] for line in lines] == [line["train/loss"] for line in computed(halved.path)]
 
 
 def stop_after_the_fifth(experiment: Experiment, run: RunDirectory) -> None:
@@ -258,7 +258,7 @@ def test_rollback_without_a_checkpoint_begins_again(small: Experiment, spoiled: 
     fit(small, run.path, SingleProcess(CPU))
     assert len(made) == 2 * STEPS_PER_EPOCH + 4
     assert weights(run) == weights(undisturbed)
-    assert list(numbers(run.path)) == list(numbers(undisturbed.path))
+    assert computed(run.path) == computed(undisturbed.path)
 
 
 def test_what_rollbacks_left_of_the_learning_rate_survives_a_resume(
@@ -278,7 +278,7 @@ def test_what_rollbacks_left_of_the_learning_rate_survives_a_resume(
     spoiled()
     fit(small, run.path, SingleProcess(CPU))
     assert_same(run.path, undisturbed.path)
-    assert [line["lr"] for line in numbers(run.path)] == [5e-3, 2.5e-3]
+    assert [line["lr"] for line in computed(run.path)] == [5e-3, 2.5e-3]
 
 
 def test_two_workers_roll_back_together(small: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:

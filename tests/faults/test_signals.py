@@ -9,7 +9,7 @@ import pytest
 
 from tests.faults.signalled import Training
 from vae_ray import Experiment
-from vae_ray.checkpoints.loading import all_checkpoints
+from vae_ray.checkpoints.listing import all_checkpoints
 
 pytestmark = [pytest.mark.faults, pytest.mark.event("signals")]
 

@@ -10,7 +10,8 @@ import torch
 
 from tests.conftest import digits_in_this_process
 from vae_ray import Experiment
-from vae_ray.checkpoints.loading import Checkpoint, all_checkpoints
+from vae_ray.checkpoints.listing import all_checkpoints
+from vae_ray.checkpoints.loading import Checkpoint
 from vae_ray.errors import Diverged
 from vae_ray.parallel.group import SingleProcess
 from vae_ray.run_files.run_directory import RunDirectory

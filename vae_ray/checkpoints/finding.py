@@ -8,7 +8,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from vae_ray.checkpoints.loading import MANIFEST, Checkpoint, complete_checkpoints, read_checkpoint
+from vae_ray.checkpoints.listing import complete_checkpoints
+from vae_ray.checkpoints.loading import MANIFEST, Checkpoint, read_checkpoint
 from vae_ray.checkpoints.quarantine import best_intact_checkpoint
 from vae_ray.errors import UserError, one_line
 from vae_ray.run_files.run_directory import RunDirectory

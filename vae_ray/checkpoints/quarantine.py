@@ -11,14 +11,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from vae_ray.checkpoints.loading import (
-    AVERAGED,
-    EXPERIMENT,
-    WEIGHTS,
-    Checkpoint,
-    checkpoint_directories,
-    own_checkpoint,
-)
+from vae_ray.checkpoints.listing import checkpoint_directories, own_checkpoint
+from vae_ray.checkpoints.loading import AVERAGED, EXPERIMENT, WEIGHTS, Checkpoint
 from vae_ray.errors import CorruptFile
 from vae_ray.storage.atomic import sync_directory, unused_name
 

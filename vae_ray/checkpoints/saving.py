@@ -11,6 +11,7 @@ from pathlib import Path
 import safetensors.torch
 from torch import Tensor
 
+from vae_ray.checkpoints.listing import all_checkpoints, checkpoint_name
 from vae_ray.checkpoints.loading import (
     AVERAGED,
     EXPERIMENT,
@@ -21,8 +22,6 @@ from vae_ray.checkpoints.loading import (
     WEIGHTS,
     Checkpoint,
     Scalar,
-    all_checkpoints,
-    checkpoint_name,
     parse_manifest,
     sealed,
 )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import filelock
 
-from vae_ray.checkpoints.loading import all_checkpoints
+from vae_ray.checkpoints.listing import all_checkpoints
 from vae_ray.config.experiment import Experiment, differing_fields
 from vae_ray.errors import UserError
 from vae_ray.run_files.run_directory import WRITER_LOCK_SECONDS, RunDirectory

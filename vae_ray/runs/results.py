@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from vae_ray.checkpoints.loading import best_checkpoint, complete_checkpoints
+from vae_ray.checkpoints.listing import best_checkpoint, complete_checkpoints
 from vae_ray.config.experiment import Experiment
 from vae_ray.errors import UserError
 from vae_ray.inference import TrainedVAE

@@ -64,7 +64,7 @@ def matmul_error() -> float:
 
 
 def _keep_freed_memory() -> None:
-    """Ask glibc to keep freed blocks: activations are allocated anew every step, and page faults cost 5 %."""
+    """Ask glibc to keep freed blocks: every step allocates its activations again, and page faults cost 5 %."""
     if sys.platform != "linux":
         return
     trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h

@@ -14,7 +14,7 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vae_ray.checkpoints.loading import checkpoint_name
+from vae_ray.checkpoints.listing import checkpoint_name
 from vae_ray.config.experiment import Experiment
 from vae_ray.parallel.group import WorkerGroup, raise_on_all_ranks
 from vae_ray.run_files.recorder import NUM_RECONSTRUCTIONS, Recorder

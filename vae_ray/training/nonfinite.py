@@ -20,7 +20,7 @@ from pathlib import Path
 
 import safetensors.torch
 
-from vae_ray.checkpoints.loading import checkpoint_name
+from vae_ray.checkpoints.listing import checkpoint_name
 from vae_ray.config.fields import Section
 from vae_ray.config.sections import RollBackOnNonfinite, SkipNonfinite
 from vae_ray.data.batches import Loader

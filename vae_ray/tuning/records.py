@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from vae_ray.checkpoints.loading import Checkpoint, best_checkpoint, complete_checkpoints
+from vae_ray.checkpoints.listing import best_checkpoint, complete_checkpoints
+from vae_ray.checkpoints.loading import Checkpoint
 from vae_ray.config.experiment import Experiment, is_place_key
 from vae_ray.config.sections import NAME_PATTERN
 from vae_ray.errors import CorruptFile

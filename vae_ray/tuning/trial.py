@@ -18,13 +18,8 @@ import torch
 from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
-from vae_ray.checkpoints.loading import (
-    Checkpoint,
-    all_checkpoints,
-    checkpoint_directories,
-    complete_checkpoints,
-    read_checkpoint,
-)
+from vae_ray.checkpoints.listing import all_checkpoints, checkpoint_directories, complete_checkpoints
+from vae_ray.checkpoints.loading import Checkpoint, read_checkpoint
 from vae_ray.checkpoints.saving import copy_checkpoint
 from vae_ray.config.experiment import Experiment
 from vae_ray.config.user_code import Files, install

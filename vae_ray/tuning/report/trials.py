@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vae_ray.checkpoints.loading import checkpoint_name
+from vae_ray.checkpoints.listing import checkpoint_name
 from vae_ray.config.experiment import Experiment, preset_names
 from vae_ray.config.keys import flag_of
 from vae_ray.storage.records import read_records
