@@ -15,8 +15,8 @@ from tests.faults.conftest import FORM, Count
 from tests.faults.file_operations import Ended, run
 from vae_ray import Experiment, train
 from vae_ray.checkpoints.finding import find_checkpoint
-from vae_ray.checkpoints.listing import all_checkpoints, complete_checkpoints
-from vae_ray.checkpoints.loading import NAME, read_checkpoint
+from vae_ray.checkpoints.listing import NAME, all_checkpoints, complete_checkpoints
+from vae_ray.checkpoints.loading import read_checkpoint
 from vae_ray.checkpoints.saving import copy_checkpoint, prune_checkpoints
 from vae_ray.config.sections import DigitsData
 from vae_ray.data.arrow_store import open_split

@@ -77,7 +77,7 @@ class RunRecords:
             return {}
         except (OSError, ValueError, CorruptFile) as error:
             reason = str(error).removeprefix(f"{self.summary_file}: ")
-            raise CorruptFile(f"{self.summary_file}: damaged ({reason}); delete it and use --resume") from None
+            raise CorruptFile(f"{self.summary_file}: damaged ({reason}); delete it and resume the run") from None
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write the result; the run has then finished."""
