@@ -117,7 +117,7 @@ def test_generate_draws_the_samples_of_its_seed(
     first, again, other = (file.read_bytes() for file in files)
     assert first == again != other
     images = TrainedVAE.load(trained_run.run_dir).generate(9, seed=1)
-    title = f"digits · samples, z ~ N(0, I) · epoch {trained_run.best_epoch}"
+    title = f"digits · samples, z ~ p(z) · epoch {trained_run.best_epoch}"
     assert first == png_bytes(square_grid(images, title=title))
 
 

@@ -25,7 +25,7 @@ CHOICES = {
     "my_likelihoods": {"likelihood": "my_likelihoods:Laplace", "likelihood.scale": "0.2"},
     "my_priors": {"model.prior": "my_priors:Scaled"},
     "my_objectives": {"objective": "my_objectives:FreeBits", "objective.nats": "2"},
-    "my_data": {"data.source": "my_data:noise", "data.count": "400", "data.num_validation": 20},
+    "my_data": {"data.source": "my_data:noise", "data.count": "2000", "data.num_validation": 20},
     "my_callbacks": {"run.callbacks": "my_callbacks:Log"},
 }
 

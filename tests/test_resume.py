@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from tests.runs import computed
-from vae_ray import Experiment, TrainResult, train
+from vae_ray import Experiment, TrainResult, UserError, train
 from vae_ray.cli.main import main
 from vae_ray.runs.train import resume as resume_run
 
@@ -156,6 +156,31 @@ def test_resume_refuses_to_change_what_a_run_computes(
         assert "cannot be resumed with a different experiment: " in err
         assert err.count("\n") == 1
     assert {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("content", [b"", b"run: {seed: 1}\n", b"model: {latent_dim: 11}\n"])
+def test_an_experiment_that_is_not_that_of_the_checkpoints_is_refused(stopped: Path, content: bytes) -> None:
+    """What computed the checkpoints is in each of them, with a checksum."""
+    (stopped / "experiment.yaml").write_bytes(content)
+    with pytest.raises(UserError, match=r"experiment\.yaml: damaged or changed since epoch=\d+ was written \(.* -> "):
+        resume(stopped)
+
+
+@pytest.mark.parametrize(
+    "name", ["manifest.json", "experiment.json", "weights.safetensors", "training_state.safetensors"]
+)
+def test_a_finished_run_whose_best_checkpoint_is_damaged_is_trained_again(
+    name: str, whole: TrainResult, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = Path(shutil.copytree(whole.run_dir, tmp_path / "damaged"))
+    file = run / "checkpoints" / Path(whole.best_checkpoint).name / name
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    resume(run)
+    assert "training again from the newest intact checkpoint" in caplog.text
+    assert computed(run) == computed(whole.run_dir)
+    assert last_weights(resume(run)) == last_weights(whole)
 
 
 def test_a_finished_run_that_was_moved_is_returned_with_its_new_paths(

@@ -47,6 +47,16 @@ def sigterm_as_ctrl_c() -> contextlib.AbstractContextManager[None]:
     return _handlers({signal.SIGTERM: lambda number, frame: signal.raise_signal(signal.SIGINT)})
 
 
+@contextlib.contextmanager
+def deferred() -> Iterator[None]:
+    """In its body Ctrl-C and SIGTERM wait until its end: an interrupted import can leave half a module."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def handlers_kept() -> contextlib.AbstractContextManager[None]:
     """After its body this process has its own handlers again: `ray.init` sets others, which abort at SIGTERM."""
     return _handlers({})

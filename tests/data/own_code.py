@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from vae_ray.models.latents import DiagonalGaussian
-from vae_ray.models.likelihoods import Bernoulli
+from vae_ray.models.likelihoods import Bernoulli, Likelihood
 from vae_ray.models.priors import Prior
 from vae_ray.objectives.elbo import Elbo
 
@@ -35,6 +35,15 @@ def with_a_wrong_encoder(**given):
     return nn.Sequential(encoder, nn.Linear(3, 4)), decoder
 
 
+def with_a_narrow_encoder(*, image_shape, latent_dim, num_params):
+    _, decoder = tiny(image_shape=image_shape, latent_dim=latent_dim, num_params=num_params)
+    return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(image_shape), latent_dim)), decoder
+
+
+def that_fails(**given):
+    return 1 / 0
+
+
 def no_network(**given):
     return "tiny"
 
@@ -55,6 +64,21 @@ class Moving(Prior):
     def forward(self, num, like):
         mean = self.center.expand(num, *self.latent_shape)
         return DiagonalGaussian(mean, torch.zeros_like(mean))
+
+
+class OneDimensional(Prior):
+    def forward(self, num, like):
+        return DiagonalGaussian(torch.zeros(num, 1), torch.zeros(num, 1))
+
+
+class Absent(Prior):
+    def forward(self, num, like):
+        return None
+
+
+class WithoutMean(Likelihood):
+    def log_prob(self, params, x):
+        return -(params - x).square().flatten(1).sum(1)
 
 
 class Weighted(Bernoulli):
@@ -80,6 +104,11 @@ class ByRow(Elbo):
         return losses._replace(loss={"model": losses.terms["loss"]})
 
 
+class WithoutLosses(Elbo):
+    def losses(self, output, x, likelihood, settings, batch):
+        return 3
+
+
 class WithoutTerms(Elbo):
     terms = ("forgotten",)
 
@@ -88,6 +117,14 @@ def stripes(num=400):
     pixels = np.zeros((num, 1, 6, 8), np.uint8)
     pixels[:, :, ::2] = np.arange(num, dtype=np.uint8)[:, None, None, None]
     return {"train": pixels, "test": pixels[:50]}
+
+
+def on_fire():
+    raise OSError("disk on fire")
+
+
+def two_sizes():
+    return {"train": np.zeros((90, 1, 6, 8), np.uint8), "test": np.zeros((9, 1, 6, 9), np.uint8)}
 
 
 def floats():

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -48,3 +51,15 @@ def test_two_signals_end_a_run_at_once(long: Experiment, tmp_path: Path, which: 
     assert code == 130
     assert seconds < 10
     assert "vae-ray resume" in said, "at once, or it had stopped already"
+
+
+@pytest.mark.parametrize("seconds", [0.4, 0.8, 1.2, 1.6, 2.0])
+def test_a_signal_during_the_imports_ends_the_process_at_once(seconds: float, tmp_path: Path) -> None:
+    """An import that is interrupted can leave half a module: training then went on, or failed at its first use."""
+    command = [sys.executable, "-m", "vae_ray", "train", "digits", "--workers.num=0", "--training.epochs=100000"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err

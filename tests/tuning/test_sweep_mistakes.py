@@ -3,6 +3,7 @@
 import logging
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -212,4 +213,16 @@ def test_a_run_does_not_move_into_a_sweep(place: Path, capsys: pytest.CaptureFix
     before = content_of(place)
     small = ["--workers.num=0", "--training.epochs=1", "--model.network.hidden=8"]
     assert "run.name: 'mine' is already used" in mistake(capsys, "train", "digits", "--name", "mine", *small)
+    assert content_of(place) == before
+
+
+def test_a_key_that_a_user_s_own_code_does_not_take_is_refused_before_anything_starts(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))  # loading adds the working directory
+    objective = "from vae_ray.objectives.elbo import Elbo\n\n\ndef plain():\n    return Elbo()\n"
+    Path("own_objective.py").write_text(objective)
+    before = content_of(place)
+    err = mistake(capsys, "sweep", "digits", "--objective", "own_objective:plain")
+    assert "search: objective.beta: own_objective:plain has no setting 'beta'; it takes no settings; name other" in err
     assert content_of(place) == before

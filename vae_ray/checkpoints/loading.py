@@ -164,8 +164,7 @@ class Checkpoint:
             required, stored = _describe(expected.get(key)), _describe(tensors.get(key))
             if required != stored:
                 raise CorruptFile(
-                    f"{self.path / name}: does not fit the model of its experiment.json: {short_repr(key)} should be "
-                    f"{required}, is {stored}"
+                    f"{self.path / name}: does not fit the model: {short_repr(key)} should be {required}, is {stored}"
                 )
         return tensors
 

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vae_ray import signals
 from vae_ray.errors import UserError
 
 if TYPE_CHECKING:
@@ -46,12 +47,14 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
         return resume(options)  # its own experiment; only the place may differ
     experiment = _experiment(options)  # before torch is imported: a typing mistake is answered at once
     if options.dry_run:
-        from vae_ray.runs.preflight import preflight, with_absolute_paths
+        with signals.deferred():
+            from vae_ray.runs.preflight import preflight, with_absolute_paths
 
         experiment = with_absolute_paths(experiment)
         preflight(experiment)
         return {"experiment": experiment.to_dict()} if options.json else {"text": experiment.to_yaml()}
-    from vae_ray.runs.train import train as run_training
+    with signals.deferred():
+        from vae_ray.runs.train import train as run_training
 
     return _train_answer(run_training(experiment, resume=options.resume, quiet=False), options)
 
@@ -59,8 +62,10 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
 def _find_run(options: argparse.Namespace) -> bool:
     """Whether there is a run that `--name` and `--storage` mean; it becomes `options.run_dir`."""
     from vae_ray.config.experiment import Experiment
-    from vae_ray.runs.train import stored_experiment
     from vae_ray.storage.locations import absolute, join_location
+
+    with signals.deferred():
+        from vae_ray.runs.train import stored_experiment
 
     storage = options.storage or options.overrides.get("run.storage", Experiment().run.storage)
     options.run_dir = join_location(absolute(storage), options.name)
@@ -73,7 +78,8 @@ def _find_run(options: argparse.Namespace) -> bool:
 
 def resume(options: argparse.Namespace) -> dict[str, Any]:
     """continue a run from its directory alone; --training.epochs N extends it"""
-    from vae_ray.runs.train import resume as resume_run
+    with signals.deferred():
+        from vae_ray.runs.train import resume as resume_run
 
     result = resume_run(options.run_dir, options.overrides, trust_code=options.trust_code, quiet=False)
     return _train_answer(result, options)
@@ -99,7 +105,8 @@ def _train_answer(trained: TrainResult, options: argparse.Namespace) -> dict[str
 def sweep(options: argparse.Namespace) -> dict[str, Any]:
     """try many variations of an experiment with Ray Tune and keep the best"""
     experiment = _experiment(options)
-    from vae_ray.tuning.sweep import sweep as run_sweep
+    with signals.deferred():
+        from vae_ray.tuning.sweep import sweep as run_sweep
 
     result = run_sweep(
         experiment,
@@ -120,7 +127,8 @@ def sweep(options: argparse.Namespace) -> dict[str, Any]:
 
 def report(options: argparse.Namespace) -> dict[str, Any]:
     """write a sweep's leaderboard and HTML report again from its files"""
-    from vae_ray.tuning.sweep import rebuild_report
+    with signals.deferred():
+        from vae_ray.tuning.sweep import rebuild_report
 
     result = rebuild_report(options.sweep_dir)
     return result.to_dict() if options.json else _readable_sweep(result)
@@ -143,7 +151,8 @@ def _readable_sweep(result: SweepResult) -> dict[str, Any]:
 
 
 def _load(options: argparse.Namespace) -> TrainedVAE:
-    from vae_ray.inference import TrainedVAE
+    with signals.deferred():
+        from vae_ray.inference import TrainedVAE
 
     return TrainedVAE.load(options.checkpoint, trust_code=options.trust_code)
 
@@ -163,12 +172,12 @@ def _title(model: TrainedVAE, what: str) -> str:
 
 
 def generate(options: argparse.Namespace) -> dict[str, Any]:
-    """new images, decoded from z ~ N(0, I)"""
+    """new images, decoded from z ~ p(z), the prior"""
     from vae_ray.run_files.image_grids import square_grid
 
     model = _load(options)
     images = model.generate(options.num, seed=options.seed)
-    return _write(square_grid(images, title=_title(model, "samples, z ~ N(0, I)")), options, model)
+    return _write(square_grid(images, title=_title(model, "samples, z ~ p(z)")), options, model)
 
 
 def reconstruct(options: argparse.Namespace) -> dict[str, Any]:
@@ -233,8 +242,9 @@ def submit(options: argparse.Namespace) -> dict[str, Any]:
     for setting in options.env:
         if not setting.partition("=")[0].isidentifier() or "=" not in setting:
             raise UserError(f"--env: got {setting!r}, should be KEY=VALUE")
-    from vae_ray.cluster import submission
-    from vae_ray.config.user_code import source_files
+    with signals.deferred():
+        from vae_ray.cluster import submission
+        from vae_ray.config.user_code import source_files
 
     workers, code = None, {}
     if experiment is None:
@@ -278,7 +288,8 @@ def _renamed(argument: str, names: dict[str, str]) -> str:
 
 def doctor(options: argparse.Namespace) -> dict[str, Any]:
     """check a machine or cluster and report problems"""
-    from vae_ray.cluster.doctor import examine
+    with signals.deferred():
+        from vae_ray.cluster.doctor import examine
 
     diagnosis = examine(options.address, storage=options.storage, python=options.python)
     options.exit_code = 0 if diagnosis.is_healthy else 1

@@ -114,7 +114,7 @@ EXPERIMENT: Arguments = {
     "experiment": _text("a preset's name or an experiment file", "PRESET|FILE.yaml"),
     "--name": _text("the directory of the run or sweep inside the storage (run.name)"),
     "--storage": _text("the directory of all runs (run.storage)", "DIR"),
-    "--resume": _flag("continue the run or sweep of that name"),
+    "--resume": _flag("continue the run or sweep of that name; start it if there is none"),
     **TRUST,
 }
 MODEL: Arguments = {"checkpoint": _text("a checkpoint, or the directory of a run or a sweep", "CHECKPOINT"), **TRUST}

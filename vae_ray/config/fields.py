@@ -45,7 +45,10 @@ def place(default: Any, **options: Any) -> Any:
 
 def _split_list(value: object) -> object:
     """`"400,100"` or `"[400, 100]"` from a command line becomes a list; `""` an empty one."""
-    return [part.strip() for part in value.strip("[]() ").split(",") if part] if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    text = value.strip("[]() ")
+    return [part.strip() for part in text.split(",")] if text else []
 
 
 def _refuse_bool(value: object) -> object:

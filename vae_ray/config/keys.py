@@ -227,7 +227,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
 
 
 def _example(doc: FieldDoc) -> str:
-    default = "my-run" if doc.key == "run.name" else doc.default
+    default = {"run.name": "my-run", "run.callbacks": "my_callbacks:Log"}.get(doc.key, doc.default)
     text = ",".join(map(str, default)) if isinstance(default, tuple) else "null" if default is None else str(default)
     return f"{flag_of(doc.key)} {text}".rstrip()
 

@@ -6,18 +6,19 @@ a run's experiment) needs the user's trust: reading never runs code.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib
 import inspect
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from vae_ray.errors import UserError
-from vae_ray.storage.reading import short_repr
+from vae_ray.errors import UserError, one_line
 
 T = TypeVar("T")
 Files = dict[str, bytes]
@@ -49,7 +50,7 @@ def load(path: str, *, key: str) -> Callable[..., Any]:
 def call(path: str, settings: Mapping[str, Any], *, key: str, **arguments: Any) -> Any:
     """Call the user's function with the framework's `arguments` and the user's keyword `settings`.
 
-    Raises `UserError`, naming the setting, for one that the function does not take.
+    Raises `UserError`, naming the setting, for one that the function does not take, and for an error in the function.
     """
     function = load(path, key=key)
     parameters = inspect.signature(function).parameters
@@ -60,12 +61,23 @@ def call(path: str, settings: Mapping[str, Any], *, key: str, **arguments: Any) 
             allowed = f"it takes {', '.join(own)}" if own else "it takes no settings"
             section = key.removesuffix(".source")
             raise UserError(f"{section}.{name}: {path} has no setting {name!r}; {allowed}")
-    try:
+    with errors_named(path, key=key):
         return function(**arguments, **settings)
+
+
+@contextlib.contextmanager
+def errors_named(path: str, *, key: str) -> Iterator[None]:
+    """In its body an error of the user's function is a `UserError` that names it and the line."""
+    try:
+        yield
     except UserError:
         raise
-    except TypeError as error:
-        raise UserError(f"{key}: {path} cannot be called ({error}); settings: {short_repr(dict(settings))}") from error
+    except Exception as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        if last.filename == __file__:
+            raise UserError(f"{key}: {path} cannot be called ({one_line(error)[:200]})") from error
+        reason = f"{type(error).__name__}: {one_line(error)[:200]}"
+        raise UserError(f"{key}: {path} fails in {last.filename}, line {last.lineno} ({reason})") from error
 
 
 def check_trusted(paths: Iterable[str], *, origin: str, trust_code: bool) -> None:

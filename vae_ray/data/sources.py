@@ -205,12 +205,14 @@ class UserSource:
         self.version = f"{config.source};{sorted(config.settings.items())};{user_code.digest(function)}"
 
     def fingerprint(self) -> str:
-        own = self.made.fingerprint() if hasattr(self.made, "fingerprint") else ""
+        with user_code.errors_named(self.path, key="data.source"):
+            own = self.made.fingerprint() if hasattr(self.made, "fingerprint") else ""
         return f"{self.version};{own}"
 
     def decode(self, split: str) -> Images:
         if hasattr(self.made, "decode"):
-            pixels, labels = self.made.decode(split)
+            with user_code.errors_named(self.path, key="data.source"):
+                pixels, labels = self.made.decode(split)
         else:
             pixels, labels = self._given(split), None
         pixels = np.ascontiguousarray(pixels)

@@ -25,6 +25,11 @@ class Splits(NamedTuple):
     def open(cls, experiment: Experiment) -> Splits:
         """Open (decode, on the node's first call) both files; raises `UserError` if the data cannot serve."""
         train, test = open_split(experiment.data, "train"), open_split(experiment.data, "test")
+        if train.image_shape != test.image_shape:
+            raise UserError(
+                f"data.source: {experiment.data.source} has training images of shape {train.image_shape} and test "
+                f"images of shape {test.image_shape}; should be equal"
+            )
         indices = validation_indices(
             len(train), num_validation=experiment.data.num_validation, seed=experiment.run.seed
         )

@@ -103,7 +103,8 @@ def describe_attempt(attempt: dict[str, Any]) -> str:
     position = f"epoch {epochs + 1}, step {steps}" if steps else f"the end of epoch {epochs}" if epochs else "the start"
     lost = ""
     if attempt.get("last_epoch") == epochs + 1 and attempt["last_step"] > steps:
-        lost = f"; at least {attempt['last_step'] - steps} steps will be recomputed"
+        num_lost = attempt["last_step"] - steps
+        lost = f"; at least {num_lost} step{'s' if num_lost > 1 else ''} will be recomputed"
     num = attempt["num_workers"]
     workers = f"{num} worker{'s' if num > 1 else ''} on {', '.join(sorted(set(attempt['nodes'])))}"
     return f"started again from {position}: {workers}{lost}"

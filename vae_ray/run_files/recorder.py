@@ -137,7 +137,7 @@ def _pictures(model: VAE, x: Tensor, source: str, epoch: int) -> dict[str, Image
     noise = latent_noise(model.latent_shapes, slice(0, NUM_SAMPLES), 0, "sample grid", device=x.device)
     samples, reconstructions, traversal = model.generate(noise), model.reconstruct(x), traverse(model, x)
     return {
-        "samples": square_grid(samples, title=f"{source} · samples, z ~ N(0, I) · epoch {epoch}"),
+        "samples": square_grid(samples, title=f"{source} · samples, z ~ p(z) · epoch {epoch}"),
         "reconstructions": pairs_grid(
             x, reconstructions, title=f"{source} · test images, z = posterior mean · epoch {epoch}"
         ),

@@ -10,7 +10,7 @@ import filelock
 
 from vae_ray.checkpoints.listing import all_checkpoints
 from vae_ray.config.experiment import Experiment, differing_fields
-from vae_ray.errors import UserError
+from vae_ray.errors import CorruptFile, UserError
 from vae_ray.run_files.run_directory import WRITER_LOCK_SECONDS, RunDirectory
 from vae_ray.storage.lease import lease
 from vae_ray.storage.locations import absolute, check_writable, join_location
@@ -67,7 +67,9 @@ def _refuse_other_uses(run: RunDirectory, experiment: Experiment, *, resume: boo
         if is_taken(run.path):
             raise UserError(f"run.name: {name!r} is already used in {storage} by something else; choose another --name")
         return
-    difference = content_differences(run.experiment(), experiment)
+    stored = run.experiment()
+    _refuse_changed_experiment(run, stored)
+    difference = content_differences(stored, experiment)
     if not resume:
         what = f"a different experiment ({'; '.join(difference)})" if difference else "this experiment"
         raise UserError(
@@ -76,6 +78,18 @@ def _refuse_other_uses(run: RunDirectory, experiment: Experiment, *, resume: boo
         )
     if difference:
         raise UserError(f"run {name!r}: cannot be resumed with a different experiment: {'; '.join(difference)}")
+
+
+def _refuse_changed_experiment(run: RunDirectory, stored: Experiment) -> None:
+    """Raise `UserError` if `experiment.yaml` is no longer what the newest checkpoint was trained with."""
+    for checkpoint in reversed(all_checkpoints(run.checkpoints)):
+        with contextlib.suppress(CorruptFile):
+            if difference := content_differences(checkpoint.experiment(), stored):
+                raise UserError(
+                    f"{run.experiment_file}: damaged or changed since {checkpoint.path.name} was written "
+                    f"({'; '.join(difference)}); put it right, or start another run with --run.initial-weights"
+                )
+            return
 
 
 def content_differences(old: Experiment, new: Experiment) -> list[str]:

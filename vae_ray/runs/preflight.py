@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -15,6 +17,7 @@ from vae_ray.data.arrow_store import file_name
 from vae_ray.data.splits import Splits
 from vae_ray.errors import UserError, one_line
 from vae_ray.evaluation.metrics import ELBO_TERMS
+from vae_ray.models.networks import EncoderDecoder
 from vae_ray.models.vae import VAE, build_vae, shape_vae
 from vae_ray.objectives import Objective, build_objective
 from vae_ray.objectives.base import Losses
@@ -100,53 +103,75 @@ MISFITS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, Ove
 def checked_model(experiment: Experiment, image_shape: tuple[int, int, int], *, num_training: int) -> VAE:
     """The model, without memory for its weights where possible, after one pass that checks every shape.
 
-    Raises `UserError` that names the network, or the objective, if it does not fit.
+    Raises `UserError` that names the network, prior, likelihood or objective if it does not fit.
     """
     objective = build_objective(experiment.objective)
-    try:
+    sizes = f"images of shape {image_shape} and model.latent_dim {experiment.model.latent_dim}"
+    with misfit_named("model.network", f"{experiment.model.network.name} does not fit {sizes}"):
         model = shape_vae(experiment, image_shape)
-        if experiment.run.initial_weights is not None:
-            initial_weights(str(experiment.run.initial_weights), model)
-        is_small = sum(parameter.numel() for parameter in model.parameters()) <= LARGEST_CHECKED_ON_CPU
-        with torch.device("cpu" if is_small else "meta"), torch.inference_mode():
-            checked = build_vae(experiment, image_shape, seed=0) if is_small else model
-            x = torch.zeros(CHECKED_ROWS, *image_shape)
-            num = CHECKED_ROWS * objective.num_samples
-            noise = tuple(torch.zeros(num, *shape) for shape in checked.latent_shapes)
-            output = checked(x, noise, objective.num_samples)
-    except MISFITS as error:
-        raise UserError(
-            f"model.network: {experiment.model.network.name} does not fit images of shape {image_shape} and "
-            f"model.latent_dim {experiment.model.latent_dim} ({_reason(error)})"
-        ) from None
-    expected = (num, model.likelihood.num_params(image_shape[0]), *image_shape[1:])
-    if tuple(output.params.shape) != expected:
-        raise UserError(
-            f"model.network: the decoder of {experiment.model.network.name} gives parameters of shape "
-            f"(N, {', '.join(map(str, output.params.shape[1:]))}), should be (N, {', '.join(map(str, expected[1:]))})"
-        )
-    batch = GlobalBatch(CHECKED_ROWS, slice(0, CHECKED_ROWS), num_training, SingleProcess(x.device))
-    try:
-        with torch.inference_mode():
-            losses = objective.losses(output, x, checked.likelihood, objective.settings(0.0), batch)
-        _check_losses(losses, objective, checked)
-    except MISFITS as error:
-        raise UserError(f"objective: {experiment.objective.name} fails on a batch ({_reason(error)})") from None
+    if experiment.run.initial_weights is not None:
+        initial_weights(str(experiment.run.initial_weights), model)
+    is_small = sum(parameter.numel() for parameter in model.parameters()) <= LARGEST_CHECKED_ON_CPU
+    with torch.device("cpu" if is_small else "meta"), torch.inference_mode():
+        checked = build_vae(experiment, image_shape, seed=0) if is_small else model
+        _check_pass(checked, experiment, objective, num_training=num_training)
     return model
 
 
-def _check_losses(losses: Losses, objective: Objective, model: VAE) -> None:
-    """Raise `ValueError` if a loss of a parameter set or a term is missing or has another shape."""
-    for name in objective.parameter_sets(model):
-        if losses.loss[name].ndim:
-            raise ValueError(f"the loss of {name!r} has shape {tuple(losses.loss[name].shape)}, should be a scalar")
-    for name in ("loss", *ELBO_TERMS, *objective.terms):
-        if tuple(losses.terms[name].shape) != (CHECKED_ROWS,):
-            raise ValueError(f"the term {name!r} has shape {tuple(losses.terms[name].shape)}, should be (N,)")
+def _check_pass(model: VAE, experiment: Experiment, objective: Objective, *, num_training: int) -> None:
+    """One pass of three images through `model` on torch's current default device, each part checked by itself."""
+    config, shape = experiment.model, model.image_shape
+    num = CHECKED_ROWS * objective.num_samples
+    x = torch.zeros(CHECKED_ROWS, *shape)
+    latents = tuple(torch.zeros(num, *each) for each in model.latent_shapes)
+    network = f"{config.network.name} does not fit images of shape {shape} and model.latent_dim {config.latent_dim}"
+    with misfit_named("model.prior", f"{config.prior.name} is not a distribution of {num} rows"):
+        prior = model.prior(num, x)
+        _check_shape("the mean", prior.mean, latents[0].shape)
+        _check_shape("a sample", prior.rsample(latents[0]), latents[0].shape)
+        _check_shape("log_prob", prior.log_prob(latents[0]), (num,))
+    with misfit_named("model.network", network):
+        if isinstance(model.network, EncoderDecoder):
+            _check_shape("the encoder's output", model.network.encoder(x), (CHECKED_ROWS, 2 * config.latent_dim))
+        output = model(x, latents, objective.num_samples)
+        params_shape = (num, model.likelihood.num_params(shape[0]), *shape[1:])
+        _check_shape("the decoder's output", output.params, params_shape)
+    with misfit_named("likelihood", f"{experiment.likelihood.name} does not fit images of shape {shape}"):
+        images = x.repeat(objective.num_samples, 1, 1, 1)
+        _check_shape("log_prob", model.likelihood.log_prob(output.params, images), (num,))
+        _check_shape("the mean", model.likelihood.mean(output.params), images.shape)
+    batch = GlobalBatch(CHECKED_ROWS, slice(0, CHECKED_ROWS), num_training, SingleProcess(x.device))
+    with misfit_named("objective", f"{experiment.objective.name} fails on a batch"):
+        losses = objective.losses(output, x, model.likelihood, objective.settings(0.0), batch)
+        if not isinstance(losses, Losses):
+            raise TypeError(f"returned a {type(losses).__name__}, should return vae_ray.objectives.base.Losses")
+        sets, terms = objective.parameter_sets(model), ("loss", *ELBO_TERMS, *objective.terms)
+        for name in [*(sets.keys() - losses.loss.keys()), *(set(terms) - losses.terms.keys())]:
+            raise KeyError(f"its Losses have no {name!r}; needs the losses {[*sets]} and the terms {[*terms]}")
+        for name in sets:
+            _check_shape(f"the loss of {name!r}", losses.loss[name], ())
+        for name in terms:
+            _check_shape(f"the term {name!r}", losses.terms[name], (CHECKED_ROWS,))
 
 
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {one_line(error)[:200]}"
+@contextlib.contextmanager
+def misfit_named(key: str, what: str) -> Iterator[None]:
+    """In its body an error of shapes, or of code that is called wrongly, is a `UserError` that begins with `key`."""
+    try:
+        yield
+    except MISFITS as error:
+        reason = f"{type(error).__name__}: {one_line(error)[:200]}"
+        raise UserError(f"{key}: {what} ({reason})") from None
+
+
+def _check_shape(what: str, tensor: torch.Tensor, expected: Sequence[int]) -> None:
+    if tuple(tensor.shape) != tuple(expected):
+        num = expected[0] if expected else None
+        got, should = (
+            f"({', '.join('N' if not place and n == num else str(n) for place, n in enumerate(shape))})"
+            for shape in (tensor.shape, expected)
+        )
+        raise ValueError(f"{what} has shape {got}, should be {should}")
 
 
 def local_device(experiment: Experiment) -> torch.device:

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 
 from vae_ray import signals
+from vae_ray.checkpoints.listing import own_checkpoint
 from vae_ray.config import user_code
 from vae_ray.config.experiment import Experiment
-from vae_ray.errors import TrainingFailed, UserError
+from vae_ray.errors import CorruptFile, TrainingFailed, UserError
 from vae_ray.parallel.group import SingleProcess
 from vae_ray.run_files.progress import ProgressView
 from vae_ray.run_files.run_directory import RunDirectory
@@ -57,9 +58,11 @@ def train(experiment: Experiment, *, resume: bool = False, quiet: bool = True) -
     checked = preflight(requested)
     with open_run(requested, resume=resume) as run:
         if resume and (summary := run.records.summary()):
-            if run.experiment().training.epochs >= requested.training.epochs:
-                return result_from(summary, run)
-            _warn_of_stretched_schedule(requested)
+            if run.experiment().training.epochs < requested.training.epochs:
+                _warn_of_stretched_schedule(requested)
+            elif _has_intact_result(run, result := result_from(summary, run)):
+                logger.warning("%s: has finished; --training.epochs N extends it", run.location)
+                return result
         num_attempts = len(run.records.attempts())
         with as_user_error(run):
             discard_stale_results(run)
@@ -118,6 +121,18 @@ def stored_experiment(location: str | Path) -> Experiment:
             raise UserError(f"run {location}: there is no run, it has no {run.experiment_file.name}")
         storage, name = split_location(absolute(location))
         return run.experiment().with_overrides({"run.storage": storage, "run.name": name})
+
+
+def _has_intact_result(run: RunDirectory, result: TrainResult) -> bool:
+    """Whether the best checkpoint of a finished run is intact; warns of a damaged one."""
+    path = run.checkpoints / str(result.best_checkpoint).rpartition("/")[2]
+    run.pull(path)
+    try:
+        own_checkpoint(path).in_memory()
+    except CorruptFile as error:
+        logger.warning("%s; training again from the newest intact checkpoint", error)
+        return False
+    return True
 
 
 def _warn_of_stretched_schedule(experiment: Experiment) -> None:

@@ -263,4 +263,6 @@ def initial_weights(location: str, model: VAE) -> dict[str, torch.Tensor]:
     try:
         return checkpoint.weights(model.state_dict(), averaged=checkpoint.has_averaged_weights)
     except CorruptFile as error:
-        raise UserError(f"run.initial_weights: {error}") from None
+        raise UserError(
+            f"run.initial_weights: {error}; the model must have the network and sizes of {location}"
+        ) from None

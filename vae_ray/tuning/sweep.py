@@ -116,11 +116,13 @@ def preflighted(checked: SweepSettings, experiment: Experiment) -> tuple[SweepSe
     space = checked.space.checked(experiment)
     preflight(experiment)
     for key, domain in space.domains.items():
-        for value in domain.boundary_values() if key.startswith(("data.", "training.global_batch_size")) else ():
+        # what the Experiment does not know by itself: how many images there are, what a user's own code takes
+        is_open = bool(experiment.user_code()) or key.startswith(("data.", "training.global_batch_size"))
+        for value in domain.boundary_values() if is_open else ():
             try:
                 preflight(experiment.with_overrides({key: value}))
             except UserError as error:
-                raise UserError(f"search: {error}") from None
+                raise UserError(f"search: {error}; name other keys with --search") from None
     return replace(checked, space=space), experiment
 
 
