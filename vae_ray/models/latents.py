@@ -63,13 +63,13 @@ class DiagonalGaussian:
     def kl(self, prior: Distribution) -> Tensor | None:
         """Against N(0, I) or another diagonal Gaussian in closed form (appendix B)."""
         if isinstance(prior, StandardNormal):
-            # KL = 1/2 (m^2 + s^2 - log s^2 - 1)
-            return 0.5 * (self.mean.square() + torch.exp(self.logvar) - self.logvar - 1)
+            # KL = 1/2 (m^2 + s^2 - 1 - log s^2); expm1 does not cancel near s = 1
+            return 0.5 * torch.addcmul(torch.expm1(self.logvar) - self.logvar, self.mean, self.mean)
         if isinstance(prior, DiagonalGaussian):
-            # KL = 1/2 ((m - m')^2 / s'^2 + s^2 / s'^2 - log(s^2 / s'^2) - 1)
+            # KL = 1/2 ((m - m')^2 / s'^2 + s^2 / s'^2 - 1 - log(s^2 / s'^2))
             difference = self.logvar - prior.logvar
             squared = (self.mean - prior.mean).square() * torch.exp(-prior.logvar)
-            return 0.5 * (squared + torch.exp(difference) - difference - 1)
+            return 0.5 * (squared + torch.expm1(difference) - difference)
         return None
 
 
