@@ -15,7 +15,7 @@ import torch
 from vae_ray.config.experiment import Experiment
 from vae_ray.models.vae import VAE
 
-SMALL_STEP_FLOPS = 150e6
+SMALL_STEP_FLOPS = 100e6
 """A step below so many operations is faster on one thread than on several (docs/performance.md)."""
 
 
