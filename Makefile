@@ -52,7 +52,7 @@ audit: $(INSTALLED)  ## known vulnerabilities of the pinned dependencies; needs 
 test-cluster: $(INSTALLED)  ## Ray on hosts that are network namespaces: needs root, iproute2, openssh-server, rsync
 	$(BIN)/pytest --numprocesses=2 --dist=loadfile -m cluster tests/cluster
 
-bench: $(INSTALLED)  ## the README's numbers; wants an idle machine and MNIST in ../shared/data
+bench: $(INSTALLED)  ## what docs/performance.md compares; wants an idle machine and MNIST in ../shared/data
 	$(BIN)/python -m benchmarks.throughput
 	$(BIN)/python -m benchmarks.gradient_sum
 	$(BIN)/python -m benchmarks.time_to_quality
