@@ -54,7 +54,7 @@ def experiment(storage: Path, name: str, *, epochs: int, num_workers: int = 2) -
             "training.epochs": epochs,
             "training.global_batch_size": 16,
             "training.test_every_epochs": 0,
-            "model.hidden": (48, 24),
+            "model.network.hidden": (48, 24),
             "run.checkpoint_every_steps": 9,
             "run.seed": 4,
             "run.storage": str(storage),
