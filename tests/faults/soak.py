@@ -29,7 +29,7 @@ def experiment(storage: Path, name: str, *, seed: int, workers: int) -> Experime
     return Experiment.from_dict(
         {
             "data": {"source": "digits", "num_validation": 100},
-            "model": {"hidden": [16], "latent_dim": 3},
+            "model": {"network": {"name": "mlp", "hidden": [16]}, "latent_dim": 3},
             "training": {"epochs": 15, "global_batch_size": 256},
             "workers": {"num": workers, "device": "cpu"},
             "run": {"storage": str(storage), "name": name, "seed": seed, "checkpoint_every_steps": 2},
