@@ -110,7 +110,7 @@ def test_workers_killed_again_and_again_end_with_the_same_bits(
     driver = start(experiment(tmp_path, "killed", epochs=EPOCHS), tmp_path)
     try:
         for kill in range(KILLS):
-            wait_for_number(run.attempts, kill + 1, driver, f"start {kill + 1}", seconds=RESTART_SECONDS)
+            wait_for_number(run.records.attempts, kill + 1, driver, f"start {kill + 1}", seconds=RESTART_SECONDS)
             wait_for_number(run.records.history, len(run.records.history()) + 1, driver, "an epoch", seconds=60)
             time.sleep(chance.uniform(0, 0.5))
             os.kill(chance.choice(run.records.attempts()[-1]["pids"]), signal.SIGKILL)
