@@ -75,9 +75,8 @@ def _handlers(handlers: Mapping[signal.Signals, Callable[[int, FrameType | None]
         yield
     finally:
         for each, previous in before.items():
-            if each in handlers or callable(
-                previous
-            ):  # instead of a default one that of Ray stays: it ends its processes
+            # Ray's handler stays in place of a default one: it ends Ray's processes
+            if each in handlers or callable(previous):
                 signal.signal(each, previous)
 
 
