@@ -100,7 +100,7 @@ def test_evaluate_prints_the_metrics_of_the_best_checkpoint(
     assert answer["labels"]["split"] == "test"
     assert main(["evaluate", str(trained_run.run_dir), "--split", "val"]) == 0
     lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
-    assert lines["val/nelbo"] == f"{trained_run.metrics['val/nelbo']:.3f} nats"
+    assert lines["val/nelbo"] == f"{trained_run.metrics['val/nelbo']:.2f} nats"
     assert (lines["split"], lines["likelihood"], lines["z"]) == ("val", "bernoulli", "sampled")
 
 

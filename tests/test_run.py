@@ -13,6 +13,7 @@ from PIL import Image
 from tests.runs import computed
 from vae_ray import Experiment, TrainedVAE, TrainResult, UserError, train
 from vae_ray.parallel.group import SingleProcess
+from vae_ray.run_files.progress import format_nats
 from vae_ray.run_files.run_directory import RunDirectory
 from vae_ray.runs.preflight import preflight
 from vae_ray.runs.train import resume
@@ -53,7 +54,9 @@ def test_metrics_have_one_line_an_epoch_with_every_split(trained_run: TrainResul
     assert [line["epoch"] for line in found] == [1, 2, 3]
     terms = {f"{s}/{n}" for s in ("train", "val", "test") for n in ("nelbo", "distortion", "rate")} | {"train/loss"}
     for line in found:
-        assert set(line) == {"epoch", "beta", "lr", "images_per_second", "seconds", "started_at", *terms}
+        others = {"beta", "lr", "images_per_second", "num_images", "num_skipped", "seconds", "started_at"}
+        assert set(line) == {"epoch", *others, *terms}
+        assert (line["num_images"], line["num_skipped"]) == (1338, 0)
         assert line["train/nelbo"] == pytest.approx(line["train/distortion"] + line["train/rate"], rel=1e-12)
     assert found[-1]["train/nelbo"] < found[0]["train/nelbo"] - 1
 
@@ -281,3 +284,19 @@ def test_a_step_is_shared_out_among_threads_from_a_certain_size_on(quick: Experi
         for size in (rows - 1, rows + 1)
     ]
     assert num == [1, 4]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.0, "0.00"),
+        (106.123, "106.12"),
+        (-999.994, "-999.99"),
+        (1234.56, "1234.6"),
+        (123456.0, "1.2346e+05"),
+        (7e25, "7e+25"),
+        (float("nan"), "nan"),
+    ],
+)
+def test_metrics_are_printed_with_at_most_five_digits_or_an_exponent(value: float, text: str) -> None:
+    assert format_nats(value) == text

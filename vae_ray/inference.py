@@ -16,6 +16,7 @@ from vae_ray.data.arrow_store import open_split
 from vae_ray.data.batches import Loader, scaled
 from vae_ray.data.splits import Splits
 from vae_ray.errors import CorruptFile, UserError, one_line
+from vae_ray.evaluation.diagnosis import NUM_IMAGES, find_failures
 from vae_ray.evaluation.elbo import evaluate_split
 from vae_ray.models.interpolation import INTERPOLATIONS
 from vae_ray.models.latents import Distribution, Group
@@ -163,6 +164,13 @@ class TrainedVAE:
         loader = Loader(pixels, indices, seed=self.experiment.run.seed, shards=shards_of(group))
         size, precision = training.evaluation_batch_size, training.precision
         return evaluate_split(self.model, loader, split, group, batch_size=size, precision=precision)
+
+    @torch.inference_mode()
+    def failures(self) -> list[str]:
+        """A line for each thing that makes the model useless: worse than the mean image, no informative dimension."""
+        splits = Splits.open(self.experiment)
+        x = scaled(splits.test.pixels[:NUM_IMAGES]).to(self.device)
+        return find_failures(self.model, x, splits.mean_training_image(), self.experiment)
 
     def labels(self, split: SplitName = "test") -> dict[str, Any]:
         """What must be equal for two systems' numbers to be comparable."""

@@ -205,7 +205,7 @@ def test_failed_trials_are_marked_with_their_reason_and_the_others_go_on(tmp_pat
         "0002": "finished",
     }
     assert "its process died" in rows["0000"]["reason"]
-    assert "the loss or its gradient is not finite" in rows["0001"]["reason"]
+    assert "is not finite; the batch is in" in rows["0001"]["reason"]
     assert result.num_failed == 2
     assert result.best["trial"] == "0002"
     assert rows["0000"]["rank"] == rows["0001"]["rank"] == ""

@@ -92,7 +92,7 @@ def test_metrics_are_means_over_examples_and_not_over_shards() -> None:
     def run(group: Any) -> dict[str, float]:
         sums = TermSums(TERMS, CPU)
         sums.add(terms(distortion[parts[group.rank]]))
-        return sums.reduced(group)
+        return sums.reduced(group).values
 
     expected = {"loss": 6 * 10.5, "nelbo": 11 * 10.5, "distortion": 10.5, "rate": 105.0}
     assert results_on_threads(3, run) == [expected] * 3
@@ -113,7 +113,7 @@ def test_sums_continue_from_a_checkpoint_on_any_number_of_workers(size_after: in
         sums.restore(saved[0], group)
         if group.rank == 0:
             sums.add(terms(torch.tensor([8.0])))
-        return sums.reduced(group)
+        return sums.reduced(group).values
 
     for means in results_on_threads(size_after, second):
         assert means == {"loss": 24.0, "nelbo": 44.0, "distortion": 4.0, "rate": 40.0}

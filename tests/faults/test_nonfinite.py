@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 
 from tests.runs import Counting, assert_same, computed, counted_steps, fitted, run_of
-from tests.thread_workers import ThreadWorkers, on_threads
+from tests.thread_workers import ThreadWorkers, on_threads, results_on_threads
 from vae_ray import Experiment, train
 from vae_ray.checkpoints.listing import all_checkpoints
 from vae_ray.config.sections import OptimConfig
@@ -24,9 +24,11 @@ from vae_ray.models.noise import latent_noise
 from vae_ray.objectives.base import MODEL, Losses
 from vae_ray.objectives.elbo import Elbo
 from vae_ray.parallel.group import SingleProcess
+from vae_ray.run_files.progress import describe_epoch
 from vae_ray.run_files.run_directory import RunDirectory
 from vae_ray.training import loop, stop_requests
 from vae_ray.training.fit import fit
+from vae_ray.training.nonfinite import GRADIENT, MAX_FILES, nonfinite_term
 from vae_ray.training.optimization import apply_gradients, build_optimizer
 
 STEPS_PER_EPOCH = 14
@@ -110,6 +112,87 @@ def test_clipping_is_that_of_torch_to_the_bit() -> None:
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
+@pytest.mark.parametrize("grad_clip", [None, 1.0])
+def test_a_gradient_whose_square_overflows_is_not_finite(grad_clip: float | None) -> None:
+    """Adam's second moment of it would stay infinite, and its weight where it is."""
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    optimizer = build_optimizer(OptimConfig(lr=0.1), [parameter])
+    gradients = {"model": [torch.tensor([3e19, 0.0, -3e19])]}  # whose sum is 0
+    assert not apply_gradients({"model": optimizer}, gradients, lr=0.1, grad_clip=grad_clip)
+    assert not optimizer.state
+
+
+def test_an_optimizer_state_that_is_not_finite_ends_the_epoch(
+    small: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = loop.apply_gradients
+
+    def poisoning(optimizers: dict[str, torch.optim.Optimizer], *args: Any, **kwargs: Any) -> bool:
+        was_finite = original(optimizers, *args, **kwargs)
+        (group,) = optimizers[MODEL].param_groups
+        optimizers[MODEL].state[group["params"][0]]["exp_avg_sq"].view(-1)[0] = float("inf")  # stays so
+        return was_finite
+
+    monkeypatch.setattr(loop, "apply_gradients", poisoning)
+    run = run_of(small)
+    with pytest.raises(Diverged, match=r"epoch 1: the metrics, weights or optimizer's state are not finite"):
+        fit(small, run.path, SingleProcess(CPU))
+    assert not all_checkpoints(run.checkpoints)
+
+
+# --- what is said ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            {"objective.beta": 1e38},
+            r"step 1 of 14: the loss is not finite; .*; try a smaller --objective\.beta than 1e\+38$",
+        ),
+        (
+            {"optim.lr": 1e30},
+            r"the distortion is not finite; .*; try a smaller --optim\.lr than 1e\+30 or --optim\.grad-clip 100$",
+        ),
+        (
+            {"optim.lr": 1e30, "optim.grad_clip": 100.0},
+            r"; try a smaller --optim\.lr than 1e\+30 or --optim\.warmup-steps 100$",
+        ),
+        (
+            {"optim.lr": 1e30, "optim.grad_clip": 100.0, "training.precision": "bfloat16", "optim.warmup_steps": 1},
+            r"; try a smaller --optim\.lr than 1e\+30 or --training\.precision float32$",
+        ),
+    ],
+)
+def test_a_message_names_the_term_its_cause_and_what_was_not_tried(
+    small: Experiment, overrides: dict[str, Any], message: str
+) -> None:
+    plain = {"optim.schedule": "constant", "optim.warmup_steps": 0, "optim.grad_clip": None}
+    with pytest.raises(Diverged, match=message):
+        fit(small.with_overrides({**plain, **overrides}), run_of(small).path, SingleProcess(CPU))
+
+
+@pytest.mark.parametrize("name", ["distortion", "rate", "loss", None])
+@pytest.mark.parametrize("rank", [0, 2])
+def test_all_workers_name_the_first_term_that_is_not_finite_on_one_of_them(name: str | None, rank: int) -> None:
+    def named(group: ThreadWorkers) -> str:
+        terms = {key: torch.ones(4) for key in ("loss", "distortion", "rate")}
+        if group.rank == rank and name is not None:
+            terms[name][1] = float("inf")
+            terms["loss"][1] = float("nan")
+        return nonfinite_term(Losses({MODEL: terms["loss"].sum()}, terms), group)
+
+    assert results_on_threads(3, named) == [name or GRADIENT] * 3
+
+
+def test_before_the_first_update_the_learning_rate_is_not_blamed(
+    small: Experiment, spoiled: Callable[..., list[int]]
+) -> None:
+    spoiled(1)
+    with pytest.raises(Diverged, match=r"no update was made before: look at --model and --likelihood$"):
+        fit(small, run_of(small).path, SingleProcess(CPU))
+
+
 # --- stop -----------------------------------------------------------------------------------------------
 
 
@@ -119,7 +202,7 @@ def test_stop_names_the_step_keeps_the_batch_and_makes_no_update(
 ) -> None:
     run, step = run_of(small), STEPS_PER_EPOCH + 14  # the last batch of epoch 2, the smaller one
     made = spoiled(step, value=value)
-    with pytest.raises(Diverged, match=r"^epoch 2, step 14 of 14: the loss or its gradient is not finite; .*optim\.lr"):
+    with pytest.raises(Diverged, match=r"^epoch 2, step 14 of 14: the loss is not finite; .*optim\.lr"):
         fit(small, run.path, SingleProcess(CPU))
     assert made[-1] == step
     assert [checkpoint.position for checkpoint in all_checkpoints(run.checkpoints)] == [(1, 0)]
@@ -189,6 +272,31 @@ def test_skip_leaves_the_batch_out_and_goes_on(
         "epoch=0001-step=000003",
         "epoch=0002-step=000006",
     ]
+
+
+def test_a_partly_skipped_epoch_says_over_how_many_images_its_means_are(
+    small: Experiment, spoiled: Callable[..., list[int]]
+) -> None:
+    run = run_of(small)
+    spoiled(3, 20)
+    fit(small.with_overrides({"training.nonfinite": "skip"}), run.path, SingleProcess(CPU))
+    first, second = run.records.history()
+    assert [(r["num_images"], r["num_skipped"]) for r in (first, second)] == [(1238, 100), (1238, 100)]
+    assert describe_epoch(first, 2).endswith("train over 1,238 of 1,338 images")
+
+
+def test_an_epoch_without_one_update_is_a_failure_and_not_a_loss_of_zero(
+    small: Experiment, spoiled: Callable[..., list[int]]
+) -> None:
+    run = run_of(small)
+    spoiled(*range(STEPS_PER_EPOCH + 1, 2 * STEPS_PER_EPOCH + 1))
+    patient = small.with_overrides({"training.nonfinite": "skip", "training.nonfinite.limit": 1_000_000})
+    with pytest.raises(
+        Diverged, match=r"^epoch 2: every batch was skipped, so that nothing was learned; try a smaller"
+    ):
+        fit(patient, run.path, SingleProcess(CPU))
+    assert [record["epoch"] for record in run.records.history()] == [1]
+    assert len(list(run.nonfinite.iterdir())) == MAX_FILES < STEPS_PER_EPOCH
 
 
 def test_skipping_is_allowed_as_often_as_the_limit_says(small: Experiment, spoiled: Callable[..., list[int]]) -> None:
@@ -295,6 +403,20 @@ def test_two_workers_roll_back_together(small: Experiment, monkeypatch: pytest.M
     assert fitted(small, run, 2) == [None, None]
     assert calls[0] == 2 * (2 * STEPS_PER_EPOCH + 3)
     assert [line["epoch"] for line in map(json.loads, run.records.metrics_file.read_text().splitlines())] == [1, 2]
+
+
+@pytest.mark.parametrize(("step", "place"), [(4, "the initial weights"), (18, "checkpoint epoch=0001")])
+def test_a_rollback_says_where_it_leads(
+    small: Experiment,
+    spoiled: Callable[..., list[int]],
+    caplog: pytest.LogCaptureFixture,
+    step: int,
+    place: str,
+) -> None:
+    spoiled(step)
+    fit(small.with_overrides({"training.nonfinite": "rollback"}), run_of(small).path, SingleProcess(CPU))
+    (warning,) = [record.getMessage() for record in caplog.records if "returning" in record.getMessage()]
+    assert f"returning to {place} with a smaller learning rate (1 of at most 3 times)" in warning
 
 
 def test_rollbacks_end_with_the_limit(small: Experiment, spoiled: Callable[..., list[int]]) -> None:

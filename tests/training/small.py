@@ -75,7 +75,7 @@ def run_epoch(
         step_settings=lambda index: StepSettings(lr, given),
         sums=sums,
     )
-    return sums.reduced(group)
+    return sums.reduced(group).values
 
 
 def parameters(module: torch.nn.Module) -> Tensor:

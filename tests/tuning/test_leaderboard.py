@@ -219,7 +219,7 @@ def test_live_line_leaderboard_summary_and_best_name_the_same_trial_and_epoch(
             for line in record.history:
                 view.epoch(record.name, record.proposed, line)
             view.ended(record.name, record.state, record.reason, record.epochs_done)
-    result = summarize_sweep(directory, started_at=0.0)
+    result = summarize_sweep(directory, started_at=0.0, trust_code=True)
     best = TrainedVAE.load(directory.best).checkpoint
     winner = ranked(records, metrics)[0]
     assert winner.best is not None
@@ -243,7 +243,7 @@ def test_a_sweep_whose_trials_all_failed_has_no_best(directory: SweepDirectory, 
     shutil.copytree(directory.trial(FAILED).path, failed.trial(FAILED).path)
     propose(failed, FAILED, **{"objective.beta": 1.0})
     end(failed, FAILED, "failed", REASON, epoch=1)
-    result = summarize_sweep(failed, started_at=0.0)
+    result = summarize_sweep(failed, started_at=0.0, trust_code=True)
     assert (result.best, result.num_failed, result.pareto_front) == ({}, 1, [])
     assert not failed.best.exists()
     (row,) = pyarrow.parquet.read_table(failed.leaderboard_parquet).to_pylist()

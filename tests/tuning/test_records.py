@@ -78,7 +78,7 @@ def test_every_trial_is_there_once_by_name_in_its_state(built: SweepDirectory) -
 def test_only_failures_have_a_reason_and_count_as_failed(built: SweepDirectory) -> None:
     for record in read_trials(built):
         assert bool(record.reason) == record.failed == (record.state in FAILURES)
-    assert record_of(built, DIVERGED).reason.startswith("epoch 1, step 2 of 42: the loss or its gradient is not finite")
+    assert record_of(built, DIVERGED).reason.startswith("epoch 1, step 2 of 42: the distortion is not finite")
     assert record_of(built, KILLED).reason == WHY_KILLED
 
 

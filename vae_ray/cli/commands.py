@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,11 +87,13 @@ def resume(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _train_answer(trained: TrainResult, options: argparse.Namespace) -> dict[str, Any]:
+    from vae_ray.run_files.progress import format_nats
+
     result = trained.to_dict()
     if options.json:
         return result
     metrics = result["metrics"]
-    terms = [f"{key} {value:.2f}" for key, value in metrics.items() if key.endswith("/nelbo")]
+    terms = [f"{key} {format_nats(value)}" for key, value in metrics.items() if key.endswith("/nelbo")]
     return {
         "best checkpoint": result["best_checkpoint"],
         "last checkpoint": result["last_checkpoint"],
@@ -99,7 +102,13 @@ def _train_answer(trained: TrainResult, options: argparse.Namespace) -> dict[str
         "nats per image": f"{', '.join(terms)}  (best epoch {result['best_epoch']} of {result['epochs']})",
         **({"stopped early": "the selection metric had not improved"} if result["stopped_early"] else {}),
         "time": f"{result['seconds']['total']:.1f} s, of which {result['seconds']['training']:.1f} s training",
+        **_warnings(result["warnings"]),
     }
+
+
+def _warnings(lines: Sequence[str]) -> dict[str, str]:
+    """Lines of an answer; each needs a label of its own."""
+    return {"warning" if number == 1 else f"warning {number}": line for number, line in enumerate(lines, 1)}
 
 
 def sweep(options: argparse.Namespace) -> dict[str, Any]:
@@ -130,20 +139,24 @@ def report(options: argparse.Namespace) -> dict[str, Any]:
     with signals.deferred():
         from vae_ray.tuning.sweep import rebuild_report
 
-    result = rebuild_report(options.sweep_dir)
+    result = rebuild_report(options.sweep_dir, trust_code=options.trust_code)
     return result.to_dict() if options.json else _readable_sweep(result)
 
 
 def _readable_sweep(result: SweepResult) -> dict[str, Any]:
+    from vae_ray.run_files.progress import format_nats
+
     states = ", ".join(f"{number} {state}" for state, number in result.states.items())
     answer = {"trials": f"{result.num_trials} ({states})"}
     if result.best:
         settings = "  ".join(f"{key}={value}" for key, value in result.best["overrides"].items())
-        terms = [f"{key} {value:.2f}" for key, value in result.best["metrics"].items() if key.endswith("/nelbo")]
+        metrics = result.best["metrics"]
+        terms = [f"{key} {format_nats(value)}" for key, value in metrics.items() if key.endswith("/nelbo")]
         answer |= {
             "best trial": f"{result.best['trial']}  {settings}",
             "nats per image": ", ".join(terms),
             "checkpoint": result.best["checkpoint"],
+            **_warnings(result.best["warnings"]),
         }
     else:
         answer["best trial"] = "none: every trial failed; the report says why"
@@ -214,12 +227,14 @@ def traverse(options: argparse.Namespace) -> dict[str, Any]:
 
 def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     """exact metrics of a whole split, in nats"""
+    from vae_ray.run_files.progress import format_nats
+
     model = _load(options)
     metrics = model.evaluate(options.split)
     labels = model.labels(options.split)
     if options.json:
         return {"checkpoint": str(model.checkpoint.path), "metrics": metrics, "labels": labels}
-    numbers = {key: f"{value:.3f} nats" for key, value in metrics.items()}
+    numbers = {key: f"{format_nats(value)} nats" for key, value in metrics.items()}
     return {**numbers, **{key: str(value) for key, value in labels.items()}}
 
 

@@ -142,7 +142,7 @@ COMMANDS: Mapping[Callable[[argparse.Namespace], dict[str, Any]], Arguments] = {
             default="val/nelbo",
         ),
     },
-    commands.report: {"sweep_dir": _text("the sweep's directory", "SWEEP_DIR")},
+    commands.report: {"sweep_dir": _text("the sweep's directory", "SWEEP_DIR"), **TRUST},
     commands.generate: {
         **PICTURE,
         "--num": _number("how many", 64),

@@ -28,6 +28,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, core_schema
 
 MAX_WORKERS = 4096
+MIN_PIXEL_SCALE = 0.001
 IMPORT_PATH = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$"
 """`package.module:name`, a user's own code."""
 
@@ -65,6 +66,14 @@ def _refuse_unprintable(value: Any) -> Any:
     return value
 
 
+def _refuse_below_rounding(value: float) -> float:
+    if value < MIN_PIXEL_SCALE:
+        raise ValueError(
+            f"should be at least {MIN_PIXEL_SCALE}: rounding to 256 levels alone has a standard deviation of 0.0011"
+        )
+    return value
+
+
 def _worker_count(value: object) -> int | tuple[int, int] | str:
     """4, `"4"`, `"2..8"`, `(2, 8)` or `"auto"`; a range of one number is that number."""
     text = "..".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
@@ -87,6 +96,7 @@ def _count_text(value: int | tuple[int, int] | str) -> int | str:
 
 Int = Annotated[int, BeforeValidator(_refuse_bool)]
 Float = Annotated[float, BeforeValidator(_refuse_bool), Field(allow_inf_nan=False)]
+PixelScale = Annotated[Float, AfterValidator(_refuse_below_rounding)]
 WorkerCount = Annotated[
     int | tuple[int, int] | Literal["auto"],
     PlainValidator(_worker_count),

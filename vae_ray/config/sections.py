@@ -19,6 +19,7 @@ from vae_ray.config.fields import (
     ImportPaths,
     Int,
     Location,
+    PixelScale,
     Section,
     UserEntry,
     Widths,
@@ -135,7 +136,9 @@ class GaussianLikelihood(Section):
     """Normal with mean sigmoid(logit) and one fixed standard deviation."""
 
     name: Literal["gaussian"] = "gaussian"
-    scale: Float = Field(0.1, gt=0, description="Standard deviation of a pixel, in units of the [0, 1] range.")
+    scale: PixelScale = Field(
+        0.1, description="Standard deviation of a pixel, in units of the [0, 1] range; at least 0.001."
+    )
 
 
 # --- objective -----------------------------------------------------------------------------------------------

@@ -40,4 +40,4 @@ def evaluate_split(
             output = model(x, noise)
         distortion, rate = elbo_terms(output, x, model.likelihood)
         sums.add({"distortion": distortion[0], "rate": rate[0]})
-    return labelled(split, sums.reduced(group))
+    return labelled(split, sums.reduced(group).values)

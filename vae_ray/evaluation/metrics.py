@@ -6,7 +6,9 @@ what was optimised. Nats, summed over pixels or latent dimensions, averaged over
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +16,15 @@ from torch import Tensor
 from vae_ray.parallel.group import WorkerGroup
 
 ELBO_TERMS = ("distortion", "rate")
+
+
+class Means(NamedTuple):
+    """Means over all workers' examples, in nats."""
+
+    values: dict[str, float]
+    """By name, with `nelbo`; NaN over no images."""
+    num_images: int
+    """How many images they are over."""
 
 
 class TermSums:
@@ -32,7 +43,7 @@ class TermSums:
 
     def means(self) -> dict[str, float]:
         """Means over this worker's examples so far, in nats; waits for the device."""
-        return self._divide([*self._sums.tolist(), float(self._count)])
+        return self._divide([*self._sums.tolist(), float(self._count)]).values
 
     def gathered(self, group: WorkerGroup) -> Tensor:
         """Every worker's sums and count, `(workers, terms + 1)` float64, the same on every rank. Collective."""
@@ -48,18 +59,18 @@ class TermSums:
             mine = rows.sum(0) if group.rank == 0 else torch.zeros_like(rows[0])
         self._sums, self._count = mine[:-1].to(self._sums.device, copy=True), int(mine[-1])
 
-    def reduced(self, group: WorkerGroup) -> dict[str, float]:
-        """Means over all workers' examples, in nats, the same on every rank. Collective."""
+    def reduced(self, group: WorkerGroup) -> Means:
+        """Means over all workers' examples, the same on every rank. Collective."""
         return self._divide(group.sum(self._row()).tolist())
 
     def _row(self) -> Tensor:
         count = torch.tensor([self._count], dtype=torch.float64, device=self._sums.device)
         return torch.cat([self._sums, count])
 
-    def _divide(self, sums: list[float]) -> dict[str, float]:
+    def _divide(self, sums: list[float]) -> Means:
         *totals, count = sums
-        means = {term: total / max(count, 1.0) for term, total in zip(self.terms, totals, strict=True)}
-        return {"nelbo": means["distortion"] + means["rate"], **means}
+        means = {term: total / count if count else math.nan for term, total in zip(self.terms, totals, strict=True)}
+        return Means({"nelbo": means["distortion"] + means["rate"], **means}, int(count))
 
 
 def labelled(split: str, means: Mapping[str, float]) -> dict[str, float]:

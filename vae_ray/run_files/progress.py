@@ -90,11 +90,19 @@ class ProgressView:
             )
 
 
+def format_nats(value: float) -> str:
+    """A metric with two decimals, or of 1,000 and more with five significant digits."""
+    return f"{value:.2f}" if abs(value) < 1000 else f"{value:.5g}"
+
+
 def describe_epoch(record: dict[str, Any], epochs: int) -> str:
     """A line about an epoch; nats per image."""
     splits = [split for split in ("train", "val", "test") if f"{split}/nelbo" in record]
     number = f"epoch {record['epoch']:>{len(str(epochs))}}/{epochs}"
-    return "  ".join([number, *(_terms(record, s) for s in splits), f"{record['images_per_second']:,.0f} images/s"])
+    parts = [number, *(_terms(record, split) for split in splits), f"{record['images_per_second']:,.0f} images/s"]
+    if num_skipped := record.get("num_skipped"):
+        parts.append(f"train over {record['num_images']:,} of {record['num_images'] + num_skipped:,} images")
+    return "  ".join(parts)
 
 
 def describe_attempt(attempt: dict[str, Any]) -> str:
@@ -111,5 +119,5 @@ def describe_attempt(attempt: dict[str, Any]) -> str:
 
 
 def _terms(values: dict[str, Any], split: str) -> str:
-    nelbo, distortion, rate = (values[f"{split}/{name}"] for name in ("nelbo", "distortion", "rate"))
-    return f"{split} nelbo {nelbo:.2f} = {distortion:.2f} + {rate:.2f}"
+    nelbo, distortion, rate = (format_nats(values[f"{split}/{name}"]) for name in ("nelbo", "distortion", "rate"))
+    return f"{split} nelbo {nelbo} = {distortion} + {rate}"

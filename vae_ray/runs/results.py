@@ -38,6 +38,8 @@ class TrainResult:
     """Whether the selection metric had not improved for `training.patience_epochs`."""
     metrics: dict[str, float]
     """Metrics of the best checkpoint, in nats: `train/nelbo`, `val/nelbo` if there is a validation split, ..."""
+    warnings: list[str]
+    """What makes the best checkpoint useless, a line each; usually empty (`TrainedVAE.failures`)."""
     images_per_second: float
     """Training images over training time, all workers and epochs together."""
     seconds: dict[str, float]
@@ -70,8 +72,9 @@ def summarise(
     checkpoints = complete_checkpoints(run.checkpoints)
     best = best_checkpoint(checkpoints)
     metrics = {key: value for key, value in best.metrics.items() if "/" in key}
+    here = device if torch.cuda.is_available() else "cpu"  # the driver may be on a node without the workers' GPUs
+    model = TrainedVAE.load(run.public_path(best.path), device=here, trust_code=True)  # it was just trained
     if "test/nelbo" not in metrics:
-        model = TrainedVAE.load(run.public_path(best.path), device=device, trust_code=True)  # it was just trained
         metrics |= model.evaluate("test")
     # where the storage did not take the attempts, what was asked for is reported
     last_attempt = [{"num_workers": resolved.workers.max, "nodes": []}, *run.records.attempts()][-1]
@@ -91,6 +94,7 @@ def summarise(
         device=device.type,
         epochs=checkpoints[-1].epoch,
         metrics=metrics,
+        warnings=model.failures(),
         images_per_second=num_images / train_seconds if train_seconds else 0.0,
         seconds={
             "startup": (mine[0]["started_at"] + seconds_before if mine else time.time()) - started_at,
@@ -112,7 +116,8 @@ def result_from(summary: dict[str, Any], run: RunDirectory) -> TrainResult:
         }
         paths = {key: run.public_path(run.checkpoints / name) for key, name in names.items()}
         paths["run_dir"] = run.public_path(run.path)
-        return TrainResult(**{**{"stopped_early": False}, **summary, **paths, "history": run.records.history()})
+        since_then = {"stopped_early": False, "warnings": []}  # fields that older summaries lack
+        return TrainResult(**{**since_then, **summary, **paths, "history": run.records.history()})
     except (KeyError, TypeError) as error:
         raise UserError(f"summary.json: damaged ({error}); delete it and resume the run") from None
 

@@ -12,7 +12,7 @@ from vae_ray.checkpoints.quarantine import load_newest
 from vae_ray.checkpoints.saving import NotSaved, prune_checkpoints, save_checkpoint
 from vae_ray.config.experiment import Experiment
 from vae_ray.errors import CorruptFile, TrainingFailed, UserError
-from vae_ray.parallel.group import WorkerGroup, all_finite, raise_on_all_ranks
+from vae_ray.parallel.group import WorkerGroup, raise_on_all_ranks
 from vae_ray.run_files.run_directory import RunDirectory
 from vae_ray.training.state import TrainState
 
@@ -65,9 +65,9 @@ class Checkpointing:
     def save_inside_epoch(self, state: TrainState, epoch: int, step: int, *, seconds: float) -> None:
         """Write a checkpoint after `step` steps of `epoch`, or warn; rank 0 only.
 
-        Weights that are not finite are not saved: the next step reports them, and no one could continue from them.
+        A state that is not finite is not saved: the next step reports it, and no one could continue from it.
         """
-        if all_finite(state.model.parameters()):
+        if state.is_finite():
             try:
                 self._save(state, epoch, step, {"seconds": seconds})
             except NotSaved as error:

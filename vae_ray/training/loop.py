@@ -14,6 +14,7 @@ from vae_ray.errors import Diverged
 from vae_ray.evaluation.elbo import autocast
 from vae_ray.evaluation.metrics import TermSums
 from vae_ray.models.noise import latent_noise
+from vae_ray.objectives.base import Losses
 from vae_ray.parallel.global_batch import GlobalBatch
 from vae_ray.parallel.group import WorkerGroup, broadcast_buffers
 from vae_ray.training.optimization import apply_gradients, gradients_of
@@ -43,7 +44,7 @@ class EpochSettings:
     precision: str = "float32"
 
 
-def _diverge(index: int) -> None:
+def _diverge(index: int, losses: Losses) -> None:
     raise Diverged(f"step {index + 1}: the loss or its gradient is not finite")
 
 
@@ -56,14 +57,15 @@ def train_epoch(
     step_settings: Callable[[int], StepSettings],
     sums: TermSums,
     first_step: int = 0,
-    on_nonfinite: Callable[[int], None] = _diverge,
+    on_nonfinite: Callable[[int, Losses], None] = _diverge,
     after_step: Callable[[int], None] = lambda num_done: None,
 ) -> None:
     """Optimise over `batches`, adding the terms of every example to `sums` as they were before its update. Collective.
 
     `batches` are those of the epoch from `first_step` on. `step_settings(i)` gives the settings of the epoch's i-th
     step; `after_step(n)` is called when n of them are done. If the loss on any worker, or the gradient, is not finite,
-    all workers call `on_nonfinite(i)` instead of the update; if it returns, the batch is skipped and not counted.
+    all workers call `on_nonfinite(i, losses)` instead of the update, with their own losses; if it returns, the batch is
+    skipped and not counted.
     """
     model, objective = state.model, state.objective
     model.train()
@@ -89,5 +91,5 @@ def train_epoch(
             if state.averaged is not None:
                 state.averaged.update(model)
         else:
-            on_nonfinite(index)
+            on_nonfinite(index, losses)
         after_step(index + 1)

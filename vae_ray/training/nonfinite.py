@@ -11,21 +11,27 @@ holds plain tensors, and the settings of the step in its header:
         batch.get_tensor("indices")     # (N,), int64: which of the training images they are
         batch.get_tensor("eps.0")       # (k * N, *shape), float32: the noise of z, of each latent group
         batch.metadata()                # epoch, step, lr, beta or the objective's other settings
+
+The first `MAX_FILES` batches of a run are kept.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 
 import safetensors.torch
+import torch
 
 from vae_ray.checkpoints.listing import checkpoint_name
-from vae_ray.config.fields import Section
+from vae_ray.config.experiment import Experiment
 from vae_ray.config.sections import RollBackOnNonfinite, SkipNonfinite
 from vae_ray.data.batches import Loader
 from vae_ray.errors import Diverged
 from vae_ray.models.noise import latent_noise
+from vae_ray.objectives.base import Losses
+from vae_ray.parallel.group import WorkerGroup
 from vae_ray.run_files.run_directory import RunDirectory
 from vae_ray.storage.atomic import atomic_write
 from vae_ray.training.loop import NOISE, StepSettings
@@ -33,24 +39,73 @@ from vae_ray.training.state import TrainState
 
 logger = logging.getLogger(__name__)
 
-ADVICE = "try a smaller --optim.lr or --optim.grad-clip 100"
+MAX_FILES = 10
+"""Batches kept in `nonfinite/`."""
+GRADIENT = "gradient"
+LARGE_WEIGHT = 1e4
+"""A weight of the objective from which on it is the likeliest cause."""
 
 
 class RollBack(Exception):
     """Training is to continue from the last checkpoint; raised on all ranks."""
 
 
-def apply_policy(policy: Section, state: TrainState, what: str, *, can_skip: bool, is_rank_0: bool) -> None:
-    """Return if the batch is to be skipped, else raise `RollBack` or `Diverged`; the same on all ranks."""
-    num_before = state.progress.num_nonfinite
+def nonfinite_term(losses: Losses, group: WorkerGroup) -> str:
+    """The first of a step's terms that is not finite on some worker, `GRADIENT` if all are. Collective.
+
+    In the order in which they enter the loss: distortion, rate, the objective's own terms, loss.
+    """
+    sums = {name: values.detach().sum() for name, values in losses.terms.items()}
+    sums["loss"] = sums["loss"] + sum(loss.detach() for loss in losses.loss.values())
+    names = sorted(sums, key=lambda name: (name == "loss", name not in ("distortion", "rate")))
+    flags = [not math.isfinite(sums[name]) for name in names]
+    counts = group.sum(torch.tensor(flags, dtype=torch.float64, device=group.device)).tolist()
+    return next((name for name, count in zip(names, counts, strict=True) if count), GRADIENT)
+
+
+def advice(experiment: Experiment, state: TrainState, term: str) -> str:
+    """What to try, that the experiment does not have yet, against a `term` (or `GRADIENT`) that is not finite."""
+    flat, optim = experiment.flat(), experiment.optim
+    weights = {
+        key: value
+        for key, value in flat.items()
+        if key.startswith("objective.") and isinstance(value, int | float) and abs(value) >= LARGE_WEIGHT
+    }
+    scale = flat.get("likelihood.scale")
+    if weights:
+        key = max(weights, key=lambda key: abs(weights[key]))
+        return f"try a smaller --{key} than {weights[key]:g}"
+    if isinstance(scale, float) and scale < 0.01 and term in ("distortion", GRADIENT):
+        return f"try a larger --likelihood.scale than {scale:g}"
+    if not any(optimizer.state for optimizer in state.optimizers.values()):  # so that the learning rate is no cause
+        start = experiment.run.initial_weights
+        return f"no update was made before: look at {'--run.initial-weights' if start else '--model and --likelihood'}"
+    tries = [f"a smaller --optim.lr than {optim.lr:g}"]
+    if optim.grad_clip is None:
+        tries.append("--optim.grad-clip 100")
+    elif optim.warmup_steps == 0:
+        tries.append("--optim.warmup-steps 100")
+    if experiment.training.precision != "float32":
+        tries.append("--training.precision float32")
+    return f"try {' or '.join(tries)}"
+
+
+def apply_policy(
+    experiment: Experiment, state: TrainState, what: str, *, advice: str, can_skip: bool, returns_to: str | None
+) -> None:
+    """Return if the batch is to be skipped, else raise `RollBack` or `Diverged`; the same on all ranks.
+
+    `returns_to` names, on rank 0, where a rollback leads; the other ranks say nothing.
+    """
+    policy, num_before = experiment.training.nonfinite, state.progress.num_nonfinite
     rolls_back = isinstance(policy, RollBackOnNonfinite)
     if not isinstance(policy, SkipNonfinite | RollBackOnNonfinite) or not (can_skip or rolls_back):
-        raise Diverged(f"{what}; {ADVICE}")
+        raise Diverged(f"{what}; {advice}")
     if num_before >= policy.limit:
-        raise Diverged(f"{what}; {num_before} times before (training.nonfinite.limit); {ADVICE}")
+        raise Diverged(f"{what}; {num_before} times before (training.nonfinite.limit); {advice}")
     state.progress.num_nonfinite = num_before + 1
-    if is_rank_0:
-        action = "returning to the last checkpoint with a smaller learning rate" if rolls_back else "skipped"
+    if returns_to is not None:
+        action = f"returning to {returns_to} with a smaller learning rate" if rolls_back else "skipped"
         logger.warning("%s: %s (%d of at most %d times)", what, action, num_before + 1, policy.limit)
     if rolls_back:
         raise RollBack
@@ -71,7 +126,10 @@ def save_batch(
     global_batch_size: int,
     settings: StepSettings,
 ) -> None:
-    """Write the global batch of a step (1-based); can be called on any rank. Raises `OSError`."""
+    """Write the global batch of a step (1-based), unless `MAX_FILES` are kept; on any rank. Raises `OSError`."""
+    file.parent.mkdir(exist_ok=True)
+    if not file.exists() and len(list(file.parent.glob("*.safetensors"))) >= MAX_FILES:
+        return
     indices = loader.order(epoch)[(step - 1) * global_batch_size : step * global_batch_size].clone()
     shapes, num_samples = state.model.latent_shapes, state.objective.num_samples
     address = (NOISE, epoch, step - 1)
@@ -89,5 +147,4 @@ def save_batch(
             **{name: repr(value) for name, value in settings.objective.items()},
         },
     )
-    file.parent.mkdir(exist_ok=True)
     atomic_write(file, content)

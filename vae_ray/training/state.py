@@ -15,6 +15,7 @@ from vae_ray.errors import one_line
 from vae_ray.evaluation.metrics import ELBO_TERMS
 from vae_ray.models.vae import VAE
 from vae_ray.objectives import Objective
+from vae_ray.parallel.group import all_finite
 from vae_ray.storage.reading import short_repr
 from vae_ray.training.averaged_weights import AveragedWeights
 from vae_ray.training.optimization import MOMENTS, build_optimizer
@@ -80,6 +81,10 @@ class TrainState:
     def evaluated_model(self) -> VAE:
         """The model that is evaluated, pictured and loaded: the averaged one, where there is one."""
         return self.model if self.averaged is None else self.averaged.model
+
+    def is_finite(self) -> bool:
+        """Whether all weights and the optimizers' states are finite numbers; waits for the device."""
+        return all_finite([*self.model.parameters(), *self.tensors().values()])
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything but the weights, by name, as a checkpoint's training state holds it."""

@@ -13,23 +13,25 @@ from typing import Any
 import torch
 
 from vae_ray.checkpoints.finding import find_checkpoint
+from vae_ray.checkpoints.listing import all_checkpoints
 from vae_ray.config.experiment import Experiment
 from vae_ray.data.batches import Loader
 from vae_ray.data.splits import Splits
-from vae_ray.errors import CorruptFile, Stopped, UserError
+from vae_ray.errors import CorruptFile, Diverged, Stopped, UserError
 from vae_ray.evaluation.elbo import evaluate_split
 from vae_ray.evaluation.metrics import TermSums, labelled
 from vae_ray.models.initialization import INITIALIZATIONS
 from vae_ray.models.vae import VAE, build_vae
 from vae_ray.objectives import build_objective
-from vae_ray.parallel.group import WorkerGroup, all_finite, raise_on_all_ranks, shards_of
+from vae_ray.objectives.base import Losses
+from vae_ray.parallel.group import WorkerGroup, raise_on_all_ranks, shards_of
 from vae_ray.run_files.recorder import Recorder
 from vae_ray.run_files.run_directory import RunDirectory
 from vae_ray.seeds import generator, stream
 from vae_ray.storage.retry import describe_os_error
 from vae_ray.training.checkpointing import Checkpointing, selection_metric
 from vae_ray.training.loop import EpochSettings, StepSettings, train_epoch
-from vae_ray.training.nonfinite import apply_policy, batch_file, save_batch
+from vae_ray.training.nonfinite import GRADIENT, advice, apply_policy, batch_file, nonfinite_term, save_batch
 from vae_ray.training.optimization import learning_rate
 from vae_ray.training.state import TrainState
 from vae_ray.training.stop_requests import StopRequests
@@ -130,10 +132,15 @@ class Trainer:
             step_settings=lambda index: self._step_settings(first_step + index),
             sums=sums,
             first_step=self.steps_done,
-            on_nonfinite=lambda index: self._nonfinite_step(loader, index),
+            on_nonfinite=lambda index, losses: self._nonfinite_step(loader, index, losses),
             after_step=after_step,
         )
-        means = sums.reduced(self.group)  # waits for the device and for all ranks
+        means, num_images = sums.reduced(self.group)  # waits for the device and for all ranks
+        if num_images == 0:
+            raise Diverged(
+                f"epoch {epoch}: every batch was skipped, so that nothing was learned; "
+                f"{advice(self.experiment, self.state, GRADIENT)}"
+            )
         seconds = time.perf_counter() - started
         record = {"epoch": epoch, **labelled("train", means), **self._evaluations(epoch)}
         self._check_finite(record)
@@ -144,6 +151,8 @@ class Trainer:
             **record,
             **last.objective,
             "lr": last.lr,
+            "num_images": num_images,
+            "num_skipped": len(loader.indices) - num_images,
             "images_per_second": len(loader.indices) / seconds,
             "seconds": seconds,
             "started_at": started_at,
@@ -187,9 +196,10 @@ class Trainer:
             done = f"step {self.steps_done} of {self.steps_per_epoch} of epoch {self.epochs_done + 1}"
         return Stopped(f"stopped after {done}; continue with: vae-ray resume {self.run.location}")
 
-    def _nonfinite_step(self, loader: Loader, index: int) -> None:
-        """Handle a step (0-based) whose update was not made, because its loss or gradient is not finite."""
+    def _nonfinite_step(self, loader: Loader, index: int, losses: Losses) -> None:
+        """Handle a step (0-based) whose update was not made: one of its terms, or the gradient, is not finite."""
         epoch, step = self.epochs_done + 1, index + 1
+        term = nonfinite_term(losses, self.group)
         file = batch_file(self.run, epoch=epoch, step=step)
         if self.group.rank == 0:
             settings = self._step_settings(self.epochs_done * self.steps_per_epoch + index)
@@ -198,25 +208,27 @@ class Trainer:
                 save_batch(file, loader, self.state, epoch=epoch, step=step, global_batch_size=size, settings=settings)
             except OSError as error:
                 logger.warning("%s: could not be written (%s)", file, describe_os_error(error))
-        what = (
-            f"epoch {epoch}, step {step} of {self.steps_per_epoch}: the loss or its gradient is not finite; "
-            f"the batch is in {file}"
-        )
-        self._apply_policy(what, can_skip=True)
+        kept = self.group.broadcast(f"the batch is in {file}" if file.exists() else f"{file.parent} has earlier ones")
+        what = f"epoch {epoch}, step {step} of {self.steps_per_epoch}: the {term} is not finite; {kept}"
+        self._apply_policy(what, term, can_skip=True)
 
     def _check_finite(self, record: dict[str, Any]) -> None:
-        """Apply the policy if the epoch's metrics or the weights (equal on all ranks) are not finite."""
-        if all(map(math.isfinite, record.values())) and all_finite(self.state.model.parameters()):
+        """Apply the policy if the epoch's metrics or the state (equal on all ranks) are not finite."""
+        if all(map(math.isfinite, record.values())) and self.state.is_finite():
             return
         what = (
-            f"epoch {record['epoch']}: the metrics or the weights are not finite (training distortion "
+            f"epoch {record['epoch']}: the metrics, weights or optimizer's state are not finite (training distortion "
             f"{record['train/distortion']:.4g}, rate {record['train/rate']:.4g} nats)"
         )
-        self._apply_policy(what, can_skip=False)
+        self._apply_policy(what, GRADIENT, can_skip=False)
 
-    def _apply_policy(self, what: str, *, can_skip: bool) -> None:
-        policy = self.experiment.training.nonfinite
-        apply_policy(policy, self.state, what, can_skip=can_skip, is_rank_0=self.group.rank == 0)
+    def _apply_policy(self, what: str, term: str, *, can_skip: bool) -> None:
+        returns_to = None
+        if self.group.rank == 0:
+            newest = all_checkpoints(self.run.checkpoints)[-1:]
+            returns_to = f"checkpoint {newest[0].path.name}" if newest else "the initial weights"
+        hint = advice(self.experiment, self.state, term)
+        apply_policy(self.experiment, self.state, what, advice=hint, can_skip=can_skip, returns_to=returns_to)
 
     def _step_settings(self, step: int) -> StepSettings:
         """The settings of a step (0-based) of the run."""

@@ -15,6 +15,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from vae_ray.run_files.progress import format_nats
 from vae_ray.tuning.records import FAILURES, TrialRecord
 
 STATUS_SECONDS = 30.0
@@ -90,7 +91,7 @@ class SweepView:
         trial = self._trials.setdefault(name, _Trial(state))
         trial.state, trial.epoch = state, epoch
         parts = [f"trial {name}", state if state == "finished" else f"{state} after epoch {epoch}"]
-        parts += [reason] if reason else [f"{self._metric} {trial.best:.2f}"] if trial.best is not None else []
+        parts += [reason] if reason else [f"{self._metric} {format_nats(trial.best)}"] if trial.best is not None else []
         self._print("  ".join([*parts, _settings(trial)]).rstrip())
 
     def _print(self, text: str) -> None:
@@ -113,7 +114,7 @@ class SweepView:
         if num_running:
             parts.append(f"{num_running} running")
         if best := self._best():
-            parts.append(f"best {self._metric} {best[0][0]:.2f} (trial {best[0][1]})")
+            parts.append(f"best {self._metric} {format_nats(best[0][0])} (trial {best[0][1]})")
         epochs_seen = sum(trial.epoch for trial in trials) - self._epochs_before
         epochs_left = (self._num_trials - num_ended) * self._epochs
         epochs_left -= sum(trial.epoch for trial in trials if trial.state in ("running", "pending"))
@@ -129,10 +130,11 @@ class SweepView:
         table.add_column("settings", no_wrap=True)
         running = [(name, trial) for name, trial in self._trials.items() if trial.state == "running"]
         for name, trial in running[:MAX_RUNNING_ROWS]:
-            table.add_row(name, "running", f"{trial.epoch}/{self._epochs}", f"{trial.value:.2f}", _settings(trial))
+            value_text = "" if trial.value is None else format_nats(trial.value)
+            table.add_row(name, "running", f"{trial.epoch}/{self._epochs}", value_text, _settings(trial))
         for place, (value, name) in enumerate(self._best()[:NUM_BEST]):
             label, style = ("", "dim") if place else ("best", "bold")
-            table.add_row(name, label, "", f"{value:.2f}", _settings(self._trials[name]), style=style)
+            table.add_row(name, label, "", format_nats(value), _settings(self._trials[name]), style=style)
         return Group(Text(self._status()), table)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vae_ray.checkpoints.saving import copy_checkpoint
-from vae_ray.errors import CorruptFile
+from vae_ray.errors import CorruptFile, UserError
 from vae_ray.inference import TrainedVAE
 from vae_ray.runs.results import versions
 from vae_ray.tuning import leaderboard
@@ -34,7 +34,7 @@ class SweepResult:
     metrics: list[str]
     """Those by which trials are compared."""
     best: dict[str, Any]
-    """`trial`, `overrides`, `checkpoint`, `metrics` of the winner, in nats."""
+    """`trial`, `overrides`, `checkpoint`, `metrics` (in nats) and `warnings` of the winner."""
     pareto_front: list[str]
     """Trials that are not dominated in rate and distortion."""
     leaderboard: Path | str
@@ -48,14 +48,14 @@ class SweepResult:
         return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
 
 
-def summarize_sweep(directory: SweepDirectory, *, started_at: float) -> SweepResult:
+def summarize_sweep(directory: SweepDirectory, *, started_at: float, trust_code: bool) -> SweepResult:
     """Write the leaderboard, `best/`, the report and the summary of all trials as they are now."""
     metrics = directory.description()["metrics"]
     directory.pull()
     records = read_trials(directory)
     table = leaderboard.rows(records, metrics, directory)
     leaderboard.write_leaderboard(table, directory)
-    best = install_best(leaderboard.ranked(records, metrics), directory)
+    best = install_best(leaderboard.ranked(records, metrics), directory, trust_code=trust_code)
     states = [record.state for record in records]
     result = SweepResult(
         sweep_dir=directory.public_path(directory.path),
@@ -76,8 +76,11 @@ def summarize_sweep(directory: SweepDirectory, *, started_at: float) -> SweepRes
     return result
 
 
-def install_best(ranked: Sequence[TrialRecord], directory: SweepDirectory) -> dict[str, Any]:
-    """Copy the first intact best checkpoint to `best/`; its description, empty if there is none."""
+def install_best(ranked: Sequence[TrialRecord], directory: SweepDirectory, *, trust_code: bool) -> dict[str, Any]:
+    """Copy the first intact best checkpoint to `best/`; its description, empty if there is none.
+
+    The model is judged, on test images too where no epoch was, unless it is a user's own code without `trust_code`.
+    """
     for winner in ranked:
         if winner.failed or winner.best is None:
             continue
@@ -88,12 +91,19 @@ def install_best(ranked: Sequence[TrialRecord], directory: SweepDirectory) -> di
             logger.warning("%s; trial %s is left out", error, winner.name)
             continue
         metrics = {key: value for key, value in winner.best.metrics.items() if "/" in key}
-        if "test/nelbo" not in metrics:  # no epoch evaluated it
-            metrics |= TrainedVAE.load(directory.best).evaluate("test")
+        warnings: list[str] = []
+        try:
+            model = TrainedVAE.load(directory.best, trust_code=trust_code)
+            if "test/nelbo" not in metrics:  # no epoch evaluated it
+                metrics |= model.evaluate("test")
+            warnings = model.failures()
+        except UserError as error:  # its code is not trusted, or this machine has no data
+            logger.warning("trial %s: its model is not examined (%s)", winner.name, error)
         return {
             "trial": winner.name,
             "overrides": winner.overrides,
             "checkpoint": str(directory.public_path(directory.best)),
             "metrics": metrics,
+            "warnings": warnings,
         }
     return {}

@@ -82,7 +82,7 @@ def sweep(
             logger.warning("data.num_validation: %d training images are set aside to compare trials by", num_validation)
         with connect(experiment, dashboard=experiment.workers.max > 1) as (experiment, device):
             run_trials(directory, experiment, checked, device=device, max_concurrent=max_concurrent, quiet=quiet)
-        return summarize_sweep(directory, started_at=started_at)
+        return summarize_sweep(directory, started_at=started_at, trust_code=True)
 
 
 def _base_experiment(experiment: Experiment, workers_per_trial: int | None) -> Experiment:
@@ -164,9 +164,9 @@ def _difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return [*differing_fields(*experiments, content_only=True), *settings]
 
 
-def rebuild_report(path: str | Path) -> SweepResult:
+def rebuild_report(path: str | Path, *, trust_code: bool = False) -> SweepResult:
     """Write the leaderboard, the report and `best/` of a sweep's directory again, from its trials' files."""
     directory = SweepDirectory.at(path, role="driver")
     with directory.working_copy():
         directory.description()  # raises UserError if this is no sweep
-        return summarize_sweep(directory, started_at=time.time())
+        return summarize_sweep(directory, started_at=time.time(), trust_code=trust_code)

@@ -20,6 +20,7 @@ import vl_convert
 from markupsafe import Markup
 
 from vae_ray.config.experiment import Experiment
+from vae_ray.run_files.progress import format_nats
 from vae_ray.runs.results import versions
 from vae_ray.storage.atomic import atomic_write
 from vae_ray.tuning.directory import SweepDirectory
@@ -83,7 +84,7 @@ def _environment() -> jinja2.Environment:
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False}
     filters: dict[str, Callable[..., str]] = {
         "text": as_text,
-        "nats": lambda value: "–" if value is None else f"{value:.2f}",
+        "nats": lambda value: "–" if value is None else format_nats(value),
         "assignments": lambda overrides: ", ".join(f"{key} = {as_text(value)}" for key, value in overrides.items()),
         "command": reproduction,
         "quoted": shlex.quote,

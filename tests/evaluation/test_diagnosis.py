@@ -1,0 +1,61 @@
+"""A model that is useless although its training ended well is recognised, and a healthy one is not."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from vae_ray import Experiment, train
+from vae_ray.cli.main import main
+from vae_ray.evaluation.diagnosis import mean_image_nats
+from vae_ray.models.likelihoods import LIKELIHOODS
+from vae_ray.models.vae import build_vae
+from vae_ray.runs.results import TrainResult
+
+
+def test_the_nats_of_the_mean_image_are_its_cross_entropy() -> None:
+    model = build_vae(Experiment(), (1, 8, 8), seed=0)
+    x = torch.rand(5, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    mean = torch.full((1, 8, 8), 0.25, dtype=torch.float64)
+    expected = -(x * math.log(0.25) + (1 - x) * math.log(0.75)).sum() / 5
+    assert mean_image_nats(model, x, mean) == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted(LIKELIHOODS))
+def test_the_nats_of_the_mean_image_are_finite_for_every_likelihood(name: str) -> None:
+    model = build_vae(Experiment().with_overrides({"likelihood": name}), (1, 8, 8), seed=0)
+    nats = mean_image_nats(model, torch.zeros(3, 1, 8, 8), torch.zeros(1, 8, 8))
+    assert nats is not None
+    assert math.isfinite(nats)
+
+
+def test_a_healthy_run_has_no_warning(trained_run: TrainResult) -> None:
+    assert trained_run.warnings == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "hint"),
+    [
+        ({"objective.beta": 500.0}, "--objective.beta than 500"),
+        ({"likelihood": "gaussian", "likelihood.scale": 3.0, "objective.beta": 1.0}, "--likelihood.scale than 3"),
+    ],
+)
+def test_a_model_whose_code_carries_nothing_is_named(
+    quick: Experiment, overrides: dict[str, Any], hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = train(quick.with_overrides({"training.epochs": 2, **overrides}))
+    (warning,) = result.warnings
+    assert warning.startswith("no latent dimension carries information (posterior collapse)")
+    assert warning.endswith(f"try a smaller {hint}")
+    assert main(["resume", str(result.run_dir)]) == 0
+    assert f"warning          {warning}\n" in capsys.readouterr().out
+
+
+def test_a_model_that_is_worse_than_the_mean_image_is_named(quick: Experiment) -> None:
+    too_fast = {"optim.lr": 2.0, "optim.schedule": "constant", "optim.grad_clip": 1.0, "training.epochs": 2}
+    result = train(quick.with_overrides(too_fast))
+    assert result.warnings[0].startswith("the model is worse than predicting the mean training image")
+    assert result.warnings[0].endswith("try a smaller --optim.lr than 2")
