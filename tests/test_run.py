@@ -20,6 +20,7 @@ from vae_ray.runs.train import resume
 from vae_ray.training.averaged_weights import AveragedWeights
 from vae_ray.training.placement import SMALL_STEP_FLOPS, num_local_cpus, num_threads
 from vae_ray.training.trainer import Trainer
+from vae_ray.tuning.sweep import sweep
 
 PICTURES = ("samples", "reconstructions", "traversals")
 
@@ -300,3 +301,25 @@ def test_a_step_is_shared_out_among_threads_from_a_certain_size_on(quick: Experi
 )
 def test_metrics_are_printed_with_at_most_five_digits_or_an_exponent(value: float, text: str) -> None:
     assert format_nats(value) == text
+
+
+def test_a_start_that_ray_refuses_leaves_no_directory(quick: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even lock files; and the name stays free."""
+
+    def refused(*args: object, **kwargs: object) -> None:
+        raise UserError("Ray cannot be reached")
+
+    storage = Path(quick.run.storage)
+    monkeypatch.setattr("vae_ray.runs.train._execution", refused)
+    with pytest.raises(UserError, match="cannot be reached"):
+        train(quick)
+    monkeypatch.setattr("vae_ray.tuning.sweep.connect", refused)
+    with pytest.raises(UserError, match="cannot be reached"):
+        sweep(quick, num_trials=2)
+    assert list(storage.iterdir()) == []
+    monkeypatch.undo()
+    finished = train(quick.with_overrides({"training.epochs": 1}))
+    monkeypatch.setattr("vae_ray.runs.train._execution", refused)
+    with pytest.raises(UserError, match="cannot be reached"):
+        resume(finished.run_dir, {"training.epochs": 2})
+    assert Path(finished.best_checkpoint).exists()

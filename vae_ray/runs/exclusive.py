@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -40,7 +41,8 @@ def open_run(experiment: Experiment, *, resume: bool) -> Iterator[RunDirectory]:
 def exclusive_run(directory: SyncedDirectory, *, name: str, before: Callable[[], None]) -> Iterator[None]:
     """Hold the directory of a run or sweep for the body, at a URI in a working copy, unless `before` raises.
 
-    Raises `UserError` if another driver holds it: by a lock, or where the storage is a URI by a lease.
+    Raises `UserError` if another driver holds it: by a lock, or where the storage is a URI by a lease. A new directory
+    disappears again if the body raises `UserError` before it has written anything.
     """
     if directory.mirror is not None:
         with lease(directory.mirror.remote, name=name), directory.working_copy():
@@ -48,12 +50,18 @@ def exclusive_run(directory: SyncedDirectory, *, name: str, before: Callable[[],
             yield
         return
     before()  # so that nothing is made where something is refused
+    is_new = not directory.path.exists()
     directory.path.mkdir(parents=True, exist_ok=True)
     lock = directory.path / ".driver.lock"
     try:
         with filelock.FileLock(lock).acquire(blocking=False):
             before()  # another may have come and gone
-            yield
+            try:
+                yield
+            except UserError:
+                if is_new and not is_taken(directory.path):
+                    shutil.rmtree(directory.path, ignore_errors=True)
+                raise
     except filelock.Timeout as error:
         if Path(error.lock_file) != lock:
             raise

@@ -77,10 +77,12 @@ def sweep(
     had_validation = experiment.data.num_validation > 0
     checked, experiment = preflighted(checked, experiment)
     num_validation = experiment.data.num_validation
-    with open_sweep(experiment, checked, resume=resume) as directory:
+    description = {"experiment": experiment.to_dict(), **checked.to_dict()}
+    with open_sweep(experiment, description, resume=resume) as directory:
         if num_validation and not had_validation:
             logger.warning("data.num_validation: %d training images are set aside to compare trials by", num_validation)
         with connect(experiment, dashboard=experiment.workers.max > 1) as (experiment, device):
+            directory.write_description(description)
             run_trials(directory, experiment, checked, device=device, max_concurrent=max_concurrent, quiet=quiet)
         return summarize_sweep(directory, started_at=started_at, trust_code=True)
 
@@ -127,11 +129,10 @@ def preflighted(checked: SweepSettings, experiment: Experiment) -> tuple[SweepSe
 
 
 @contextlib.contextmanager
-def open_sweep(experiment: Experiment, checked: SweepSettings, *, resume: bool) -> Iterator[SweepDirectory]:
-    """The sweep's directory, locked for this process and described; refused if it is something else's."""
+def open_sweep(experiment: Experiment, description: dict[str, Any], *, resume: bool) -> Iterator[SweepDirectory]:
+    """The sweep's directory, locked for this process; refused if it is something else's."""
     name, storage = str(experiment.run.name), absolute(experiment.run.storage)
     directory = SweepDirectory.at(run_location(experiment), role="driver")
-    description = {"experiment": experiment.to_dict(), **checked.to_dict()}
 
     def refuse_other_uses() -> None:
         if not directory.description_file.exists():
@@ -151,7 +152,6 @@ def open_sweep(experiment: Experiment, checked: SweepSettings, *, resume: bool) 
             raise UserError(f"sweep {name!r}: cannot be resumed as {what}")
 
     with exclusive_run(directory, name=name, before=refuse_other_uses):
-        directory.write_description(description)
         yield directory
 
 
