@@ -4,10 +4,14 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from tests.storage.servers import ObjectStore
 from vae_ray import Experiment, TrainResult, train
+
+hypothesis.settings.register_profile("any machine", deadline=None)  # a slow moment of a machine is no failure
+hypothesis.settings.load_profile("any machine")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 MNIST_ROOT = (REPOSITORY.parent / "shared" / "data").resolve()  # hosts of tests/cluster see no link in /tmp

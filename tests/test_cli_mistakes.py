@@ -17,7 +17,6 @@ HERE = "--workers.num=0"  # so that nothing needs Ray
 
 MISTAKES: list[tuple[list[str], str]] = [
     ([], "COMMAND"),
-    (["trian"], "'trian'"),
     (["train"], "PRESET"),
     (["train", ""], "''"),
     (["train", "digits", "mnist"], "'mnist'"),
@@ -27,6 +26,11 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["train", "digits", "--resum"], "did you mean '--resume'"),
     (["train", "digits", "--optim.lrr", "1"], "did you mean 'optim.lr'"),
     (["train", "digits", "--lr", "1"], "did you mean 'optim.lr'"),
+    (["trian", "digits"], "command 'trian' does not exist; did you mean 'train'?"),
+    (["train", "digits", "--num-trials", "3"], "'--num-trials' is not one of train; sweep has it"),
+    (["train", "digits", "--zzz", "3"], "key 'zzz' does not exist; vae-ray train --help lists all"),
+    (["train", "absent.yaml"], "absent.yaml: cannot be read (No such file or directory)"),
+    (["sweep", "digits", "--search", "absent.yaml"], "search: absent.yaml: cannot be read (No such file"),
     (["train", "digits", "--optim.lr"], "needs a value"),
     (["train", "digits", "--optim.lr", "fast"], "optim.lr: got 'fast'"),
     (["train", "digits", "--likelihood=poisson"], "likelihood: got 'poisson', should be one of bernoulli"),

@@ -226,7 +226,7 @@ ANYTHING = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(key=st.sampled_from([doc.key for doc in FIELDS]), value=ANYTHING)
 def test_any_value_is_either_read_and_saved_or_refused_in_one_line(key: str, value: Any) -> None:
     try:
@@ -237,7 +237,7 @@ def test_any_value_is_either_read_and_saved_or_refused_in_one_line(key: str, val
         assert Experiment.from_dict(json.loads(json.dumps(experiment.to_dict()))) == experiment
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=st.binary(max_size=60) | st.text(alphabet="abc: -[]{}&*!?|>%@#\n\"'0.~", max_size=60).map(str.encode))
 def test_any_bytes_are_either_an_experiment_or_refused_in_one_line(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_bytes(content)

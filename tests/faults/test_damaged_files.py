@@ -251,7 +251,7 @@ def test_a_damaged_sweep_is_named_and_never_another_sweep(
     fault_counts("damaged file", tried=tried, survived=tried, note=name)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_change_of_any_byte_of_a_checkpoint_is_found(run: Path, data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(CHECKPOINT_FILES))

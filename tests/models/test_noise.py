@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from vae_ray.models.noise import BLOCK_ROWS, latent_noise, num_elements
@@ -17,7 +17,6 @@ def noise(start: int, stop: int, *address: str | int, num_samples: int = 1, seed
     return latent_noise(SHAPES, slice(start, stop), seed, *(address or ("test", 2)), num_samples=num_samples)
 
 
-@settings(deadline=None)  # a busy machine
 @given(st.integers(0, NUM_ROWS), st.integers(0, NUM_ROWS), st.integers(1, 3))
 def test_rows_have_the_same_noise_in_every_slice(first: int, last: int, num_samples: int) -> None:
     start, stop = sorted((first, last))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributions import Independent, MultivariateNormal, Normal, kl_divergence
@@ -146,7 +146,6 @@ def test_single_samples_of_the_exact_posterior_give_log_p_of_x_on_average() -> N
 shift = st.floats(-1.5, 1.5)
 
 
-@settings(deadline=None)  # a busy machine
 @given(shift, shift, shift, shift)
 def test_bound_lies_below_log_p_of_x_by_the_kl_to_the_exact_posterior(a: float, b: float, c: float, d: float) -> None:
     model = LinearGaussian()

@@ -31,7 +31,7 @@ def test_a_line_is_plain_json_with_its_checksum_as_the_last_key(file: Path) -> N
 texts = st.fixed_dictionaries({"trial": st.text(), "reason": st.text(), "value": st.none() | st.integers()})
 
 
-@settings(max_examples=40, deadline=None)  # each waits for the disk
+@settings(max_examples=40)  # each waits for the disk
 @given(st.lists(texts, min_size=1, max_size=4), st.data())
 def test_a_cut_at_any_byte_loses_only_the_lines_from_there(written: list[dict[str, Any]], data: st.DataObject) -> None:
     """Whatever the texts contain: line ends of all kinds, quotes, other scripts."""

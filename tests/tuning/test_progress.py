@@ -5,7 +5,7 @@ import re
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -128,7 +128,6 @@ def last_status(view_records: list[TrialRecord], ends: list[tuple[str, str, int]
 ends = st.lists(st.tuples(st.sampled_from(["finished", "stopped", *FAILURES]), st.integers(0, EPOCHS)), min_size=1)
 
 
-@settings(deadline=None)  # the first example imports what rich needs
 @given(ends, st.data())
 def test_no_time_is_left_when_all_trials_have_ended(outcomes: list[tuple[str, int]], data: st.DataObject) -> None:
     """However they ended and however many an earlier driver had seen end."""

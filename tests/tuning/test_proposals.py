@@ -233,7 +233,7 @@ def test_from_one_seed_and_the_same_records_comes_the_same_suggestion(tmp_path: 
 # --- all at once ----------------------------------------------------------------------------------------
 
 
-@hypothesis.settings(max_examples=30, deadline=None)  # each waits for the disk
+@hypothesis.settings(max_examples=30)  # each waits for the disk
 @given(st.integers(0, 6), st.integers(0, 6), st.integers(0, 2**32))
 def test_more_trials_only_extend_what_was_proposed(
     tmp_path_factory: pytest.TempPathFactory, first: int, more: int, seed: int

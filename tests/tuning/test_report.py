@@ -310,7 +310,7 @@ OVERRIDES: dict[str, st.SearchStrategy[Any]] = {
 }
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.sampled_from(preset_names()), st.fixed_dictionaries({}, optional=OVERRIDES))
 def test_a_reproduction_reads_back_as_the_same_experiment(preset: str, overrides: dict[str, Any]) -> None:
     experiment = Experiment.preset(preset).with_overrides({"data.source": "mnist", **overrides})

@@ -202,6 +202,11 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
             sub.usage = "vae-ray submit {train,sweep,evaluate} ARGUMENT ... [--address URL] [--no-follow] [...]"
         if name in OVERRIDABLE and arguments[:1] == [name] and {"-h", "--help"} & set(arguments):
             sub.epilog = _field_help()
+    names = [command.__name__ for command in COMMANDS]
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in names:
+        from vae_ray.config.keys import did_you_mean
+
+        raise UserError(f"command {arguments[0]!r} does not exist; {did_you_mean(arguments[0], names)}")
     options, unknown = parser.parse_known_args(arguments)
     if options.command == "submit":
         options.arguments, options.inner = unknown, _parse([options.job, *unknown])
@@ -214,10 +219,13 @@ def _refuse_unknown(argument: str, options: argparse.Namespace) -> NoReturn:
     """Raise `UserError` with the nearest of the command's flags or, where it takes them, of the Experiment's keys."""
     from vae_ray.config.experiment import Experiment
 
-    if near := difflib.get_close_matches(argument, COMMANDS[options.run], n=1, cutoff=0.75):
+    flag = argument.partition("=")[0]
+    if near := difflib.get_close_matches(flag, COMMANDS[options.run], n=1, cutoff=0.75):
         raise UserError(f"argument {argument!r} does not exist; did you mean {near[0]!r}?")
+    if owners := [command.__name__ for command, arguments in COMMANDS.items() if flag in arguments]:
+        raise UserError(f"argument {argument!r} is not one of {options.command}; {', '.join(owners)} has it")
     if options.command in OVERRIDABLE and argument.startswith("--"):
-        Experiment().with_overrides({argument[2:].partition("=")[0]: ""})  # names the nearest key
+        Experiment().with_overrides({flag[2:]: ""})  # names the nearest key
     raise UserError(f"argument {argument!r} does not exist; see vae-ray --help")
 
 

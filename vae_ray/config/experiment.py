@@ -30,8 +30,8 @@ from vae_ray.config.sections import (
     TrainingConfig,
     WorkersConfig,
 )
-from vae_ray.errors import UserError, one_line
-from vae_ray.storage.reading import parse_yaml, read_bytes
+from vae_ray.errors import UserError
+from vae_ray.storage.reading import read_yaml
 
 PRESET_DIR = Path(__file__).parent / "presets"
 
@@ -62,10 +62,7 @@ class Experiment(Section):
     @classmethod
     def from_file(cls, path: str | Path) -> Experiment:
         """An experiment from YAML sections; raises `UserError` if it cannot be read or is not valid."""
-        try:
-            content = parse_yaml(read_bytes(Path(path)))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: cannot be read as YAML: {one_line(error)}") from None
+        content = read_yaml(Path(path), label=str(path))
         return cls.from_dict({} if content is None else content, origin=str(path))
 
     @classmethod

@@ -206,7 +206,7 @@ def did_you_mean(wrong: str, names: Sequence[str]) -> str:
     if near or by_last_part:
         nearest = min(by_last_part, key=lambda key: key.count("."), default=None) or near[0]
         return f"did you mean {nearest!r}?"
-    return f"choose one of {', '.join(names)}"
+    return f"choose one of {', '.join(names)}" if len(names) < 20 else "vae-ray train --help lists all"
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:

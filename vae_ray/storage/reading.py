@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from vae_ray.errors import CorruptFile, one_line
+from vae_ray.errors import CorruptFile, UserError, one_line
 
 MAX_BYTES = 1 << 20
 """Of a configuration or a manifest; real ones have a few thousand."""
@@ -67,6 +67,16 @@ def parse_yaml(content: bytes) -> Any:
         raise ValueError(f"has a value of another type than its tag says ({type(error).__name__})") from None
     _check_extent(value)
     return value
+
+
+def read_yaml(path: Path, *, label: str) -> Any:
+    """The plain data of a user's YAML file; raises `UserError`, which begins with `label`."""
+    try:
+        return parse_yaml(read_bytes(path))
+    except OSError as error:
+        raise UserError(f"{label}: cannot be read ({error.strerror or one_line(error)})") from None
+    except ValueError as error:
+        raise UserError(f"{label}: cannot be read as YAML: {one_line(error)}") from None
 
 
 def short_repr(value: object) -> str:

@@ -19,9 +19,9 @@ from scipy.stats import qmc
 
 from vae_ray.config.experiment import Experiment, canonical_key, is_place_key
 from vae_ray.config.keys import did_you_mean
-from vae_ray.errors import UserError, one_line
+from vae_ray.errors import UserError
 from vae_ray.seeds import stream
-from vae_ray.storage.reading import parse_yaml, read_bytes, short_repr
+from vae_ray.storage.reading import read_yaml, short_repr
 
 SEARCH_DIR = Path(__file__).parents[1] / "config" / "searches"
 SIGNIFICANT_DIGITS = 4
@@ -126,11 +126,7 @@ class SearchSpace:
             file = SEARCH_DIR / f"{name}.yaml"
         elif not (name.endswith((".yaml", ".yml")) or "/" in name or os.path.isfile(name)):
             raise UserError(f"search: {name!r} does not exist; {did_you_mean(name, search_names())}")
-        try:
-            content = parse_yaml(read_bytes(file))
-        except (OSError, ValueError) as error:
-            raise UserError(f"search: {name}: cannot be read as YAML: {one_line(error)}") from None
-        return cls.from_dict(content)
+        return cls.from_dict(read_yaml(file, label=f"search: {name}"))
 
     @classmethod
     def from_dict(cls, content: object) -> SearchSpace:
