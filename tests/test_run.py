@@ -87,7 +87,9 @@ def test_tensorboard_shows_the_metrics_and_both_pictures_of_every_epoch(trained_
 
     events = EventAccumulator(str(trained_run.run_dir / "tensorboard"), size_guidance={"images": 0})
     events.Reload()
-    for key in lines(trained_run.run_dir)[0].keys() - {"epoch"}:
+    curves = lines(trained_run.run_dir)[0].keys() - {"epoch", "num_images", "started_at"}
+    assert set(events.Tags()["scalars"]) == curves
+    for key in curves:
         shown = [(event.step, event.value) for event in events.Scalars(key)]
         # TensorBoard keeps float32
         assert shown == [(line["epoch"], np.float32(line[key])) for line in lines(trained_run.run_dir)], key

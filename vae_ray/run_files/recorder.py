@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 NUM_SAMPLES = 64
 NUM_RECONSTRUCTIONS = 32
 PROGRESS_SECONDS = 0.5
+NOT_CURVES = ("epoch", "num_images", "started_at")
+"""Fields of a record that are no curve for TensorBoard."""
 
 
 class Recorder:
@@ -64,7 +66,7 @@ class Recorder:
         with self._warn_on_failure("metrics"):
             self._write_metrics()
         for key, value in record.items():
-            if key != "epoch":
+            if key not in NOT_CURVES:
                 self._events.add_scalar(key, value, epoch)
         for name, picture in _pictures(model, self._test_images, self._experiment.data.source, epoch).items():
             png = png_bytes(picture)
