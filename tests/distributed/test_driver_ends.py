@@ -14,7 +14,8 @@ from tests.faults.signalled import Training
 from tests.storage.servers import ObjectStore
 from vae_ray import Experiment, TrainedVAE, TrainResult, train
 from vae_ray.checkpoints.listing import all_checkpoints
-from vae_ray.storage.locations import is_uri, join_location, open_filesystem
+from vae_ray.storage.filesystems import open_filesystem
+from vae_ray.storage.locations import is_uri, join_location
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster")]
 

@@ -13,7 +13,8 @@ from vae_ray.checkpoints.loading import MANIFEST, Checkpoint, read_checkpoint
 from vae_ray.checkpoints.quarantine import best_intact_checkpoint
 from vae_ray.errors import UserError, one_line
 from vae_ray.run_files.run_directory import RunDirectory
-from vae_ray.storage.locations import cache_root, is_uri, with_timeout
+from vae_ray.storage.filesystems import with_timeout
+from vae_ray.storage.locations import absolute, cache_root, is_uri
 from vae_ray.storage.mirror import Mirror
 from vae_ray.storage.remote import RemoteDirectory
 
@@ -26,9 +27,10 @@ def find_checkpoint(path: str | Path) -> Checkpoint:
 
     Raises `UserError` if there is none, and `CorruptFile` for a checkpoint that is named itself and is damaged.
     """
-    if is_uri(path):
-        return _fetched_checkpoint(str(path))
-    return _local_checkpoint(Path(path), fetch=lambda checkpoint: None)
+    location = absolute(path, key="checkpoint")
+    if is_uri(location):
+        return _fetched_checkpoint(location)
+    return _local_checkpoint(Path(location), fetch=lambda checkpoint: None)
 
 
 def _local_checkpoint(path: Path, *, fetch: Callable[[Path], None]) -> Checkpoint:

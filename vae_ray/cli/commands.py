@@ -10,7 +10,6 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vae_ray import signals
@@ -69,7 +68,7 @@ def _find_run(options: argparse.Namespace) -> bool:
         from vae_ray.runs.train import stored_experiment
 
     storage = options.storage or options.overrides.get("run.storage", Experiment().run.storage)
-    options.run_dir = join_location(absolute(storage), options.name)
+    options.run_dir = join_location(absolute(storage, key="run.storage"), options.name)
     try:
         stored_experiment(options.run_dir)
     except UserError:
@@ -172,12 +171,14 @@ def _load(options: argparse.Namespace) -> TrainedVAE:
 
 def _write(picture: Image, options: argparse.Namespace, model: TrainedVAE) -> dict[str, Any]:
     from vae_ray.run_files.image_grids import png_bytes
+    from vae_ray.storage.locations import local_path
 
+    out = local_path(options.out, key="--out")
     try:
-        options.out.write_bytes(png_bytes(picture))
+        out.write_bytes(png_bytes(picture))
     except OSError as error:
-        raise UserError(f"--out: got {str(options.out)!r}, cannot be written ({error.strerror})") from None
-    return {"out": str(options.out), "checkpoint": str(model.checkpoint.path), "epoch": model.checkpoint.epoch}
+        raise UserError(f"--out: got {options.out!r}, cannot be written ({error.strerror})") from None
+    return {"out": str(out), "checkpoint": str(model.checkpoint.path), "epoch": model.checkpoint.epoch}
 
 
 def _title(model: TrainedVAE, what: str) -> str:
@@ -260,6 +261,7 @@ def submit(options: argparse.Namespace) -> dict[str, Any]:
     with signals.deferred():
         from vae_ray.cluster import submission
         from vae_ray.config.user_code import source_files
+        from vae_ray.storage.locations import local_path
 
     workers, code = None, {}
     if experiment is None:
@@ -274,14 +276,15 @@ def submit(options: argparse.Namespace) -> dict[str, Any]:
             name.partition("/")[0]: file.parents[name.count("/")] / name.partition("/")[0]
             for name, file in source_files(experiment.user_code()).items()
         }
-    paths = [getattr(inner, name, None) or "" for name in ("experiment", "search")]
-    names = {path: f"submitted-{n}-{Path(path).name}" for n, path in enumerate(paths) if os.path.isfile(path)}
+    given = {key: getattr(inner, key, None) for key in ("experiment", "search")}
+    paths = {text: local_path(text, key=key) for key, text in given.items() if text}
+    names = {text: f"submitted-{n}-{path.name}" for n, (text, path) in enumerate(paths.items()) if os.path.isfile(path)}
     arguments = [_renamed(argument, names) for argument in options.arguments]
     try:
         job = submission.submit(
             [options.job, *arguments, *(f"--{key}={value}" for key, value in options.overrides.items())],
             address=options.address,
-            files={**code, **{name: Path(path) for path, name in names.items()}},
+            files={**code, **{name: paths[text] for text, name in names.items()}},
             working_dir=options.working_dir,
             workers=workers,
             environment=dict(setting.split("=", 1) for setting in options.env),

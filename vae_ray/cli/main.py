@@ -14,7 +14,6 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 from vae_ray import signals
@@ -118,7 +117,7 @@ EXPERIMENT: Arguments = {
     **TRUST,
 }
 MODEL: Arguments = {"checkpoint": _text("a checkpoint, or the directory of a run or a sweep", "CHECKPOINT"), **TRUST}
-PICTURE: Arguments = {**MODEL, "--out": _text("where to write the picture", "FILE.png", required=True, type=Path)}
+PICTURE: Arguments = {**MODEL, "--out": _text("where to write the picture", "FILE.png", required=True)}
 CLUSTER: Arguments = {
     "--address": _text(
         "the cluster's dashboard, http://HOST:8265, or auto on its head node (default $RAY_ADDRESS;\n"
@@ -168,7 +167,7 @@ COMMANDS: Mapping[Callable[[argparse.Namespace], dict[str, Any]], Arguments] = {
             action=argparse.BooleanOptionalAction,
             default=True,
         ),
-        "--working-dir": _text("a directory that the job runs in a copy of", "DIR", type=Path),
+        "--working-dir": _text("a directory that the job runs in a copy of", "DIR"),
         "--env": _text("a variable of the job's environment; repeatable", "KEY=VALUE", action="append", default=[]),
         **CLUSTER,
     },

@@ -22,9 +22,10 @@ from typing import Any
 import ray
 from ray._common.utils import get_default_ray_temp_dir
 
-from vae_ray.distributed.nodes import check_shared_storage, on_every_node
+from vae_ray.distributed.nodes import NodeAnswer, check_shared_storage, on_every_node
 from vae_ray.errors import UserError
-from vae_ray.storage.locations import cache_root, check_writable, directory_of, is_uri
+from vae_ray.storage.filesystems import check_writable
+from vae_ray.storage.locations import absolute, cache_root, is_uri
 
 ANSWER = "vae-ray examination: "
 
@@ -76,10 +77,12 @@ def storage_problem(storage: str) -> str:
 
     Leaves nothing there.
     """
-    directory = directory_of(storage)
-    missing = [] if is_uri(storage) else [path for path in (directory, *directory.parents) if not path.exists()]
-    failed = []
+    failed, missing = list[NodeAnswer](), list[Path]()
     try:
+        storage = absolute(storage, key="run.storage")
+        directory = Path(storage)
+        if not is_uri(storage):
+            missing = [path for path in (directory, *directory.parents) if not path.exists()]
         check_writable(storage)
         if ray.is_initialized() and is_uri(storage):  # each node writes itself, with its own network and credentials
             failed = [answer for answer in on_every_node(check_writable, storage) if answer.error is not None]

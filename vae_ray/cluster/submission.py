@@ -24,6 +24,7 @@ from vae_ray.config.sections import WorkersConfig
 from vae_ray.distributed import RAY_ENVIRONMENT
 from vae_ray.distributed.resources import check_workers_fit
 from vae_ray.errors import TrainingFailed, UserError, one_line
+from vae_ray.storage.locations import is_uri, local_path, parse_location
 
 AGENT_SECONDS = 60.0
 STOP_SECONDS = "30"
@@ -79,7 +80,7 @@ def submit(
     *,
     address: str | None,
     files: Mapping[str, Path],
-    working_dir: Path | None = None,
+    working_dir: str | Path | None = None,
     workers: WorkersConfig | None = None,
     environment: Mapping[str, str] | None = None,
     python: str = "python",
@@ -91,7 +92,8 @@ def submit(
     `UserError` before anything is sent if the cluster cannot be reached, refuses the token or has too few resources;
     `Detached` at Ctrl-C.
     """
-    if working_dir is not None and not working_dir.is_dir():
+    directory = None if working_dir is None else local_path(working_dir, key="--working-dir")
+    if directory is not None and not directory.is_dir():
         raise UserError(f"--working-dir: got '{working_dir}', which is not a directory")
     dashboard = connect(address)
     # a head that has just started lists no node yet, not even itself
@@ -101,7 +103,7 @@ def submit(
         _print(f"warning: {dashboard.url} requires no token: anyone who can reach it can run code there")
     variables = {**RAY_ENVIRONMENT, "RAY_JOB_STOP_WAIT_TIME_S": STOP_SECONDS, **(environment or {})}
     command = [python, "-m", "vae_ray", *arguments]
-    job_id = send(dashboard.client, command, working_dir=working_dir, files=files, environment=variables)
+    job_id = send(dashboard.client, command, working_dir=directory, files=files, environment=variables)
     job = Job(job_id, dashboard.url, status=JobStatus.PENDING.value)
     _print(f"job {job_id} at {dashboard.url}")
     try:
@@ -120,7 +122,11 @@ def check_places(experiment: Experiment) -> None:
 
 def check_place(key: str, place: str, *, flag: str) -> None:
     """Raise `UserError` if `place` is a relative path: a job's working directory is removed with the job."""
-    if "://" not in place and not place.startswith(("/", "~")):
+    try:
+        place = parse_location(place)
+    except ValueError as error:
+        raise UserError(f"{key}: got {place!r}, {error}") from None
+    if not is_uri(place) and not place.startswith(("/", "~")):
         raise UserError(
             f"{key}: got {place!r}, relative to a directory of this machine; should be an absolute path that all nodes "
             f"of the cluster see, or a URI, for example {flag} /shared/{Path(place).name}"

@@ -31,6 +31,7 @@ from vae_ray.config.sections import (
     WorkersConfig,
 )
 from vae_ray.errors import UserError
+from vae_ray.storage.locations import local_path
 from vae_ray.storage.reading import read_yaml
 
 PRESET_DIR = Path(__file__).parent / "presets"
@@ -62,7 +63,7 @@ class Experiment(Section):
     @classmethod
     def from_file(cls, path: str | Path) -> Experiment:
         """An experiment from YAML sections; raises `UserError` if it cannot be read or is not valid."""
-        content = read_yaml(Path(path), label=str(path))
+        content = read_yaml(local_path(path, key="experiment"), label=str(path))
         return cls.from_dict({} if content is None else content, origin=str(path))
 
     @classmethod

@@ -27,6 +27,8 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, core_schema
 
+from vae_ray.storage.locations import parse_location, parse_path
+
 MAX_WORKERS = 4096
 MIN_PIXEL_SCALE = 0.001
 IMPORT_PATH = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$"
@@ -59,11 +61,12 @@ def _refuse_bool(value: object) -> object:
     return value
 
 
-def _refuse_unprintable(value: Any) -> Any:
-    """A path that no file system allows, or that no terminal shows, is a mistake."""
-    if any(ord(character) < 32 or 0xD800 <= ord(character) < 0xE000 for character in str(value)):
+def _location(value: str) -> str:
+    """The location that a text means; one that no file system allows, or that no terminal shows, is a mistake."""
+    location = parse_location(value)
+    if any(ord(character) < 32 or 0xD800 <= ord(character) < 0xE000 for character in value + location):
         raise ValueError("should be a path of printable characters")
-    return value
+    return location
 
 
 def _refuse_below_rounding(value: float) -> float:
@@ -103,12 +106,14 @@ WorkerCount = Annotated[
     PlainSerializer(_count_text, when_used="json"),
 ]
 CpuCount = Annotated[int, BeforeValidator(_refuse_bool), Field(ge=1)] | Literal["auto"]
-FilePath = Annotated[Path, AfterValidator(_refuse_unprintable)]
+FilePath = Annotated[
+    Path, BeforeValidator(lambda value: _location(parse_path(value)) if isinstance(value, str | Path) else value)
+]
 Location = Annotated[
     str,
     BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value),
     Field(min_length=1),
-    AfterValidator(_refuse_unprintable),
+    AfterValidator(_location),
 ]
 """A directory or a URI; see `vae_ray.storage.locations`."""
 Widths = Annotated[

@@ -24,7 +24,7 @@ from torch import Tensor
 from vae_ray.config.sections import DataConfig, MnistData, UserData
 from vae_ray.data.sources import Images, Source, build_source
 from vae_ray.errors import CorruptFile, UserError, one_line
-from vae_ray.storage.locations import cache_root, directory_of, is_uri
+from vae_ray.storage.locations import cache_root, is_uri, local_path
 from vae_ray.storage.reading import parse_json, read_bytes
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ class Split(NamedTuple):
 
 def cache_directory(config: DataConfig | UserData) -> Path:
     """Where decoded images lie: `data.cache_dir`, else `$VAE_RAY_CACHE`, else `~/.cache/vae_ray`."""
-    return config.cache_dir.expanduser().absolute() if config.cache_dir else cache_root()
+    return local_path(config.cache_dir, key="data.cache_dir") if config.cache_dir else cache_root()
 
 
 def open_split(config: DataConfig | UserData, split: str) -> Split:
@@ -95,7 +95,7 @@ def raw_directory(config: DataConfig | UserData, cache: Path) -> Path:
         return cache / "datasets"
     if is_uri(root):
         return cache / "datasets" / hashlib.sha256(root.encode()).hexdigest()[:16]
-    return directory_of(root)
+    return local_path(root, key="data.root")
 
 
 def _decode(source: Source, split: str) -> Images:

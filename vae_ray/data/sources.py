@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 from vae_ray.config import user_code
 from vae_ray.config.sections import DataConfig, MnistData, UserData
 from vae_ray.errors import UserError, one_line
-from vae_ray.storage.locations import is_uri, join_location, with_timeout
+from vae_ray.storage.filesystems import with_timeout
+from vae_ray.storage.locations import is_uri, join_location
 from vae_ray.storage.mirror import Mirror
 from vae_ray.storage.remote import RemoteDirectory
 

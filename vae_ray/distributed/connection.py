@@ -16,7 +16,7 @@ from vae_ray.config.experiment import Experiment
 from vae_ray.distributed.nodes import check_shared_storage
 from vae_ray.distributed.resources import alive_resources, check_workers_fit, max_workers_fitting
 from vae_ray.errors import UserError, one_line
-from vae_ray.storage.locations import directory_of, is_uri
+from vae_ray.storage.locations import is_uri, local_path
 from vae_ray.training.placement import num_local_cpus, resolve_on_cluster
 
 
@@ -47,7 +47,7 @@ def connect(experiment: Experiment, *, dashboard: bool = False) -> Iterator[tupl
         workers = experiment.workers
         check_workers_fit(workers, nodes, where="the Ray cluster")
         if not is_uri(experiment.run.storage):
-            check_shared_storage(directory_of(experiment.run.storage))
+            check_shared_storage(local_path(experiment.run.storage, key="run.storage"))
         uses_gpu = workers.device == "cuda" or (
             workers.device == "auto" and max_workers_fitting(resources, {"GPU": workers.gpus}) >= workers.max
         )

@@ -27,7 +27,8 @@ from vae_ray.distributed.group import RayWorkers
 from vae_ray.distributed.node_watch import watched_nodes
 from vae_ray.distributed.resources import worker_resources
 from vae_ray.errors import Diverged, Stopped, TrainingFailed, UserError
-from vae_ray.storage.locations import is_uri, join_location, open_filesystem
+from vae_ray.storage.filesystems import open_filesystem
+from vae_ray.storage.locations import is_uri, join_location
 from vae_ray.training.fit import EpochResult, fit_epochs
 
 RETURNED: dict[str, type[Exception]] = {kind.__name__: kind for kind in (Diverged, Stopped, UserError)}

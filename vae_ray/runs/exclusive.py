@@ -13,15 +13,16 @@ from vae_ray.checkpoints.listing import all_checkpoints
 from vae_ray.config.experiment import Experiment, differing_fields
 from vae_ray.errors import CorruptFile, UserError
 from vae_ray.run_files.run_directory import WRITER_LOCK_SECONDS, RunDirectory
+from vae_ray.storage.filesystems import check_writable
 from vae_ray.storage.lease import lease
-from vae_ray.storage.locations import absolute, check_writable, join_location
+from vae_ray.storage.locations import absolute, join_location
 from vae_ray.storage.retry import describe_os_error
 from vae_ray.storage.synced import SyncedDirectory
 
 
 def run_location(experiment: Experiment) -> str:
     """The directory or URI of the (named) run."""
-    return join_location(absolute(experiment.run.storage), str(experiment.run.name))
+    return join_location(absolute(experiment.run.storage, key="run.storage"), str(experiment.run.name))
 
 
 @contextlib.contextmanager
@@ -69,7 +70,7 @@ def exclusive_run(directory: SyncedDirectory, *, name: str, before: Callable[[],
 
 
 def _refuse_other_uses(run: RunDirectory, experiment: Experiment, *, resume: bool) -> None:
-    name, storage = experiment.run.name, absolute(experiment.run.storage)
+    name, storage = experiment.run.name, absolute(experiment.run.storage, key="run.storage")
     run.refuse_links()
     if not run.experiment_file.exists():
         if is_taken(run.path):

@@ -23,7 +23,8 @@ from vae_ray.objectives import Objective, build_objective
 from vae_ray.objectives.base import Losses
 from vae_ray.parallel.global_batch import GlobalBatch
 from vae_ray.parallel.group import SingleProcess
-from vae_ray.storage.locations import absolute, check_writable
+from vae_ray.storage.filesystems import check_writable
+from vae_ray.storage.locations import absolute
 from vae_ray.training import placement
 from vae_ray.training.trainer import initial_weights
 
@@ -31,12 +32,12 @@ from vae_ray.training.trainer import initial_weights
 def with_absolute_paths(experiment: Experiment) -> Experiment:
     """The experiment with a name and with absolute paths: workers have working directories of their own."""
     overrides: dict[str, Any] = {}
-    if isinstance(experiment.data, MnistData) and experiment.data.root is not None:
-        overrides["data.root"] = absolute(experiment.data.root)
-    if experiment.data.cache_dir is not None:
-        overrides["data.cache_dir"] = experiment.data.cache_dir.expanduser().absolute()
-    if experiment.run.initial_weights is not None:
-        overrides["run.initial_weights"] = absolute(experiment.run.initial_weights)
+    flat = experiment.flat()
+    # a user's own source may take a `root` that is no path
+    root = ["data.root"] if isinstance(experiment.data, MnistData) else []
+    for key in (*root, "data.cache_dir", "run.initial_weights"):
+        if flat.get(key) is not None:
+            overrides[key] = absolute(flat[key], key=key)
     if experiment.run.name is None:
         overrides["run.name"] = f"{file_name(experiment.data)}-{datetime.now():%Y%m%d-%H%M%S-%f}"[:-3]
     return experiment.with_overrides(overrides)

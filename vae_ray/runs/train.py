@@ -115,11 +115,12 @@ def resume(
 
 def stored_experiment(location: str | Path) -> Experiment:
     """The experiment of the run at a directory or URI, with its name and storage; raises `UserError`."""
-    run = RunDirectory.at(absolute(location), role="reader")
+    absolute_location = absolute(location, key="run")
+    run = RunDirectory.at(absolute_location, role="reader")
     with run.working_copy():
         if not run.experiment_file.is_file():
             raise UserError(f"run {location}: there is no run, it has no {run.experiment_file.name}")
-        storage, name = split_location(absolute(location))
+        storage, name = split_location(absolute_location)
         return run.experiment().with_overrides({"run.storage": storage, "run.name": name})
 
 

@@ -1,39 +1,88 @@
 """Locations: a directory, or a URI that one of pyarrow's file systems serves (`s3://`, `gs://`, ...).
 
-A location is a plain string, so that it fits into an Experiment, a JSON file and a command line.
+A location is a plain string, so that it fits into an Experiment, a JSON file and a command line. `parse_location` alone
+reads what a user wrote; `local_path` and `absolute` alone expand `~`.
 """
 
 from __future__ import annotations
 
 import os
-import threading
-from collections.abc import Callable
-from concurrent.futures import Future
+import re
+import sys
 from pathlib import Path
-from typing import TypeVar
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import unquote_to_bytes, urlsplit, urlunsplit
 
-import pyarrow.fs
+from vae_ray.errors import UserError
 
-from vae_ray.errors import UserError, one_line
 
-TIMEOUT_SECONDS = 10.0
-"""A storage that does not answer for so long counts as unreachable."""
+def parse_location(location: str | Path) -> str:
+    """The path or object store's URI that `location` means: a `file://` URI is a path, percent-decoded.
 
-T = TypeVar("T")
+    Raises `ValueError` for a URI that would mean something else than it says: with a `#`, of another machine, or with
+    one slash too few. `~` stays: it may be another machine's.
+    """
+    text = str(location)
+    match = re.match("([A-Za-z][A-Za-z0-9+.-]+):/", text)  # a single letter is a drive
+    if match is None:
+        return text
+    scheme, rest = match[1].lower(), text[len(match[1]) :]
+    if "#" in rest:
+        raise ValueError("should be a URI without '#', which is written %23 there")
+    if scheme != "file":
+        if not rest.startswith("://"):
+            raise ValueError(f"should begin with {scheme}:// if it is a URI, or with ./ if it is a path")
+        return scheme + rest
+    if "?" in rest or re.search("%(?![0-9A-Fa-f]{2})", rest):
+        raise ValueError("should be a URI in which '?' is written %3F and '%' is written %25")
+    parts = urlsplit(scheme + rest)
+    path = os.fsdecode(unquote_to_bytes(parts.path))
+    if parts.netloc not in ("", "localhost") or "\0" in path:
+        raise ValueError("should be file:///PATH, which is a path of this machine")
+    return path
+
+
+def parse_path(location: str | Path) -> str:
+    """The path that `location` means; raises `ValueError` if it means none, or an object store."""
+    text = parse_location(location)
+    if is_uri(text):
+        raise ValueError("should be a path of this machine, not a URI")
+    return text
 
 
 def is_uri(location: str | Path) -> bool:
-    """Whether `location` names an object store; a path does not, with `file://` neither."""
+    """Whether a location names an object store; a path does not, with `file://` neither."""
     scheme = str(location).partition("://")[0] if "://" in str(location) else ""
     return len(scheme) > 1 and scheme.lower() != "file"
 
 
-def directory_of(location: str | Path) -> Path:
-    """The absolute path of a location that is not in an object store; expands `~` and `file://`."""
-    text = str(location)
-    plain = urlsplit(text).path if text.lower().startswith("file://") else text
-    return Path(plain).expanduser().absolute()
+def local_path(path: str | Path, *, key: str) -> Path:
+    """The absolute path that a user wrote, without `~`; raises `UserError`, naming `key`, if there is no such path."""
+    try:
+        text = os.path.expanduser(parse_path(path))
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        encoding = sys.getfilesystemencoding()
+        reason = f"which cannot be a name in the encoding {encoding}; set PYTHONUTF8=1"
+        raise UserError(f"{key}: got {str(path)!a}, {reason}") from None
+    except ValueError as error:
+        raise UserError(f"{key}: got {str(path)!r}, {error}") from None
+    if text.startswith("~"):
+        user = text.partition("/")[0][1:]
+        reason = f"there is no user {user!r} here" if user else "this process has no home directory (set HOME)"
+        raise UserError(f"{key}: got {str(path)!r}, but {reason}; write the path without ~")
+    try:
+        return Path(text).absolute()
+    except FileNotFoundError:
+        raise UserError(f"{key}: got {str(path)!r}, but the working directory was deleted; cd elsewhere") from None
+
+
+def absolute(location: str | Path, *, key: str) -> str:
+    """The location that a user wrote, independent of the working directory and of `~`; raises `UserError`."""
+    try:
+        text = parse_location(location)
+    except ValueError as error:
+        raise UserError(f"{key}: got {str(location)!r}, {error}") from None
+    return text if is_uri(text) else str(local_path(location, key=key))
 
 
 def join_location(location: str | Path, *names: str) -> str:
@@ -53,84 +102,6 @@ def split_location(location: str) -> tuple[str, str]:
     return urlunsplit(parts._replace(path=above)), name
 
 
-def absolute(location: str | Path) -> str:
-    """The same location, independent of the working directory."""
-    return str(location) if is_uri(location) else str(directory_of(location))
-
-
 def cache_root() -> Path:
     """Where this machine keeps files that it can recreate: `$VAE_RAY_CACHE`, else `~/.cache/vae_ray`."""
-    return Path(os.environ.get("VAE_RAY_CACHE") or Path.home() / ".cache" / "vae_ray").expanduser().absolute()
-
-
-def open_filesystem(uri: str, *, key: str) -> tuple[pyarrow.fs.FileSystem, str]:
-    """The file system of `uri` and the path in it.
-
-    Raises `UserError`, naming `key`, for a malformed URI, a scheme that pyarrow does not know, and for credentials
-    inside one: an Experiment is saved beside the results.
-    """
-    parts = urlsplit(uri)
-    if parts.username or parts.password or "secret_key" in parts.query:
-        raise UserError(
-            f"{key}: the URI contains credentials, which would be saved beside the results; leave them out and set "
-            "them in the environment of every node (for s3: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)"
-        )
-    try:
-        filesystem, path = with_timeout(lambda: pyarrow.fs.FileSystem.from_uri(uri))  # asks for a bucket's region
-    except (OSError, ValueError, NotImplementedError) as error:  # pyarrow's ArrowInvalid is a ValueError
-        raise UserError(
-            f"{key}: got {uri!r}, which cannot be used ({one_line(error)[:200]}); should be a directory "
-            "that all nodes see, or for example s3://BUCKET/runs or gs://BUCKET/runs"
-        ) from None
-    return filesystem, path.rstrip("/")
-
-
-def check_writable(location: str, *, key: str = "run.storage") -> None:
-    """Raise `UserError`, within seconds, unless this process can write to `location`."""
-    name = f".vae_ray-probe-{os.getpid()}"
-    if not is_uri(location):
-        directory = directory_of(location)
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            (directory / name).write_bytes(b"")
-            (directory / name).unlink()
-        except OSError as error:
-            raise UserError(
-                f"{key}: got {location!r}, cannot be written ({error.strerror}); try --storage DIR"
-            ) from None
-        return
-    filesystem, path = open_filesystem(location, key=key)
-
-    def write_and_delete() -> None:
-        filesystem.create_dir(path)
-        with filesystem.open_output_stream(f"{path}/{name}") as stream:
-            stream.write(b"vae_ray")
-        filesystem.delete_file(f"{path}/{name}")
-
-    try:
-        with_timeout(write_and_delete)
-    except OSError as error:
-        raise UserError(
-            f"{key}: got {location!r}, cannot be written ({one_line(error)[:200]}); check the address, that the bucket "
-            "exists, and the credentials in the environment"
-        ) from None
-
-
-def with_timeout(action: Callable[[], T]) -> T:
-    """What `action` returns or raises; raises `TimeoutError` if it takes longer: file systems wait much longer."""
-    future: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(action())
-        except BaseException as error:
-            future.set_exception(error)
-
-    # a daemon, unlike the threads of an executor: the process can end while it waits
-    threading.Thread(target=run, name="storage probe", daemon=True).start()
-    try:
-        return future.result(TIMEOUT_SECONDS)
-    except TimeoutError:
-        if future.done():
-            raise
-        raise TimeoutError(f"no answer within {TIMEOUT_SECONDS:.0f} s") from None
+    return local_path(os.environ.get("VAE_RAY_CACHE") or "~/.cache/vae_ray", key="VAE_RAY_CACHE")

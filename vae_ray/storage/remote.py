@@ -10,7 +10,7 @@ from typing import BinaryIO, NamedTuple
 
 import pyarrow.fs
 
-from vae_ray.storage.locations import open_filesystem
+from vae_ray.storage.filesystems import open_filesystem
 
 CHUNK_BYTES = 1 << 20
 

@@ -14,7 +14,7 @@ from typing import Self
 
 from vae_ray.errors import UserError, one_line
 from vae_ray.storage.background import UNSENT
-from vae_ray.storage.locations import cache_root, directory_of, is_uri, join_location
+from vae_ray.storage.locations import cache_root, is_uri, join_location
 from vae_ray.storage.mirror import Mirror
 from vae_ray.storage.remote import RemoteDirectory
 
@@ -30,12 +30,12 @@ class SyncedDirectory:
 
     @classmethod
     def at(cls, location: str | Path, *, role: str) -> Self:
-        """That of a directory or URI; `role` ("driver", "writer", ...) names the copy of a URI.
+        """That of a directory or URI, from `absolute`; `role` ("driver", "writer", ...) names the copy of a URI.
 
         Raises `UserError` for a URI that no file system serves.
         """
         if not is_uri(location):
-            return cls(directory_of(location))
+            return cls(Path(location))
         path = copy_path(str(location), role)
         return cls(path, Mirror(path, RemoteDirectory(str(location))))
 

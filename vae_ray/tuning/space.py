@@ -21,6 +21,7 @@ from vae_ray.config.experiment import Experiment, canonical_key, is_place_key
 from vae_ray.config.keys import did_you_mean
 from vae_ray.errors import UserError
 from vae_ray.seeds import stream
+from vae_ray.storage.locations import local_path
 from vae_ray.storage.reading import read_yaml, short_repr
 
 SEARCH_DIR = Path(__file__).parents[1] / "config" / "searches"
@@ -121,10 +122,10 @@ class SearchSpace:
     @classmethod
     def load(cls, name: str) -> SearchSpace:
         """The space that ships under `name`, or that of a YAML file; raises `UserError`."""
-        file = Path(name)
+        file = local_path(name, key="search")
         if name in search_names():
             file = SEARCH_DIR / f"{name}.yaml"
-        elif not (name.endswith((".yaml", ".yml")) or "/" in name or os.path.isfile(name)):
+        elif not (name.endswith((".yaml", ".yml")) or "/" in name or os.path.isfile(file)):
             raise UserError(f"search: {name!r} does not exist; {did_you_mean(name, search_names())}")
         return cls.from_dict(read_yaml(file, label=f"search: {name}"))
 

@@ -131,7 +131,7 @@ def preflighted(checked: SweepSettings, experiment: Experiment) -> tuple[SweepSe
 @contextlib.contextmanager
 def open_sweep(experiment: Experiment, description: dict[str, Any], *, resume: bool) -> Iterator[SweepDirectory]:
     """The sweep's directory, locked for this process; refused if it is something else's."""
-    name, storage = str(experiment.run.name), absolute(experiment.run.storage)
+    name, storage = str(experiment.run.name), absolute(experiment.run.storage, key="run.storage")
     directory = SweepDirectory.at(run_location(experiment), role="driver")
 
     def refuse_other_uses() -> None:
@@ -166,7 +166,7 @@ def _difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 def rebuild_report(path: str | Path, *, trust_code: bool = False) -> SweepResult:
     """Write the leaderboard, the report and `best/` of a sweep's directory again, from its trials' files."""
-    directory = SweepDirectory.at(path, role="driver")
+    directory = SweepDirectory.at(absolute(path, key="sweep"), role="driver")
     with directory.working_copy():
         directory.description()  # raises UserError if this is no sweep
         return summarize_sweep(directory, started_at=time.time(), trust_code=trust_code)
