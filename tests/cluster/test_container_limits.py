@@ -27,3 +27,13 @@ def test_the_quota_of_a_container_limits_the_cpus(tmp_path: Path, files: dict[st
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "1\n"
+
+
+@pytest.mark.parametrize("file", ["memory/memory.limit_in_bytes", "memory.max"], ids=["cgroup v1", "cgroup v2"])
+def test_the_doctor_reports_the_memory_of_a_container(tmp_path: Path, file: str) -> None:
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text(f"{3 << 29}\n")
+    doctor = [sys.executable, "-m", "vae_ray", "doctor", "--storage", str(tmp_path / "runs")]
+    command = ["unshare", "--mount", "sh", "-c", IN_CONTAINER, str(tmp_path), *doctor]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    assert "1.5 GiB of memory)" in done.stdout, done.stderr

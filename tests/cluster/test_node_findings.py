@@ -15,7 +15,8 @@ HEALTHY: dict[str, Any] = {
     "resources": {"CPU": 4.0},
     "versions": {"python": "3.11.7", "torch": "2.14.1", "ray": "2.60.0"},
     "shared_memory": 8 * GIB,
-    "temp": dict(PLENTY),
+    "memory": 3 * GIB // 2,
+    "temp": {**PLENTY, "problem": ""},
     "cache": dict(PLENTY),
     "clock_offset": 0.0,
 }
@@ -42,6 +43,7 @@ def test_healthy_nodes_are_all_ok() -> None:
     assert problems(findings) == []
     subjects = [finding.subject for finding in findings]
     assert subjects == ["nodes", "versions", "/dev/shm", "disk", "data cache", "clocks"]
+    assert "10.0.0.2 (4 CPUs, 0 GPUs, 1.5 GiB of memory)" in findings[0].text
 
 
 @pytest.mark.parametrize(
@@ -51,7 +53,7 @@ def test_healthy_nodes_are_all_ok() -> None:
         ({"versions__torch": None}, "error", "versions", "torch is 2.14.1 on 10.0.0.1, missing on 10.0.0.2"),
         ({"shared_memory": 64 * 2**20}, "warning", "/dev/shm", "is smaller than 256 MiB on 10.0.0.2"),
         ({"temp__free": 4 * GIB}, "error", "disk", "the disk of Ray's directory /x is over 95 % full on 10.0.0.2"),
-        ({"temp__writable": False}, "error", "disk", "Ray's directory /x cannot be written on 10.0.0.2"),
+        ({"temp__problem": "is too long"}, "error", "disk", "Ray's directory /x is too long on 10.0.0.2"),
         ({"cache__writable": False}, "error", "data cache", "/x cannot be written on 10.0.0.2"),
         ({"cache__free": GIB // 2}, "warning", "data cache", "less than 1 GiB free on 10.0.0.2"),
         ({"clock_offset": -30.0}, "warning", "clocks", "10.0.0.2 is 30 s behind"),

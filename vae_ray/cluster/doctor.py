@@ -149,7 +149,8 @@ def node_findings(nodes: Sequence[Node]) -> list[Finding]:
 
 def _nodes(nodes: Sequence[Node]) -> Finding:
     each = [
-        f"{node['address']} ({node['resources'].get('CPU', 0):g} CPUs, {node['resources'].get('GPU', 0):g} GPUs)"
+        f"{node['address']} ({node['resources'].get('CPU', 0):g} CPUs, {node['resources'].get('GPU', 0):g} GPUs, "
+        f"{node['memory'] / GIB:.1f} GiB of memory)"
         for node in nodes
     ]
     return Finding("ok", "nodes", f"{len(nodes)}: {', '.join(each)}")
@@ -179,9 +180,11 @@ def _shared_memory(nodes: Sequence[Node]) -> Finding:
 
 
 def _disk(nodes: Sequence[Node]) -> Finding:
-    path, advice = nodes[0]["temp"]["path"], "free some space, or use ray start --temp-dir DIR"
-    if closed := _addresses(nodes, lambda node: not node["temp"]["writable"]):
-        return Finding("error", "disk", f"Ray's directory {path} cannot be written on {closed}", advice)
+    advice = "set RAY_TMPDIR, or use ray start --temp-dir DIR: a short path on a disk with free space"
+    if problems := [f"{node['temp']['path']} {node['temp']['problem']}" for node in nodes if node["temp"]["problem"]]:
+        closed = _addresses(nodes, lambda node: bool(node["temp"]["problem"]))
+        return Finding("error", "disk", f"Ray's directory {problems[0]} on {closed}", advice)
+    path = nodes[0]["temp"]["path"]
     if full := _addresses(nodes, lambda node: node["temp"]["free"] < RAY_DISK_SHARE * node["temp"]["total"]):
         return Finding("error", "disk", f"the disk of Ray's directory {path} is over 95 % full on {full}", advice)
     least = min(node["temp"]["free"] for node in nodes)

@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray._common.utils import get_default_ray_temp_dir
+from ray._common.utils import get_system_memory  # knows a container's limit, unlike psutil
 
 from vae_ray.distributed.nodes import NodeAnswer, check_shared_storage, on_every_node
+from vae_ray.distributed.ray_temp_dir import default_temp_dir, temp_dir_problem
 from vae_ray.errors import UserError
 from vae_ray.storage.filesystems import check_writable
 from vae_ray.storage.locations import absolute, cache_root, is_uri
@@ -46,12 +47,17 @@ def examine_cluster(storage: str | None) -> dict[str, Any]:
 
 def collect_node_info() -> dict[str, Any]:
     """The facts about the machine where this runs, as plain data."""
-    temp_dir = ray.get_runtime_context().get_temp_dir() if ray.is_initialized() else get_default_ray_temp_dir()
+    if ray.is_initialized():
+        temp_dir = Path(ray.get_runtime_context().get_temp_dir())
+        problem = "" if os.access(temp_dir, os.W_OK | os.X_OK) else "cannot be written"
+    else:
+        problem = temp_dir_problem(temp_dir := default_temp_dir())
     return {
         "host": socket.gethostname(),
         "versions": {"python": platform.python_version(), "torch": _version("torch"), "ray": _version("ray")},
         "shared_memory": shutil.disk_usage("/dev/shm").total if os.path.isdir("/dev/shm") else None,
-        "temp": _directory_info(Path(temp_dir)),
+        "memory": get_system_memory(),
+        "temp": {**_directory_info(temp_dir), "problem": problem},
         "cache": _directory_info(cache_root()),
     }
 

@@ -14,6 +14,7 @@ import torch
 from vae_ray import signals
 from vae_ray.config.experiment import Experiment
 from vae_ray.distributed.nodes import check_shared_storage
+from vae_ray.distributed.ray_temp_dir import check_temp_dir
 from vae_ray.distributed.resources import alive_resources, check_workers_fit, max_workers_fitting
 from vae_ray.errors import UserError, one_line
 from vae_ray.storage.locations import is_uri, local_path
@@ -21,8 +22,9 @@ from vae_ray.training.placement import num_local_cpus, resolve_on_cluster
 
 
 def check_local_resources(experiment: Experiment) -> None:
-    """Raise `UserError` if a local Ray would be started and this machine has too few resources for the workers."""
+    """Raise `UserError` if a local Ray would be started and could not start, or has no room for the workers."""
     if _starts_local_ray():
+        check_temp_dir()
         resources = {"CPU": float(num_local_cpus()), "GPU": float(torch.cuda.device_count())}
         nodes = [{"Alive": True, "Resources": resources, "Labels": {}}]
         check_workers_fit(experiment.workers, nodes, where="this machine")
@@ -70,9 +72,12 @@ def _init(*, is_local: bool, dashboard: bool) -> None:
     try:
         with signals.handlers_kept():
             ray.init(**local, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, OSError, RuntimeError, ValueError) as error:
-        reason = one_line(error)[:200]
+    except Exception as error:  # Ray raises no common class
+        reason = f"({one_line(error)[:200]})"
+        if is_local:
+            advice = "`vae-ray doctor` looks for the cause; or use --workers.num 0"
+            raise UserError(f"a local Ray does not start {reason}; {advice}") from None
         raise UserError(
-            f"Ray at {os.environ.get('RAY_ADDRESS', 'local')!r} cannot be reached ({reason}); unset RAY_ADDRESS to "
+            f"RAY_ADDRESS: Ray at {os.environ.get('RAY_ADDRESS')!r} cannot be reached {reason}; unset RAY_ADDRESS to "
             "start a local one, or use --workers.num 0"
         ) from None
