@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vae_ray.parallel.group import Value
-from vae_ray.parallel.shared_memory import SharedMemorySum
+from vae_ray.parallel.shared_memory import SharedMemorySum, open_shared_memory_sum
 
 
 class RayWorkers:
@@ -22,8 +22,8 @@ class RayWorkers:
         self.device = ray.train.torch.get_device()
         self.node = ray.util.get_node_ip_address()
         self._one_node = context.get_local_world_size() == self.size
-        self._shared_sums: dict[int, SharedMemorySum] = {}
-        """By the length of the vector, one for each parameter set."""
+        self._shared_sums: dict[int, SharedMemorySum | None] = {}
+        """By the length of the vector, one for each parameter set; None where Gloo must do."""
 
     def sum(self, values: Tensor) -> Tensor:
         if self.size > 1:
@@ -54,13 +54,16 @@ class RayWorkers:
     def sum_gradients(self, vector: Tensor) -> None:
         if self.size == 1:
             return
+        shared_sum = None
         if self._one_node and self.device.type == "cpu" and vector.dtype == torch.float32:
             length = vector.numel()
             if length not in self._shared_sums:
-                self._shared_sums[length] = SharedMemorySum(self.rank, self.size, length)
-            self._shared_sums[length](vector)
-        else:
+                self._shared_sums[length] = open_shared_memory_sum(self.rank, self.size, length)
+            shared_sum = self._shared_sums[length]
+        if shared_sum is None:
             dist.all_reduce(vector)
+        else:
+            shared_sum(vector)
 
     def close(self) -> None:
         """Release shared memory."""

@@ -2,12 +2,16 @@
 
 Gloo's all-reduce sends gradients through loopback TCP, which for 700,000 weights takes a third of a
 worker's step of 256 images; through shared memory the same sum takes a fraction of that
-(`python -m benchmarks.gradient_sum` prints both). Used only where all workers share a node and compute on CPUs.
+(`python -m benchmarks.gradient_sum` prints both). Used only where all workers share a node and compute on CPUs, and
+only on x86-64: its barrier is plain stores and loads, which other processors (ARM) may reorder.
 """
 
 from __future__ import annotations
 
+import logging
 import os
+import platform
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -17,43 +21,77 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+logger = logging.getLogger(__name__)
+
+DIRECTORY = Path("/dev/shm")
 TIMEOUT_SECONDS = 300.0
 SPINS_BEFORE_YIELDING = 200
 COUNTER_STRIDE = 16
 """int64 slots between two workers' counters: 128 bytes, so that no two share a cache line."""
 
 
+def open_shared_memory_sum(rank: int, size: int, capacity: int) -> SharedMemorySum | None:
+    """A sum over the `size` ranks of this node; None on all of them where it cannot be. Collective.
+
+    Rank 0 reserves the memory: a store into memory that /dev/shm has no room for would end the process (SIGBUS), and a
+    container has 64 MiB by default. torch.distributed must be initialised.
+    """
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return None
+    num_bytes = 8 * size * COUNTER_STRIDE + 4 * (size + 1) * capacity
+    names: list[str | None] = [None]
+    if rank == 0:
+        try:
+            names[0] = _reserve(num_bytes)
+        except OSError as error:
+            logger.warning(
+                "%s: cannot reserve %.1f MiB (%s): gradients are summed by Gloo, which is slower; for example "
+                "docker --shm-size=2g",
+                *(DIRECTORY, num_bytes / 2**20, error.strerror),
+            )
+    dist.broadcast_object_list(names, src=0)
+    if names[0] is None:
+        return None
+    file, memory = Path(names[0]), None
+    try:
+        memory = np.memmap(file, dtype=np.uint8, mode="r+", shape=(num_bytes,))
+    except OSError as error:
+        logger.warning("%s: cannot be mapped (%s): gradients are summed by Gloo", file, error.strerror)
+    are_mapped: list[bool | None] = [None] * size
+    dist.all_gather_object(are_mapped, memory is not None)
+    if rank == 0:
+        file.unlink()  # the mappings keep it alive; nothing is left behind even by a kill
+    return SharedMemorySum(rank, size, capacity, memory) if memory is not None and all(are_mapped) else None
+
+
+def _reserve(num_bytes: int) -> str:
+    """The name of a new file of zeros, with its memory; raises `OSError` if there is not enough."""
+    descriptor, name = tempfile.mkstemp(prefix="vae_ray-sum-", dir=DIRECTORY)
+    try:
+        os.posix_fallocate(descriptor, 0, num_bytes)
+    except OSError:
+        os.unlink(name)
+        raise
+    finally:
+        os.close(descriptor)
+    return name
+
+
 class SharedMemorySum:
     """In-place sums of float32 vectors of at most `capacity` elements, over two or more ranks, equal to the bit on all.
 
-    All ranks must construct it, and call it, together; torch.distributed must be initialised. Each rank adds its
-    chunk of all ranks' vectors in rank order, then everyone copies the chunks.
+    All ranks must call it together. Each rank adds its chunk of all ranks' vectors in rank order, then everyone copies
+    the chunks.
     """
 
-    def __init__(self, rank: int, size: int, capacity: int) -> None:
-        self.rank, self.size, self.capacity = rank, size, capacity
-        directory = "/dev/shm" if os.path.isdir("/dev/shm") else None
-        names: list[str | None] = [None]
-        if rank == 0:
-            descriptor, name = tempfile.mkstemp(prefix="vae_ray-sum-", dir=directory)
-            os.ftruncate(descriptor, self._num_bytes())
-            os.close(descriptor)
-            names[0] = name
-        dist.broadcast_object_list(names, src=0)
-        file = Path(str(names[0]))
-        memory = np.memmap(file, dtype=np.uint8, mode="r+", shape=(self._num_bytes(),))
-        dist.barrier()
-        if rank == 0:
-            file.unlink()  # the mappings keep it alive; nothing is left behind even by a kill
+    def __init__(self, rank: int, size: int, capacity: int, memory: np.ndarray) -> None:
+        self.rank, self.size = rank, size
         counter_bytes = size * COUNTER_STRIDE * 8
         self._counters = memory[:counter_bytes].view(np.int64)[::COUNTER_STRIDE]
         floats = torch.from_numpy(memory[counter_bytes:].view(np.float32))
         self._vectors = floats[: size * capacity].view(size, capacity)
         self._total = floats[size * capacity :]
         self._barriers_passed = 0
-
-    def _num_bytes(self) -> int:
-        return 8 * self.size * COUNTER_STRIDE + 4 * (self.size + 1) * self.capacity
 
     def __call__(self, vector: Tensor) -> None:
         """Replace `vector` (contiguous float32, at most `capacity` elements) by the sum over ranks."""
@@ -75,7 +113,10 @@ class SharedMemorySum:
         # a total is overwritten only after the next call's first, when all have copied it.
 
     def _barrier(self) -> None:
-        """Wait until all ranks are here. Plain stores and loads: the counters only grow, each by its own rank."""
+        """Wait until all ranks are here. Plain stores and loads: the counters only grow, each by its own rank.
+
+        x86-64 keeps the order of stores, and that of loads: who sees a counter sees what was stored before it.
+        """
         self._barriers_passed += 1
         self._counters[self.rank] = self._barriers_passed
         spins, deadline = 0, time.monotonic() + TIMEOUT_SECONDS
