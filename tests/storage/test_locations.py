@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import pwd
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow.fs
@@ -136,7 +138,23 @@ def test_a_cache_without_a_home_is_one_line(
     monkeypatch.delenv("VAE_RAY_CACHE", raising=False)
     without_home(monkeypatch)
     assert main(["train", "digits", "--workers.num", "0", "--storage", str(tmp_path / "runs")]) == 2
-    assert "VAE_RAY_CACHE: got '~/.cache/vae_ray', but this process has no home directory" in capsys.readouterr().err
+    assert "VAE_RAY_CACHE: not set, and this user has no home directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["train digits --workers.num 1", "sweep digits", "report runs/x", "doctor"])
+def test_ray_without_a_home_is_one_line(command: str, tmp_path: Path) -> None:
+    """Importing ray.train without one is a RuntimeError."""
+    without = "import os, pwd; os.environ.pop('HOME', None); pwd.getpwuid = {}.__getitem__"
+    arguments = [*command.split(), *(["--storage", "runs"] if command.split()[0] in ("train", "sweep") else [])]
+    script = f"{without}; from vae_ray.cli.main import run; run({arguments!r})"
+    environment = os.environ | {"VAE_RAY_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("vae-ray: HOME: not set, and this user has no home directory, which Ray needs")
+    assert done.stderr.count("\n") == 1
+    assert list(tmp_path.glob("runs/*")) == []
 
 
 def test_a_home_is_the_same_for_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

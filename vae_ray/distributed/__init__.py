@@ -1,9 +1,12 @@
 """Ray Train: the connection to a cluster, its nodes and resources, and the worker group that trains an Experiment.
 
-Importing this package sets Ray's environment variables, before Ray reads them; it imports neither ray nor torch.
+Importing this package sets Ray's environment variables, before Ray reads them; it imports neither ray nor torch. It
+raises `UserError` without a home directory: importing ray.train would raise a bare RuntimeError.
 """
 
 import os
+
+from vae_ray.errors import UserError
 
 RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -21,3 +24,6 @@ RAY_ENVIRONMENT = {
 
 for _name, _value in RAY_ENVIRONMENT.items():
     os.environ.setdefault(_name, _value)
+
+if os.path.expanduser("~") == "~":
+    raise UserError("HOME: not set, and this user has no home directory, which Ray needs; set HOME to a directory")

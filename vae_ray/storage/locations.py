@@ -104,4 +104,8 @@ def split_location(location: str) -> tuple[str, str]:
 
 def cache_root() -> Path:
     """Where this machine keeps files that it can recreate: `$VAE_RAY_CACHE`, else `~/.cache/vae_ray`."""
-    return local_path(os.environ.get("VAE_RAY_CACHE") or "~/.cache/vae_ray", key="VAE_RAY_CACHE")
+    if directory := os.environ.get("VAE_RAY_CACHE"):
+        return local_path(directory, key="VAE_RAY_CACHE")
+    if os.path.expanduser("~") == "~":
+        raise UserError("VAE_RAY_CACHE: not set, and this user has no home directory; set VAE_RAY_CACHE to a directory")
+    return local_path("~/.cache/vae_ray", key="HOME")
