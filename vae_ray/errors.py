@@ -20,6 +20,10 @@ class TrainingFailed(Exception):
     """A run that started but could not finish; its last complete checkpoint is kept. Exit code 1."""
 
 
+class WorkersFailed(TrainingFailed):
+    """Ray could not finish a run with its workers; the message is the reason alone."""
+
+
 class Stopped(Exception):
     """A run that stopped on request, after a checkpoint; `vae-ray resume` continues it. Exit code 130."""
 

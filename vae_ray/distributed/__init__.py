@@ -16,6 +16,8 @@ RAY_ENVIRONMENT = {
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "15",
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",  # the default waits 30 s for a lost worker
     "RAY_TRAIN_METRICS_ENABLED": "0",
+    # Ray prints the death of a worker to our output; `failures` says it in one line if the run ends with it.
+    "RAY_DEDUP_LOGS_SKIP_REGEX": "^A worker died or was killed|killed due to memory pressure",
     "RAY_AIR_NEW_OUTPUT": "0",  # only Tune's older output can be silenced; `tuning.progress` replaces it
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # a run directory has its own metrics and TensorBoard events
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Ray's future default; without it Ray warns at every start

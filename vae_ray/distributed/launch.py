@@ -18,15 +18,17 @@ from typing import Any
 import ray.train
 import ray.train.torch
 import torch
+from ray.exceptions import RayError
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from vae_ray.config import user_code
 from vae_ray.config.experiment import Experiment
+from vae_ray.distributed.failures import first_cause
 from vae_ray.distributed.group import RayWorkers
 from vae_ray.distributed.node_watch import watched_nodes
 from vae_ray.distributed.resources import worker_resources
-from vae_ray.errors import Diverged, Stopped, TrainingFailed, UserError
+from vae_ray.errors import Diverged, Stopped, TrainingFailed, UserError, WorkersFailed
 from vae_ray.storage.filesystems import open_filesystem
 from vae_ray.storage.locations import is_uri, join_location
 from vae_ray.training.fit import EpochResult, fit_epochs
@@ -45,7 +47,7 @@ def fit(experiment: Experiment, location: str, device: torch.device, *, callback
     """Train `experiment` in the run's directory or URI on `workers.num` Ray workers; Ray must be connected.
 
     Lost workers restart from the last checkpoint, `workers.max_failures` times. `callbacks` are Ray Train's and get
-    every epoch's report. Raises `TrainingFailed` with the worker's own error if the group could not finish, and
+    every epoch's report. Raises a worker's own error, `WorkersFailed` with the cause if the group could not finish, and
     `Stopped` after a request to stop.
     """
     workers, uses_gpu = experiment.workers, device.type == "cuda"
@@ -78,7 +80,7 @@ def fit(experiment: Experiment, location: str, device: torch.device, *, callback
         try:
             with watched_nodes(workers, uses_gpu=uses_gpu):
                 error = _in_thread(trainer.fit).return_value
-        except ray.train.TrainingFailedError as failure:
+        except (ray.train.TrainingFailedError, RayError) as failure:  # RayError: of the controller's own process
             raise _cause(failure) from failure
     if error is not None:
         kind, message = error
@@ -128,15 +130,14 @@ def clear_state(location: str, name: str = RAY_STATE) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _cause(error: ray.train.TrainingFailedError) -> Exception:
-    """The first worker's own error, as our type where it was one; else Ray's text on one line."""
-    for failure in (getattr(error, "worker_failures", None) or {}).values():
-        cause = getattr(failure, "__cause__", None) or failure
+def _cause(error: Exception) -> Exception:
+    """A worker's own error, as our type where it was one; else `WorkersFailed` with the cause on one line."""
+    failures = [failure.__cause__ or failure for failure in (getattr(error, "worker_failures", None) or {}).values()]
+    for failure in failures:
         for kind in (Diverged, TrainingFailed, UserError):
-            if isinstance(cause, kind):
-                return kind(str(cause))
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return TrainingFailed(f"the workers could not finish: {lines[-1] if lines else type(error).__name__}")
+            if isinstance(failure, kind):
+                return kind(str(failure))
+    return WorkersFailed(first_cause(failures or [error]))
 
 
 def _train_worker(config: dict[str, Any]) -> tuple[str, str] | None:

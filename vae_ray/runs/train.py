@@ -19,7 +19,7 @@ from vae_ray import signals
 from vae_ray.checkpoints.listing import own_checkpoint
 from vae_ray.config import user_code
 from vae_ray.config.experiment import Experiment
-from vae_ray.errors import CorruptFile, TrainingFailed, UserError
+from vae_ray.errors import CorruptFile, TrainingFailed, UserError, WorkersFailed
 from vae_ray.parallel.group import SingleProcess
 from vae_ray.run_files.progress import ProgressView
 from vae_ray.run_files.run_directory import RunDirectory
@@ -157,5 +157,12 @@ def _execution(experiment: Experiment) -> Iterator[tuple[Experiment, torch.devic
     from vae_ray.distributed.connection import connect  # here, because a run without workers needs no Ray
     from vae_ray.distributed.launch import fit as fit_on_ray
 
+    def execute(e: Experiment, location: str, device: torch.device) -> None:
+        try:
+            fit_on_ray(e, location, device)
+        except WorkersFailed as error:
+            message = f"the workers could not finish: {error}; continue with: vae-ray resume {location}"
+            raise TrainingFailed(message) from error
+
     with connect(experiment) as (resolved, device):
-        yield resolved, device, fit_on_ray
+        yield resolved, device, execute

@@ -9,6 +9,7 @@ from typing import Any
 from ray import tune
 from ray.tune.experiment import Trial
 
+from vae_ray.distributed.failures import describe_failure
 from vae_ray.tuning.directory import SweepDirectory
 from vae_ray.tuning.progress import SweepView
 from vae_ray.tuning.records import TrialRecord, read_failure
@@ -69,6 +70,6 @@ def _why_killed(trial: Trial) -> str:
     """One line from Ray's report on the death of a process."""
     file = Path(trial.error_file) if trial.error_file else None
     text = file.read_text(encoding="utf-8", errors="replace") if file and file.exists() else ""
-    if "OutOfMemoryError" in text or "low on memory" in text:
-        return "out of memory: Ray ended its process because the node ran low; try fewer --max-concurrent"
+    if "low on memory" in (cause := describe_failure(text)):
+        return f"{cause}; try fewer --max-concurrent"
     return "its process died (killed, or out of memory); --resume continues from its last checkpoint"
