@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: once to stop after a checkpoint, twice to stop at once."""
+"""Ctrl-C, SIGTERM and SIGHUP: once to stop after a checkpoint, twice to stop at once."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vae_ray.run_files.run_directory import RunDirectory
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 STOPPING = b"vae-ray: stopping after a checkpoint; once more to stop at once\n"
+WAITING = b"vae-ray: stopping when Ray has started; once more to stop at once\n"
 
 
 @contextlib.contextmanager
@@ -32,7 +33,8 @@ def stopping(run: RunDirectory) -> Iterator[None]:
             is_requested = True
             with contextlib.suppress(OSError):  # then only the second signal helps
                 run.request_stop()
-            os.write(2, STOPPING)  # print() is not safe in a handler: it may have interrupted one
+            with contextlib.suppress(OSError):  # after SIGHUP there may be no terminal
+                os.write(2, STOPPING)  # print() is not safe in a handler: it may have interrupted one
         else:
             for each in SIGNALS:
                 signal.signal(each, signal.SIG_DFL)
@@ -42,14 +44,15 @@ def stopping(run: RunDirectory) -> Iterator[None]:
         yield
 
 
-def sigterm_as_ctrl_c() -> contextlib.AbstractContextManager[None]:
-    """In its body SIGTERM does what SIGINT does."""
-    return _handlers({signal.SIGTERM: lambda number, frame: signal.raise_signal(signal.SIGINT)})
+def all_as_ctrl_c() -> contextlib.AbstractContextManager[None]:
+    """In its body SIGTERM and SIGHUP do what SIGINT does."""
+    others = (signal.SIGTERM, signal.SIGHUP)
+    return _handlers(dict.fromkeys(others, lambda number, frame: signal.raise_signal(signal.SIGINT)))
 
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-    """In its body Ctrl-C and SIGTERM wait until its end: an interrupted import can leave half a module."""
+    """In its body `SIGNALS` wait until its end: an interrupted import can leave half a module."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
@@ -57,18 +60,48 @@ def deferred() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def handlers_kept() -> contextlib.AbstractContextManager[None]:
-    """After its body this process has its own handlers again: `ray.init` sets others, which abort at SIGTERM."""
-    return _handlers({})
+@contextlib.contextmanager
+def deferred_while_ray_starts() -> Iterator[None]:
+    """In its body signals wait until its end; a second Ctrl-C ends the process at once.
+
+    An interrupted `ray.init` leaves processes behind, and threads that crash. SIGHUP is blocked, because the processes
+    that it starts inherit that: a terminal that closes signals them too. (SIGTERM is not: Ray ends them by it. It is
+    the one signal that may still interrupt, by a handler that `ray.init` sets.) Afterwards this process has its own
+    handlers again.
+    """
+    received: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if received:
+            os._exit(130)
+        received.append(number)
+        with contextlib.suppress(OSError):
+            os.write(2, WAITING)
+
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGHUP,))
+    try:
+        with _handlers(dict.fromkeys(SIGNALS, note)):
+            yield
+    except SystemExit:  # raised by Ray's handler
+        received.append(signal.SIGTERM)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    if received:
+        raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
 def _handlers(handlers: Mapping[signal.Signals, Callable[[int, FrameType | None], Any]]) -> Iterator[None]:
-    """Set `handlers` in its body; afterwards restore those of `SIGNALS`. No effect outside the main thread."""
+    """Set `handlers` in its body; afterwards restore those of `SIGNALS`. No effect outside the main thread.
+
+    SIGHUP stays ignored where it is: `nohup` asks for that.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = {each: signal.getsignal(each) for each in SIGNALS}
+    if before[signal.SIGHUP] is signal.SIG_IGN:
+        handlers = {each: handler for each, handler in handlers.items() if each != signal.SIGHUP}
     for each, handler in handlers.items():
         signal.signal(each, handler)
     try:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM at a real process: once for a checkpoint, twice for an end at once; nothing is lost."""
+"""Ctrl-C, SIGTERM and SIGHUP at a real process: once for a checkpoint, twice for an end at once; nothing is lost."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def long(quick: Experiment) -> Experiment:
     )
 
 
-@pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
+@pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda s: s.name)
 def test_one_signal_ends_a_run_after_a_checkpoint_inside_the_epoch(
     long: Experiment, tmp_path: Path, which: signal.Signals
 ) -> None:

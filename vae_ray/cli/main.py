@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"--{next(iter(overrides))}: only {', '.join(OVERRIDABLE)} take the Experiment's keys")
         options.overrides = overrides
         # libraries print to stdout as they please; ours is for the answer alone
-        with contextlib.redirect_stdout(sys.stderr), signals.sigterm_as_ctrl_c():
+        with contextlib.redirect_stdout(sys.stderr), signals.all_as_ctrl_c():
             answer = options.run(options)
     except UserError as error:
         return _fail(error, code=2)

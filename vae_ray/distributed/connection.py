@@ -70,7 +70,7 @@ def _init(*, is_local: bool, dashboard: bool) -> None:
         # saves a process: the only node of a local Ray is not preempted
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     try:
-        with signals.handlers_kept():
+        with signals.deferred_while_ray_starts():
             ray.init(**local, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:  # Ray raises no common class
         reason = f"({one_line(error)[:200]})"

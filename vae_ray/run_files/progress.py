@@ -52,12 +52,14 @@ class ProgressView:
         self._stop.set()
         self._thread.join()
         self._next_pull = 0.0
-        self._update()
-        self._bar.stop()
+        with contextlib.suppress(OSError):
+            self._update()
+            self._bar.stop()
 
     def _follow(self) -> None:
-        while not self._stop.wait(POLL_SECONDS):
-            self._update()
+        with contextlib.suppress(OSError):  # the terminal is gone: training is not ended by that
+            while not self._stop.wait(POLL_SECONDS):
+                self._update()
 
     def _update(self) -> None:
         if time.monotonic() >= self._next_pull:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -67,7 +68,8 @@ class SweepView:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._live.stop()
+        with contextlib.suppress(OSError):
+            self._live.stop()
         self._print(self._status())
 
     def epoch(self, name: str, overrides: dict[str, Any], record: dict[str, Any]) -> None:
@@ -95,7 +97,8 @@ class SweepView:
         self._print("  ".join([*parts, _settings(trial)]).rstrip())
 
     def _print(self, text: str) -> None:
-        self._console.print(text, soft_wrap=True, markup=False, emoji=False)
+        with contextlib.suppress(OSError):  # the terminal is gone: the sweep is not ended by that
+            self._console.print(text, soft_wrap=True, markup=False, emoji=False)
 
     def _best(self) -> list[tuple[float, str]]:
         """The best value and the name of each trial that has not failed, best first."""
