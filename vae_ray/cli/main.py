@@ -9,7 +9,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import io
 import json
+import os
 import re
 import signal
 import sys
@@ -20,6 +22,8 @@ from vae_ray import signals
 from vae_ray.cli import commands
 from vae_ray.errors import Stopped, TrainingFailed, UserError, one_line
 
+READER_IS_GONE = 128 + signal.SIGPIPE
+"""The exit code that a shell shows for a process whose output nobody reads any more, as in `| head -1`."""
 AXES = "likelihood|objective"
 """Sections that are an axis: `--likelihood gaussian` is short for `--likelihood.name gaussian`."""
 DESCRIPTION = "Train variational autoencoders on Ray: on a laptop, in local processes and on a cluster."
@@ -27,10 +31,24 @@ DESCRIPTION = "Train variational autoencoders on Ray: on a laptop, in local proc
 
 def run(argv: Sequence[str] | None = None) -> NoReturn:
     """A process of this command line: `main`; after its answer a late signal does not change the exit code."""
+    _read_and_write_any_text()
     code = main(argv)
     for each in signals.SIGNALS:
         signal.signal(each, signal.SIG_IGN)
     sys.exit(code)
+
+
+def _read_and_write_any_text() -> None:
+    """Have every character of arguments and file names read, and printed if need be as an escape.
+
+    Where LC_ALL=C and PYTHONUTF8=0 make ASCII the encoding of file names, this process starts again in UTF-8.
+    """
+    if sys.getfilesystemencoding() == "ascii" and sys.executable:
+        os.environ["PYTHONUTF8"] = "1"  # of Ray's processes too
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,12 +74,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(
             "interrupted; continue with: vae-ray resume RUN (sweeps: the same command with --resume)", code=130
         )
-    print(json.dumps(answer, indent=2) if options.json else _readable(answer))
-    return int(options.exit_code)
+    return _print(json.dumps(answer, indent=2) if options.json else _readable(answer)) or int(options.exit_code)
+
+
+def _print(text: str) -> int:
+    """Print to stdout; 0, or the exit code where that is not possible."""
+    try:
+        print(text)
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the interpreter's own flush
+        return READER_IS_GONE if isinstance(error, BrokenPipeError) else _fail(f"stdout: {error.strerror}", code=1)
+    return 0
 
 
 def _fail(error: Exception | str, *, code: int) -> int:
-    print("vae-ray: " + one_line(error), file=sys.stderr)
+    with contextlib.suppress(OSError):  # the terminal is gone
+        print("vae-ray: " + one_line(error), file=sys.stderr)
     return code
 
 
@@ -185,6 +214,9 @@ OVERRIDABLE = ("train", "resume", "sweep")
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
+
+    def print_help(self, file: object = None) -> NoReturn:
+        raise SystemExit(_print(self.format_help().rstrip()))
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
