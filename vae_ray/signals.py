@@ -1,4 +1,7 @@
-"""Ctrl-C, SIGTERM and SIGHUP: once to stop after a checkpoint, twice to stop at once."""
+"""Ctrl-C, SIGTERM and SIGHUP: once to stop after a checkpoint, twice to stop at once.
+
+SIGHUP counts once: when a terminal closes, the system and the shell both send it.
+"""
 
 from __future__ import annotations
 
@@ -29,6 +32,8 @@ def stopping(run: RunDirectory) -> Iterator[None]:
 
     def request(number: int, frame: FrameType | None) -> None:
         nonlocal is_requested
+        if is_requested and number == signal.SIGHUP:
+            return
         if not is_requested and _is_training(run):
             is_requested = True
             with contextlib.suppress(OSError):  # then only the second signal helps
@@ -46,8 +51,13 @@ def stopping(run: RunDirectory) -> Iterator[None]:
 
 def all_as_ctrl_c() -> contextlib.AbstractContextManager[None]:
     """In its body SIGTERM and SIGHUP do what SIGINT does."""
-    others = (signal.SIGTERM, signal.SIGHUP)
-    return _handlers(dict.fromkeys(others, lambda number, frame: signal.raise_signal(signal.SIGINT)))
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            signal.signal(number, signal.SIG_IGN)
+        signal.raise_signal(signal.SIGINT)
+
+    return _handlers(dict.fromkeys((signal.SIGTERM, signal.SIGHUP), interrupt))
 
 
 @contextlib.contextmanager
