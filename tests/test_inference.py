@@ -1,5 +1,9 @@
 """Truth: what a trained model does afterwards is deterministic, exact, and the same as during training."""
 
+import math
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +13,7 @@ from vae_ray.config.experiment import Experiment
 from vae_ray.data.splits import Splits
 from vae_ray.inference import INTERPOLATIONS, Method
 from vae_ray.storage.records import read_records
+from vae_ray.training.callbacks import decoder_of
 
 
 @pytest.fixture(scope="module")
@@ -215,10 +220,85 @@ def test_images_of_another_shape_are_refused_with_both_shapes(model: TrainedVAE,
             use(torch.rand(shape))
 
 
+RANGE = r"should be uint8, bool, or floats in \[0, 1\]"
+
+
+@pytest.mark.parametrize(
+    ("convert", "message"),
+    [
+        (lambda x: x * 255, f"got float32 from 0 to 255, {RANGE}; try images / 255"),
+        (lambda x: 2 * x - 1, f"got float32 from -1 to 1, {RANGE}; try .images . 1. / 2"),
+        (lambda x: (x * 255).long(), f"got int64 from 0 to 255, {RANGE}; convert them to uint8"),
+        (lambda x: (x * 65535).to(torch.uint16), f"got uint16 from 0 to 65535, {RANGE}$"),
+        (lambda x: (x * 100).to(torch.int8), "got int8 from 0 to 100"),
+        (lambda x: x - 3, f"got float32 from -3 to -2, {RANGE}$"),
+        (lambda x: x * torch.nan, f"got float32 with NaN or infinity, {RANGE}$"),
+        (lambda x: x.half() / 0, "got float16 with NaN or infinity"),
+        (lambda x: x.to(torch.complex64), f"got complex64, {RANGE}$"),
+        (lambda x: x[:0], r"got shape \(0, 1, 8, 8\), should be \(N, 1, 8, 8\) with at least one image"),
+        (lambda x: [[1.0], [2.0, 3.0]], "got a list that is no array of numbers"),
+        (lambda x: None, "got a NoneType that is no array of numbers"),
+    ],
+)
+def test_images_in_another_range_are_refused_with_what_to_try(
+    model: TrainedVAE, convert: Callable[[torch.Tensor], Any], message: str
+) -> None:
+    x = model.test_images(5)
+    images = convert(x)
+    uses = [model.encode, model.posterior, model.groups, model.reconstruct, model.traverse]
+    for use in [*uses, lambda images: model.interpolate(x, images), lambda images: model.interpolate(images, x)]:
+        with pytest.raises(UserError, match=f"images: {message}"):
+            use(images)
+
+
+def test_tensors_arrays_and_lists_of_every_allowed_type_are_the_same_images(model: TrainedVAE) -> None:
+    as_bytes = Splits.open(model.experiment).test.pixels[:4]
+    floats = as_bytes.float() / 255
+    expected = model.encode(floats)
+    same = [
+        floats.numpy(),
+        floats.tolist(),
+        list(floats),
+        floats.numpy().astype(">f8"),
+        as_bytes.numpy(),
+        floats + 1e-7,
+    ]
+    for images in [*same, (2 * floats - 1 + 1) / 2]:
+        torch.testing.assert_close(model.encode(images), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model.encode(floats.half()), expected, rtol=0, atol=1e-2)
+    assert torch.equal(model.encode(floats > 0.5), model.encode((floats > 0.5).float()))
+
+
+def test_codes_may_be_of_any_float_type_and_must_be_finite(model: TrainedVAE) -> None:
+    z = model.encode(model.test_images(3))
+    expected = model.decode(z)
+    for same in (z.double(), z.double().numpy(), z.tolist(), z.requires_grad_(False)):
+        assert torch.equal(model.decode(same), expected)
+    assert torch.equal(decoder_of(model.model)(z.tolist()), expected)
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        with pytest.raises(UserError, match="z: got complex numbers, NaN or infinity, should be finite"):
+            model.decode(z + bad)
+    with pytest.raises(UserError, match=r"z: got numbers up to 3e.38, too large for this model"):
+        model.decode(torch.full_like(z, 3e38))
+    with pytest.raises(UserError, match=r"z: got shape \(0, 5\), should be \(N, 5\) with at least one code"):
+        model.decode(z[:0])
+
+
+@pytest.mark.parametrize("num", [0, -1, 2.0, "3"])
+def test_a_number_of_test_images_that_is_none_is_refused(model: TrainedVAE, num: Any) -> None:
+    with pytest.raises(UserError, match=f"num: got {num!r}, should be a whole number, at least 1"):
+        model.test_images(num)
+    assert len(model.test_images(10**6)) == 359
+
+
 def test_impossible_requests_are_refused(model: TrainedVAE) -> None:
     images = model.test_images(2)
     with pytest.raises(UserError, match="num: got 0"):
         model.generate(0)
+    with pytest.raises(UserError, match="temperature: got nan"):
+        model.generate(2, temperature=math.nan)
+    with pytest.raises(UserError, match="extent: got inf"):
+        model.traverse(images, extent=math.inf)
     with pytest.raises(UserError, match="steps: got 1"):
         model.interpolate(images, images, steps=1)
     with pytest.raises(UserError, match="method: got 'cubic', should be one of linear, spherical"):

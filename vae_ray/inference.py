@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +16,7 @@ from vae_ray.config import user_code
 from vae_ray.config.experiment import Experiment
 from vae_ray.data.arrow_store import open_split
 from vae_ray.data.batches import Loader, scaled
+from vae_ray.data.images import as_images
 from vae_ray.data.splits import Splits
 from vae_ray.errors import CorruptFile, UserError, one_line
 from vae_ray.evaluation.diagnosis import NUM_IMAGES, find_failures
@@ -21,7 +24,7 @@ from vae_ray.evaluation.elbo import evaluate_split
 from vae_ray.models.interpolation import INTERPOLATIONS
 from vae_ray.models.latents import Distribution, Group
 from vae_ray.models.noise import latent_noise, num_elements
-from vae_ray.models.traversal import Traversal, join_groups, split_groups, traverse
+from vae_ray.models.traversal import Traversal, decode_codes, join_groups, traverse
 from vae_ray.models.vae import VAE, build_vae, shape_vae
 from vae_ray.parallel.group import SingleProcess, shards_of
 
@@ -31,10 +34,11 @@ Weights = Literal["averaged", "last"]
 
 
 class TrainedVAE:
-    """A model with its experiment; images are `(N, C, H, W)`, floats in [0, 1] or uint8.
+    """A model with its experiment; images are `(N, C, H, W)`: uint8, bool, or floats in [0, 1].
 
-    Load one with `TrainedVAE.load(path)`. Methods draw no hidden randomness: where one samples, it takes a seed. A code
-    is the z of all latent groups side by side, `(N, latent_dim)`.
+    Load one with `TrainedVAE.load(path)`. Images and codes may be tensors, arrays or nested lists; values out of range
+    and empty batches are refused. Methods draw no hidden randomness: where one samples, it takes a seed. A code is the
+    z of all latent groups side by side, `(N, latent_dim)`.
     """
 
     def __init__(self, model: VAE, experiment: Experiment, checkpoint: Checkpoint) -> None:
@@ -93,17 +97,18 @@ class TrainedVAE:
 
         The first n of `generate(m)` are `generate(n)`. `temperature` scales the prior's standard deviation.
         """
-        if num < 1:
-            raise UserError(f"num: got {num}, should be at least 1")
+        _check_count("num", num, least=1)
+        if not 0 <= temperature < math.inf:
+            raise UserError(f"temperature: got {temperature}, should be a finite number, 0 or more; for example 1.0")
         noise = latent_noise(self.model.latent_shapes, slice(0, num), seed, "generate", device=self.device)
         return self.model.generate(noise, temperature=temperature)
 
     @torch.inference_mode()
-    def groups(self, images: Tensor) -> tuple[Group, ...]:
+    def groups(self, images: Any) -> tuple[Group, ...]:
         """q(z|x) and prior of each latent group, the top one first, with z at the posterior mean."""
-        return self.model.posteriors(self._pixels(images))
+        return self.model.posteriors(self._floats(images))
 
-    def posterior(self, images: Tensor) -> Distribution:
+    def posterior(self, images: Any) -> Distribution:
         """q(z|x) of a model with one group: `.mean`, `.logvar` `(N, latent_dim)`, `.kl(prior)`, ..."""
         groups = self.groups(images)
         if len(groups) > 1:
@@ -111,45 +116,43 @@ class TrainedVAE:
         assert groups[0].posterior is not None
         return groups[0].posterior
 
-    def encode(self, images: Tensor) -> Tensor:
+    def encode(self, images: Any) -> Tensor:
         """The posterior mean, `(N, latent_dim)`: a deterministic code of each image."""
         return join_groups(tuple(group.z for group in self.groups(images)))
 
-    @torch.inference_mode()
-    def decode(self, z: Tensor) -> Tensor:
+    def decode(self, z: Any) -> Tensor:
         """Means of p(x|z), images `(N, C, H, W)` in [0, 1], for codes `(N, latent_dim)`."""
-        if z.ndim != 2 or z.shape[1] != self.latent_dim:
-            raise UserError(f"z: got shape {tuple(z.shape)}, should be (N, {self.latent_dim})")
-        return self.model.decode(split_groups(z.to(self.device), self.model.latent_shapes))
+        return decode_codes(self.model, z)
 
-    def reconstruct(self, images: Tensor) -> Tensor:
+    def reconstruct(self, images: Any) -> Tensor:
         """Each image through its posterior mean and back: `(N, C, H, W)` in [0, 1]."""
         return self.decode(self.encode(images))
 
-    def interpolate(self, start: Tensor, end: Tensor, *, steps: int = 10, method: Method = "linear") -> Tensor:
+    def interpolate(self, start: Any, end: Any, *, steps: int = 10, method: Method = "linear") -> Tensor:
         """Images `(N, steps, C, H, W)` along paths between the codes of `start` and `end`, each `(N, C, H, W)`.
 
         "linear" is a straight line; "spherical" also turns at constant speed (Shoemake 1985), so that
         points stay about as far from the origin as the prior's (White 2016, arXiv:1609.04468).
         """
-        if steps < 2:
-            raise UserError(f"steps: got {steps}, should be at least 2, the two ends")
+        _check_count("steps", steps, least=2)
         if method not in INTERPOLATIONS:
             raise UserError(f"method: got {method!r}, should be one of {', '.join(INTERPOLATIONS)}")
-        if len(start) != len(end):
-            raise UserError(f"images: got {len(start)} starts and {len(end)} ends, should be as many of each")
-        path = INTERPOLATIONS[method](self.encode(start), self.encode(end), torch.linspace(0, 1, steps))
+        a, b = self.encode(start), self.encode(end)
+        if len(a) != len(b):
+            raise UserError(f"images: got {len(a)} starts and {len(b)} ends, should be as many of each")
+        path = INTERPOLATIONS[method](a, b, torch.linspace(0, 1, steps))
         return self.decode(path.flatten(0, 1)).unflatten(0, (-1, steps))
 
-    def traverse(self, images: Tensor, *, num_dimensions: int = 10, steps: int = 11, extent: float = 3.0) -> Traversal:
+    def traverse(self, images: Any, *, num_dimensions: int = 10, steps: int = 11, extent: float = 3.0) -> Traversal:
         """What each latent dimension does: images `(dimensions, steps, C, H, W)` along it, the others at 0.
 
         Dimensions are in order of their rate over `images`; `extent` is in standard deviations of the prior.
         """
-        for name, value, least in (("num_dimensions", num_dimensions, 1), ("steps", steps, 2)):
-            if value < least:
-                raise UserError(f"{name}: got {value}, should be at least {least}")
-        x = self._pixels(images)
+        _check_count("num_dimensions", num_dimensions, least=1)
+        _check_count("steps", steps, least=2)
+        if not math.isfinite(extent):
+            raise UserError(f"extent: got {extent}, should be a finite number; for example 3.0")
+        x = self._floats(images)
         return traverse(self.model, x, num_dimensions=num_dimensions, steps=steps, extent=extent)
 
     def evaluate(self, split: SplitName = "test") -> dict[str, float]:
@@ -188,14 +191,18 @@ class TrainedVAE:
         }
 
     def test_images(self, num: int) -> Tensor:
-        """The first `num` test images of the run's data, `(num, C, H, W)` in [0, 1]."""
+        """The first `num` test images of the run's data, `(num, C, H, W)` in [0, 1]; all where there are fewer."""
+        _check_count("num", num, least=1)
         return scaled(open_split(self.experiment.data, "test").pixels[:num])
 
-    def _pixels(self, images: Tensor) -> Tensor:
-        if images.ndim != 4 or tuple(images.shape[1:]) != self.image_shape:
-            raise UserError(f"images: got shape {tuple(images.shape)}, should be (N, {self.image_shape})")
-        floats = scaled(images) if images.dtype == torch.uint8 else images.float()
-        return floats.to(self.device)
+    def _floats(self, images: Any) -> Tensor:
+        return as_images(images, self.image_shape).to(self.device)
+
+
+def _check_count(name: str, value: Any, *, least: int) -> None:
+    """Raise `UserError` for what is no whole number, or less than `least`."""
+    if not isinstance(value, numbers.Integral) or value < least:
+        raise UserError(f"{name}: got {value!r}, should be a whole number, at least {least}")
 
 
 def meta_model(experiment: Experiment, checkpoint: Checkpoint) -> VAE:

@@ -162,6 +162,11 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ),
     ({"run.callbacks": "own_code:that_fails"}, r"run\.callbacks: own_code:that_fails fails in"),
     ({"data.source": "own_code:floats"}, r"gave float64 of shape \(9, 1, 6, 8\) for 'train', should be uint8"),
+    ({"data.source": "own_code:ragged"}, r"data\.source: own_code:ragged: got a list that is no array of numbers"),
+    (
+        {"data.source": "own_code:TooFewLabels"},
+        r"gave labels of shape \(2,\) for 90 images of 'train', should be one whole number an image, or None",
+    ),
     ({"model.network": "no_code:tiny"}, r"model\.network: got 'no_code:tiny', there is no module 'no_code'"),
     ({"run.callbacks": "own_code:Nothing"}, r"run\.callbacks: .* the module 'own_code' has no 'Nothing'"),
     ({"model.network": "own_code"}, r"model\.network: got 'own_code', should be one of mlp, ladder or MODULE:NAME"),

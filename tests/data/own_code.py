@@ -131,6 +131,15 @@ def floats():
     return {"train": np.zeros((9, 1, 6, 8)), "test": np.zeros((9, 1, 6, 8))}
 
 
+def ragged():
+    return {"train": [np.zeros((1, 6, 8), np.uint8), np.zeros((1, 6, 9), np.uint8)], "test": []}
+
+
+class TooFewLabels:
+    def decode(self, split):
+        return np.zeros((90, 1, 6, 8), np.uint8), [1, 2]
+
+
 class Diary:
     def run_began(self, run_dir, experiment):
         self.file = Path(run_dir, "diary.txt")

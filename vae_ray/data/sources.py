@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from vae_ray.config import user_code
 from vae_ray.config.sections import DataConfig, MnistData, UserData
+from vae_ray.data.images import as_tensor
 from vae_ray.errors import UserError, one_line
 from vae_ray.storage.filesystems import with_timeout
 from vae_ray.storage.locations import is_uri, join_location
@@ -216,17 +218,26 @@ class UserSource:
                 pixels, labels = self.made.decode(split)
         else:
             pixels, labels = self._given(split), None
-        pixels = np.ascontiguousarray(pixels)
-        if pixels.dtype != np.uint8 or pixels.ndim != 4 or not len(pixels):
+        pixels = as_tensor(pixels, key=f"data.source: {self.path}")
+        if pixels.dtype != torch.uint8 or pixels.ndim != 4 or not pixels.numel():
+            dtype = str(pixels.dtype).removeprefix("torch.")
             raise UserError(
-                f"data.source: {self.path} gave {pixels.dtype} of shape {pixels.shape} for {split!r}, should be uint8 "
+                f"data.source: {self.path} gave {dtype} of shape {tuple(pixels.shape)} for {split!r}, should be uint8 "
                 "of shape (N, C, H, W) with at least one image"
             )
-        return Images(pixels, np.zeros(len(pixels), np.int64) if labels is None else np.asarray(labels, np.int64))
+        if labels is None:
+            labels = torch.zeros(len(pixels))
+        labels = as_tensor(labels, key=f"data.source: labels of {self.path}")
+        if labels.shape != pixels.shape[:1] or not torch.equal(labels, labels.long().to(labels)):
+            raise UserError(
+                f"data.source: {self.path} gave labels of shape {tuple(labels.shape)} for {len(pixels)} images of "
+                f"{split!r}, should be one whole number an image, or None"
+            )
+        return Images(pixels.contiguous().cpu().numpy(), labels.long().cpu().numpy())
 
-    def _given(self, split: str) -> NDArray[Any]:
+    def _given(self, split: str) -> Any:
         try:
-            return np.asarray(self.made[split])
+            return self.made[split]
         except (TypeError, KeyError, IndexError):
             raise UserError(
                 f"data.source: {self.path} returned a {type(self.made).__name__}, should return a source or a dict "

@@ -7,12 +7,15 @@ their flattened z side by side, the top group first.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from vae_ray.data.images import as_tensor
+from vae_ray.errors import UserError
 from vae_ray.models.latents import Group, Latents
+from vae_ray.models.noise import num_elements
 from vae_ray.models.vae import VAE
 
 
@@ -56,6 +59,24 @@ def elementwise_rate(group: Group) -> Tensor:
         num = group.z[0].numel()
         elementwise = (group.rate() / num)[:, None].expand(-1, num).unflatten(1, group.z.shape[1:])
     return elementwise
+
+
+@torch.inference_mode()
+def decode_codes(model: VAE, codes: Any) -> Tensor:
+    """Means of p(x|z) `(N, C, H, W)` for codes `(N, latent_dim)`: a tensor, an array or a nested list of numbers.
+
+    Raises `UserError` for another shape, for what is not finite, and for codes whose images are not.
+    """
+    z, latent_dim = as_tensor(codes, key="z"), num_elements(model.latent_shapes)
+    if z.ndim != 2 or z.shape[1] != latent_dim or not len(z):
+        raise UserError(f"z: got shape {tuple(z.shape)}, should be (N, {latent_dim}) with at least one code")
+    if z.is_complex() or not z.isfinite().all():
+        raise UserError("z: got complex numbers, NaN or infinity, should be finite numbers")
+    reference = next(model.parameters())
+    images = model.decode(split_groups(z.to(reference), model.latent_shapes))
+    if not images.isfinite().all():
+        raise UserError(f"z: got numbers up to {float(z.abs().max()):g}, too large for this model; try some near 0")
+    return images
 
 
 def split_groups(codes: Tensor, shapes: tuple[tuple[int, ...], ...]) -> Latents:

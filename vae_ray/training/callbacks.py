@@ -13,11 +13,10 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vae_ray.config import user_code
-from vae_ray.models.traversal import split_groups
+from vae_ray.models.traversal import decode_codes
 from vae_ray.models.vae import VAE
 
 logger = logging.getLogger(__name__)
@@ -42,13 +41,10 @@ class Callbacks:
                     logger.warning("run.callbacks: %s.%s failed (%s: %s)", path, method, type(error).__name__, error)
 
 
-def decoder_of(model: VAE) -> Callable[[Tensor], Tensor]:
+def decoder_of(model: VAE) -> Callable[[Any], Tensor]:
     """A function from codes `(N, latent_dim)`, of all groups side by side, to means of p(x|z) `(N, C, H, W)`."""
 
-    @torch.inference_mode()
-    def decode(z: Tensor) -> Tensor:
-        model.eval()
-        device = next(model.parameters()).device
-        return model.decode(split_groups(z.to(device), model.latent_shapes))
+    def decode(z: Any) -> Tensor:
+        return decode_codes(model.eval(), z)
 
     return decode
