@@ -1,8 +1,10 @@
 """Truth and system: the digits, the raw files of MNIST's layout, and the Arrow store that all processes share."""
 
+import gzip
 import hashlib
 import json
 import logging
+import re
 import struct
 import subprocess
 import sys
@@ -260,13 +262,16 @@ def test_a_missing_raw_file_is_named_with_two_ways_out(raw: Path, name: str) -> 
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (lambda whole: whole[:-1], r"truncated or damaged, expected 226 bytes for shape \(7, 6, 5\), found 225"),
+        (
+            lambda whole: whole[:-1],
+            r"truncated or damaged, expected 226 bytes for uint8 of shape \(7, 6, 5\), found 225",
+        ),
         (lambda whole: whole + b"\0", "expected 226 bytes .* found 227"),
         (lambda whole: whole[:10], "expected a header of 16 bytes, found 10"),
         (lambda whole: whole[:3], "expected it to begin with 00000803, found 000008"),
         (lambda whole: b"", "expected it to begin with 00000803, found nothing"),
-        (lambda whole: b"\x1f\x8b\x08\x08" + whole[4:], "expected it to begin with 00000803, found 1f8b0808"),
-        (lambda whole: bytes([0, 0, 8, 1]) + whole[4:], "expected it to begin with 00000803, found 00000801"),
+        (lambda whole: b"\x89PNG" + whole[4:], "expected it to begin with 00000803, found 89504e47"),
+        (lambda whole: bytes([0, 0, 8, 1]) + whole[4:], r"expected 15 bytes for uint8 of shape \(7,\), found 226"),
         (lambda whole: whole[:4] + b"\xff" * 4 + whole[8:], r"shape \(4294967295, 6, 5\), found 226"),
     ],
 )
@@ -278,6 +283,37 @@ def test_a_damaged_raw_file_is_refused_with_expected_and_found(
     with pytest.raises(UserError, match=said) as refusal:
         open_split(mnist_config(raw), "train")
     assert str(refusal.value).startswith(f"{file}: ")
+
+
+@pytest.mark.parametrize(
+    ("code", "dtype", "shape"),
+    [
+        (0x09, "int8", (7, 6, 5)),
+        (0x0B, "int16", (7, 6, 5)),
+        (0x0C, "int32", (7, 6, 5)),
+        (0x0D, "float32", (7, 6, 5)),
+        (0x0E, "float64", (7, 6, 5)),
+        (0x08, "uint8", (7, 6, 5, 3)),
+        (0x08, "uint8", (7, 30)),
+    ],
+)
+def test_a_whole_raw_file_of_other_numbers_is_no_damaged_one(
+    raw: Path, code: int, dtype: str, shape: tuple[int, ...]
+) -> None:
+    values = np.zeros(shape, np.dtype(dtype).newbyteorder(">"))
+    whole = bytes([0, 0, code, len(shape)]) + struct.pack(f">{len(shape)}I", *shape) + values.tobytes()
+    (raw / NAMES[0]).write_bytes(whole)
+    with pytest.raises(UserError, match=rf"holds {dtype} of shape {re.escape(str(shape))}, should be unsigned bytes"):
+        open_split(mnist_config(raw), "train")
+    (raw / NAMES[0]).write_bytes(whole[:-1])
+    with pytest.raises(UserError, match="truncated or damaged"):
+        open_split(mnist_config(raw), "train")
+
+
+def test_a_compressed_raw_file_is_named_as_such(raw: Path) -> None:
+    (raw / NAMES[0]).write_bytes(gzip.compress((raw / NAMES[0]).read_bytes()))
+    with pytest.raises(UserError, match=f"{NAMES[0]}: is compressed; unpack it with gunzip"):
+        open_split(mnist_config(raw), "train")
 
 
 def test_labels_that_do_not_match_the_images_are_refused(raw: Path) -> None:

@@ -166,32 +166,43 @@ class TorchvisionMNIST:
                     logger.warning("%s: is not the published file (sha256 %s, not %s)", file, digest, published)
 
 
+IDX_TYPES = {0x08: "uint8", 0x09: "int8", 0x0B: "int16", 0x0C: "int32", 0x0D: "float32", 0x0E: "float64"}
+GZIP = b"\x1f\x8b"
+
+
 def read_idx_file(file: Path) -> NDArray[np.uint8]:
     """The array in an IDX file of unsigned bytes; raises `UserError`, with expected and found, unless it is whole.
 
     The format: two zero bytes, the type (8 = uint8), the number of dimensions, each dimension as a
     big-endian int32, then the values (http://yann.lecun.com/exdb/mnist, "the IDX file format").
     """
+    num_dimensions, axes = (3, "(N, H, W)") if "idx3" in file.name else (1, "(N,)")
     with file.open("rb") as stream:
         num_bytes = os.fstat(stream.fileno()).st_size
         magic = stream.read(4)
-        num_dimensions = 3 if "idx3" in file.name else 1
-        expected_magic = bytes([0, 0, 8, num_dimensions])
-        if magic != expected_magic:
+        if magic.startswith(GZIP):
+            raise UserError(f"{file}: is compressed; unpack it with gunzip")
+        if len(magic) < 4 or magic[:2] != b"\0\0" or magic[2] not in IDX_TYPES:
             raise UserError(
-                f"{file}: damaged, expected it to begin with {expected_magic.hex()}, found {magic.hex() or 'nothing'}; "
-                "replace the file"
+                f"{file}: damaged, expected it to begin with 000008{num_dimensions:02x}, found "
+                f"{magic.hex() or 'nothing'}; replace the file"
             )
-        header = stream.read(4 * num_dimensions)
-        if len(header) == 4 * num_dimensions:
-            shape = struct.unpack(f">{num_dimensions}I", header)
-            expected = 4 + len(header) + math.prod(shape)
-            if num_bytes == expected:  # only now is anything allocated for what the header says
-                return np.frombuffer(stream.read(math.prod(shape)), dtype=np.uint8).reshape(shape)
-            detail = f"expected {expected} bytes for shape {shape}, found {num_bytes}"
+        dtype, header = np.dtype(IDX_TYPES[magic[2]]), stream.read(4 * magic[3])
+        if len(header) == 4 * magic[3]:
+            shape = struct.unpack(f">{magic[3]}I", header)
+            expected = 4 + len(header) + math.prod(shape) * dtype.itemsize
+            detail = f"expected {expected} bytes for {dtype} of shape {shape}, found {num_bytes}"
         else:
-            detail = f"expected a header of {4 + 4 * num_dimensions} bytes, found {num_bytes}"
-    raise UserError(f"{file}: truncated or damaged, {detail}; replace the file")
+            expected, detail = -1, f"expected a header of {4 + 4 * magic[3]} bytes, found {num_bytes}"
+        if num_bytes != expected:
+            raise UserError(f"{file}: truncated or damaged, {detail}; replace the file")
+        if dtype != np.uint8 or len(shape) != num_dimensions:
+            raise UserError(
+                f"{file}: holds {dtype} of shape {shape}, should be unsigned bytes {axes}; convert it, or read it by a "
+                "--data.source MODULE:NAME of your own"
+            )
+        # only now is anything allocated for what the header says
+        return np.frombuffer(stream.read(math.prod(shape)), dtype=np.uint8).reshape(shape)
 
 
 class UserSource:
