@@ -1,5 +1,6 @@
 """Contract and truth: the Experiment, its fields and names, its presets and files."""
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from vae_ray import Experiment, UserError
-from vae_ray.config.experiment import differing_fields, field_docs, is_place_key, preset_names
+from vae_ray.config.experiment import PRESET_DIR, differing_fields, field_docs, is_place_key, preset_names
 from vae_ray.config.keys import FieldDoc
 from vae_ray.config.sections import NAME_PATTERN
 from vae_ray.data.sources import SOURCES
@@ -20,8 +21,10 @@ from vae_ray.models.likelihoods import LIKELIHOODS
 from vae_ray.models.networks import NETWORKS
 from vae_ray.models.priors import PRIORS
 from vae_ray.objectives import OBJECTIVES
+from vae_ray.storage.reading import parse_yaml
 from vae_ray.training.optimization import OPTIMIZERS
 from vae_ray.training.schedules import SCHEDULES
+from vae_ray.tuning.space import SEARCH_DIR
 
 FIELDS = list(field_docs())
 
@@ -124,7 +127,59 @@ def test_any_learning_rate_survives_yaml_and_the_command_line(lr: float) -> None
 
 
 def round_trip(experiment: Experiment) -> Experiment:
-    return Experiment.from_dict(yaml.safe_load(experiment.to_yaml()))
+    return Experiment.from_dict(parse_yaml(experiment.to_yaml().encode()))
+
+
+TEXT = [
+    "010",
+    "1e3",
+    "12:30",
+    "0o17",
+    "0x1f",
+    "yes",
+    "No",
+    "~",
+    "",
+    "null",
+    ".inf",
+    "1_000",
+    "2026-01-01",
+    "<<",
+    "=",
+    "é",
+]
+
+
+@pytest.mark.parametrize("text", TEXT)
+def test_text_of_own_settings_stays_text_in_yaml(text: str) -> None:
+    given = {"data": {"source": "my:images", "label": text}}
+    experiment = Experiment.from_dict(given)
+    assert experiment.data.label == text  # type: ignore[union-attr]
+    assert round_trip(experiment) == experiment
+    assert yaml.safe_load(experiment.to_yaml()) == experiment.to_dict()  # also by readers of YAML 1.1
+
+
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [
+        *[("010", 10), ("-007", -7), ("0o17", 15), ("0x1F", 31), ("+3", 3), ("12", 12)],
+        *[("1e3", 1000.0), ("1E-4", 1e-4), (".5", 0.5), ("1.", 1.0), ("-1.5e+2", -150.0), ("-.inf", -math.inf)],
+        *[("true", True), ("FALSE", False), ("~", None), ("null", None), ("", None)],
+        *[
+            (text, text)
+            for text in ("12:30", "1:2:3.5", "yes", "off", "y", "0b11", "1_000", "2026-01-01", "1.2.3", "=")
+        ],
+        *[("!!int 010", 10), ("!!float 3", 3.0), ("'010'", "010")],
+    ],
+)
+def test_numbers_of_yaml_are_those_of_version_1_2(written: str, value: object) -> None:
+    (found,) = parse_yaml(f"key: {written}".encode()).values()
+    assert (found, type(found)) == (value, type(value))
+
+
+@pytest.mark.parametrize("file", [*PRESET_DIR.glob("*.yaml"), *SEARCH_DIR.glob("*.yaml")], ids=lambda file: file.name)
+def test_our_own_files_mean_the_same_by_both_versions_of_yaml(file: Path) -> None:
+    assert parse_yaml(file.read_bytes()) == yaml.safe_load(file.read_bytes())
 
 
 def test_paths_null_and_odd_strings_survive_yaml() -> None:

@@ -167,6 +167,11 @@ def test_settings_of_own_code_are_read_as_yaml() -> None:
     assert experiment.to_dict()["model"]["network"] == {"name": "nets:tiny", "width": 3, "names": ["a", "b"]}
     assert Experiment.from_dict(experiment.to_dict()) == experiment
     assert experiment.user_code() == ["nets:tiny"]
+    by_text = {"010": 10, "12:30": "12:30", "1e-3": 0.001, "'010'": "010", "yes": "yes", "null": None, "true": True}
+    for text, value in by_text.items():
+        assert experiment.with_overrides({"model.network.width": text}).model.network.settings["width"] == value  # type: ignore[union-attr]
+    with pytest.raises(UserError, match=r"model\.network\.width: got '\{', which is no YAML"):
+        experiment.with_overrides({"model.network.width": "{"})
 
 
 @pytest.mark.parametrize(

@@ -266,7 +266,7 @@ YAMLS: dict[str, bytes] = {
     "a section twice": b"run: {seed: 1}\nrun: {seed: 2}",
     "not UTF-8": b"run: {name: \xff\xfe}",
     "control characters": b"run: {name: a\x01b}",
-    "an impossible date": b"run: {name: 2020-13-45}",
+    "an impossible date": b"run: {name: !!timestamp 2020-13-45}",
     "not a number": b"optim: {lr: .nan}",
     "infinity": b"optim: {lr: .inf}",
     "two documents": b"run: {}\n---\nrun: {}",

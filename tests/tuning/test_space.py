@@ -262,7 +262,7 @@ def test_a_file_is_the_space_it_describes(tmp_path: Path, monkeypatch: pytest.Mo
     for name in ("mine.yaml", "mine"):
         Path(name).write_text("# mine\noptim.lr: {loguniform: [1e-4, 1.0e-2]}\n")
         space = SearchSpace.load(name)
-        assert space == SearchSpace.from_dict({"optim.lr": {"loguniform": ["1e-4", 1e-2]}})
+        assert space == SearchSpace.from_dict({"optim.lr": {"loguniform": [1e-4, 1e-2]}})
         assert space.checked(Experiment()).domains["optim.lr"] == Range(1e-4, 1e-2, log=True, integer=False)
 
 

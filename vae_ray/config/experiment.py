@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from vae_ray.config import keys
@@ -32,7 +31,7 @@ from vae_ray.config.sections import (
 )
 from vae_ray.errors import UserError
 from vae_ray.storage.locations import local_path
-from vae_ray.storage.reading import read_yaml
+from vae_ray.storage.reading import format_yaml, read_yaml
 
 PRESET_DIR = Path(__file__).parent / "presets"
 
@@ -71,7 +70,8 @@ class Experiment(Section):
         """An experiment from nested plain data, of this version or of 0.1; missing keys take their defaults."""
         if not isinstance(sections, Mapping):
             raise UserError(f"{origin}: must be a mapping of sections ({', '.join(cls.model_fields)})")
-        return cls().with_overrides(migrated({str(key): value for key, value in sections.items()}))
+        # its text is text: a quoted '010' stays so
+        return cls()._with(migrated({str(key): value for key, value in sections.items()}), reads_text=False)
 
     def with_overrides(self, overrides: Mapping[str, Any]) -> Experiment:
         """A copy with dotted keys replaced, as in `{"optim.lr": 3e-4, "model.latent-dim": "8"}`.
@@ -79,8 +79,11 @@ class Experiment(Section):
         Strings are read as the field's type; everything is validated again. Raises `UserError` naming the
         key, the value received, what is allowed and the nearest real key.
         """
+        return self._with(overrides, reads_text=True)
+
+    def _with(self, overrides: Mapping[str, Any], *, reads_text: bool) -> Experiment:
         tree = self.model_dump()
-        keys.apply_overrides(Experiment, tree, overrides)
+        keys.apply_overrides(Experiment, tree, overrides, reads_text=reads_text)
         try:
             return Experiment.model_validate(tree)
         except ValidationError as error:
@@ -92,7 +95,7 @@ class Experiment(Section):
 
     def to_yaml(self) -> str:
         """YAML that `from_file` reads back as an equal experiment."""
-        return yaml.safe_dump(self.to_dict(), sort_keys=False, default_flow_style=None)
+        return format_yaml(self.to_dict())
 
     def flat(self) -> dict[str, Any]:
         """`{"data.source": "digits", "model.network.name": "mlp", ...}` in plain data."""

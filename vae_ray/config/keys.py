@@ -14,14 +14,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from vae_ray.config.fields import Choice, Section, choice_of, literal_values
 from vae_ray.config.migration import renamed_key
 from vae_ray.errors import UserError
-from vae_ray.storage.reading import short_repr
+from vae_ray.storage.reading import parse_yaml, short_repr
 
 
 class FieldDoc(NamedTuple):
@@ -94,18 +93,21 @@ def flattened(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def apply_overrides(model: type[BaseModel], tree: dict[str, Any], overrides: Mapping[str, Any]) -> None:
+def apply_overrides(
+    model: type[BaseModel], tree: dict[str, Any], overrides: Mapping[str, Any], *, reads_text: bool
+) -> None:
     """Write dotted overrides into the nested plain data `tree` of `model`.
 
-    Raises `UserError` for a key that does not exist, with the nearest that does. Entries are chosen before their
-    settings are written, in whatever order both are given.
+    With `reads_text` the text of a setting of a user's own code, which has no declared type, is read as YAML. Entries
+    are chosen before their settings are written, in whatever order both are given. Raises `UserError` for a key that
+    does not exist, with the nearest that does.
     """
     flat: dict[str, Any] = {}
     for key, value in overrides.items():
         _collect(str(key).replace("-", "_"), value, flat)
     for key in sorted(flat, key=lambda key: (key.count("."), key.rpartition(".")[2] not in ("name", "source"))):
         try:
-            _write(model, tree, key, flat[key])
+            _write(model, tree, key, flat[key], reads_text=reads_text)
         except UnknownKey:
             if (new := renamed_key(key)) is not None:
                 raise UserError(f"key {key!r} does not exist any more; use {new!r}") from None
@@ -126,14 +128,14 @@ def _collect(key: str, value: Any, flat: dict[str, Any]) -> None:
         flat[key] = value
 
 
-def _write(model: type[BaseModel], tree: dict[str, Any], key: str, value: Any) -> None:
+def _write(model: type[BaseModel], tree: dict[str, Any], key: str, value: Any, *, reads_text: bool) -> None:
     node, parts = tree, key.split(".")
     for depth, part in enumerate(parts):
         field = model.model_fields.get(part)
         rest = parts[depth + 1 :]
         if field is None:
             if model.model_config.get("extra") == "allow" and not rest:
-                node[part] = yaml.safe_load(value) if isinstance(value, str) else value
+                node[part] = _setting(key, value) if reads_text and isinstance(value, str) else value
                 return
             raise UnknownKey
         axis = choice_of(field)
@@ -158,6 +160,14 @@ def _write(model: type[BaseModel], tree: dict[str, Any], key: str, value: Any) -
         else:
             text_means_null = isinstance(value, str) and value.lower() in ("null", "none", "~")
             node[part] = None if text_means_null else value
+
+
+def _setting(key: str, text: str) -> Any:
+    """The value that the text of a setting of a user's own code stands for."""
+    try:
+        return parse_yaml(text.encode())
+    except ValueError as error:
+        raise UserError(f"{key}: got {short_repr(text)}, which is no YAML ({error}); quote it as text") from None
 
 
 def _choose(axis: Choice, field: FieldInfo, node: dict[str, Any], part: str, value: Any, *, key: str) -> None:

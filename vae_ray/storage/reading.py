@@ -1,4 +1,4 @@
-"""Reading small files that someone else may have written: configurations, manifests, records.
+"""Reading small files that someone else may have written: configurations, manifests, records; and writing YAML.
 
 Nothing here runs what it reads, waits for a pipe or allocates more than a limit.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Any, NoReturn
@@ -54,7 +55,8 @@ def parse_json(content: bytes) -> Any:
 def parse_yaml(content: bytes) -> Any:
     """YAML of one document as plain data; raises `ValueError` with what is wrong.
 
-    As `yaml.safe_load`, but without merge keys (`<<`), which can grow without bound, and without duplicate keys.
+    Numbers are those of YAML 1.2: `010` is 10, `1e-3` a number, and `12:30`, `yes` and `2026-01-01` are text. There
+    are neither merge keys (`<<`), which can grow without bound, nor duplicate keys.
     """
     try:
         value = yaml.load(content.decode(), Loader=_Loader)
@@ -79,6 +81,11 @@ def read_yaml(path: Path, *, label: str) -> Any:
         raise UserError(f"{label}: cannot be read as YAML: {one_line(error)}") from None
 
 
+def format_yaml(value: Any) -> str:
+    """Plain data as YAML, of which `parse_yaml`, and readers of YAML 1.1 too, make the same data."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, default_flow_style=None)
+
+
 def short_repr(value: object) -> str:
     """`repr(value)`, cut where it is long, for a message of one line."""
     try:
@@ -88,7 +95,30 @@ def short_repr(value: object) -> str:
     return text if len(text) <= 120 else f"{text[:119]}…"
 
 
+TAG = "tag:yaml.org,2002:"
+CORE_SCHEMA = [
+    (f"{TAG}{name}", re.compile(rf"(?:{pattern})\Z"))
+    for name, pattern in {
+        "null": "~|null|Null|NULL|",
+        "bool": "true|True|TRUE|false|False|FALSE",
+        "int": "[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+",
+        "float": r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+        "merge": "<<",
+    }.items()
+]
+"""What unquoted text stands for (YAML 1.2.2, section 10.3.2). PyYAML reads YAML 1.1: 010 is 8 and 12:30 is 750."""
+
+
 class _Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers = {None: CORE_SCHEMA}  # noqa: RUF012 (as PyYAML declares it)
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        text = self.construct_scalar(node)
+        return int(text, 0) if text.startswith(("0o", "0x")) else int(text)
+
+    def construct_yaml_float(self, node: yaml.ScalarNode) -> float:
+        return float(self.construct_scalar(node).lower().replace(".inf", "inf").replace(".nan", "nan"))
+
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
         """Do not expand merge keys; the safe loader then refuses their tag."""
 
@@ -97,6 +127,16 @@ class _Loader(yaml.SafeLoader):
         if len(mapping) < len(node.value):
             raise yaml.constructor.ConstructorError(None, None, "a key occurs twice in one mapping", node.start_mark)
         return mapping
+
+
+_Loader.add_constructor(f"{TAG}int", _Loader.construct_yaml_int)
+_Loader.add_constructor(f"{TAG}float", _Loader.construct_yaml_float)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that is a number by YAML 1.1 or by YAML 1.2."""
+
+    yaml_implicit_resolvers = {**yaml.SafeDumper.yaml_implicit_resolvers, None: CORE_SCHEMA}  # noqa: RUF012
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

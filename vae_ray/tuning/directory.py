@@ -11,15 +11,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from vae_ray.checkpoints.finding import BEST
 from vae_ray.config.sections import NAME_PATTERN
 from vae_ray.errors import CorruptFile, UserError, one_line
 from vae_ray.run_files.run_directory import RunDirectory
 from vae_ray.storage.atomic import atomic_write
 from vae_ray.storage.locations import split_location
-from vae_ray.storage.reading import parse_yaml, read_bytes, short_repr
+from vae_ray.storage.reading import format_yaml, parse_yaml, read_bytes, short_repr
 from vae_ray.storage.records import CHECKSUM_KEY, append_records, checksum, read_records, verify
 from vae_ray.storage.synced import SyncedDirectory
 
@@ -87,8 +85,7 @@ class SweepDirectory(SyncedDirectory):
 
     def write_description(self, content: dict[str, Any]) -> None:
         """Write the sweep as it is started, with its checksum as the first key."""
-        text = yaml.safe_dump({CHECKSUM_KEY: checksum(content), **content}, sort_keys=False, default_flow_style=None)
-        atomic_write(self.description_file, text.encode())
+        atomic_write(self.description_file, format_yaml({CHECKSUM_KEY: checksum(content), **content}).encode())
         self.push(self.description_file)
 
     def write_summary(self, summary: dict[str, Any]) -> None:
