@@ -13,9 +13,10 @@ import pytest
 import ray
 import torch
 
-from tests.tuning.trials import small_sweep
-from vae_ray import Experiment, TrainResult
+from tests.tuning.trials import settings_of, small_sweep
+from vae_ray import Experiment, TrainResult, UserError
 from vae_ray.cli.main import main
+from vae_ray.tuning.sweep import preflighted
 
 TOO_MANY_CPUS = str((os.cpu_count() or 1) + 1)
 SEARCHES = {
@@ -214,6 +215,35 @@ def test_a_run_does_not_move_into_a_sweep(place: Path, capsys: pytest.CaptureFix
     small = ["--workers.num=0", "--training.epochs=1", "--model.network.hidden=8"]
     assert "run.name: 'mine' is already used" in mistake(capsys, "train", "digits", "--name", "mine", *small)
     assert content_of(place) == before
+
+
+@pytest.mark.parametrize("num_training", [2, 9, 25])
+def test_a_sweep_on_few_images_sets_at_least_one_aside(
+    num_training: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    few = own_images(num_training, tmp_path, monkeypatch)
+    _, experiment = preflighted(settings_of(search={"optim.lr": {"choice": [0.1]}}), few)
+    assert experiment.data.num_validation == max(1, num_training // 10)
+
+
+def test_a_sweep_on_one_image_is_refused_with_the_metric_that_it_can_use(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    one = own_images(1, tmp_path, monkeypatch)
+    search = {"optim.lr": {"choice": [0.1]}}
+    with pytest.raises(UserError, match=r"metric: got 'val/nelbo', but few:images has one .* train/nelbo"):
+        preflighted(settings_of(search=search), one)
+    preflighted(settings_of(search=search, metric="train/nelbo"), one)
+
+
+def own_images(num_training: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Experiment:
+    code = "import numpy as np\n\ndef images(num):\n    pixels = np.zeros((num, 1, 4, 4), np.uint8)\n"
+    (tmp_path / "few.py").write_text(f"{code}    return dict(train=pixels, test=pixels)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "few", raising=False)
+    data = {"data.source": "few:images", "data.num": num_training, "data.cache_dir": tmp_path / "cache"}
+    batch = {"training.global_batch_size": 1, "workers.num": 1, "workers.cpus": 1}
+    return Experiment.preset("digits").with_overrides({**data, **batch, "data.num_validation": 0})
 
 
 def test_a_key_that_a_user_s_own_code_does_not_take_is_refused_before_anything_starts(

@@ -102,12 +102,18 @@ def _base_experiment(experiment: Experiment, workers_per_trial: int | None) -> E
 def preflighted(checked: SweepSettings, experiment: Experiment) -> tuple[SweepSettings, Experiment]:
     """Check all that can be known before a trial starts; the settings and the experiment as they will be used.
 
-    Where trials are compared on a validation split and there is none, a tenth of the training images (at most
+    Where trials are compared on a validation split and there is none, a tenth of the training images (1 to
     2,000) becomes one. Raises `UserError` for a key or a value of the space that is no valid Experiment.
     """
     if any(metric.startswith("val/") for metric in checked.metrics) and not experiment.data.num_validation:
         num_images = len(open_split(experiment.data, "train"))
-        experiment = experiment.with_overrides({"data.num_validation": min(MAX_VALIDATION_IMAGES, num_images // 10)})
+        if num_images < 2:
+            raise UserError(
+                f"metric: got {checked.metrics[0]!r}, but {experiment.data.source} has one training image, none to set "
+                "aside; use --metric train/nelbo"
+            )
+        num_validation = max(1, min(MAX_VALIDATION_IMAGES, num_images // 10))
+        experiment = experiment.with_overrides({"data.num_validation": num_validation})
     split = selection_metric(experiment).partition("/")[0]
     for metric in checked.metrics:
         if not metric.startswith(f"{split}/"):
