@@ -111,15 +111,32 @@ def test_resuming_what_never_started_starts_it(quick: Experiment) -> None:
     assert [line["epoch"] for line in computed(result.run_dir)] == [1]
 
 
-def test_tensorboard_of_a_resumed_run_shows_every_epoch_once(stopped: Path) -> None:
+def scalars(run: Path) -> list[tuple[int, float]]:
+    """The steps and values of the training nelbo that TensorBoard shows."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars("train/nelbo")]
+
+
+def test_tensorboard_of_a_resumed_run_shows_every_epoch_once(stopped: Path) -> None:
     remove_checkpoints(stopped, 3, 4)
     resume(stopped)
-    events = EventAccumulator(str(stopped / "tensorboard"))
-    events.Reload()
-    shown = [(event.step, event.value) for event in events.Scalars("train/nelbo")]
-    assert shown == [(line["epoch"], np.float32(line["train/nelbo"])) for line in computed(stopped)]
+    assert scalars(stopped) == [(line["epoch"], np.float32(line["train/nelbo"])) for line in computed(stopped)]
+
+
+@pytest.mark.parametrize("seconds", [-3600, 3600])
+def test_tensorboard_shows_the_epochs_after_the_clock_was_set(
+    quick: Experiment, seconds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = train(quick.with_overrides({"training.epochs": 2})).run_dir
+    now, now_ns = time.time, time.time_ns
+    monkeypatch.setattr(time, "time", lambda: now() + seconds)
+    monkeypatch.setattr(time, "time_ns", lambda: now_ns() + seconds * 10**9)
+    resume_run(run, {"training.epochs": 4})
+    assert scalars(run) == [(line["epoch"], np.float32(line["train/nelbo"])) for line in computed(run)]
+    assert len(scalars(run)) == 4
 
 
 # --- from the directory alone ---------------------------------------------------------------------------

@@ -136,6 +136,25 @@ def test_a_run_at_a_uri_is_stopped_and_goes_on(store: ObjectStore, tmp_path: Pat
     assert last.startswith("checkpoints/epoch=")
 
 
+def test_events_at_a_uri_stay_in_order_when_the_clock_is_set_back(
+    store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment = at(store, "clock", **{"training.epochs": 1})
+    train(experiment)
+    first = {name for name in store.names("clock") if "tfevents" in name}
+    now_ns = time.time_ns
+    monkeypatch.setattr(time, "time_ns", lambda: now_ns() - 3600 * 10**9)
+    train(experiment.with_overrides({"training.epochs": 2}), resume=True)
+    events = {name for name in store.names("clock") if "tfevents" in name}
+    for directory in ("tensorboard", "tensorboard/hparams"):
+        before, after = (
+            {name for name in names if name.rpartition("/")[0] == directory} for names in (first, events - first)
+        )
+        assert before
+        assert after
+        assert max(before) < min(after)
+
+
 @pytest.mark.timeout(60)
 def test_a_store_that_is_not_there_is_refused_within_seconds(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

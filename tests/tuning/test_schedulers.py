@@ -152,6 +152,23 @@ def test_a_replayed_asha_decides_the_rest_and_the_last_records_as_the_undisturbe
         assert stopped == {event.name for event in events[:cut] if event.decision == TrialScheduler.STOP}, cut
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_clock_that_was_set_back_does_not_change_what_asha_decides(seed: int) -> None:
+    """The journal has the order of comparisons; of the last one the driver may have been killed before it was there."""
+    events = undisturbed(seed)
+    half = len(events) // 2
+    set_back = [
+        event._replace(line={**event.line, "started_at": event.line["started_at"] - 1e6 * (number >= half)})
+        for number, event in enumerate(events)
+    ]
+    for cut in range(half, len(events) + 1):
+        compared = [(e.name, e.line["epoch"]) for e in set_back[: cut - 1] if e.line["epoch"] in rungs(EPOCHS)]
+        scheduler = SCHEDULERS["asha"](METRIC, EPOCHS, SPACE)
+        stopped = replay(scheduler, records_of(set_back[:cut]), compared)
+        assert stopped == {event.name for event in events[:cut] if event.decision == TrialScheduler.STOP}, cut
+        assert first_other_decision(scheduler, set_back, cut) is None, cut
+
+
 def test_asha_that_forgets_what_it_saw_decides_otherwise() -> None:
     """So the tests above can fail."""
     events = undisturbed(0)

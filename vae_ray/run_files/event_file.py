@@ -5,9 +5,11 @@ tensorboardX's own writer works in a thread, which dies of a full disk and then 
 
 from __future__ import annotations
 
+import re
 import socket
 import struct
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +21,17 @@ from tensorboardX.summary import hparams
 
 from vae_ray.storage.retry import append_whole
 
+NAME = re.compile(r"events\.out\.tfevents\.(\d{1,10})\.(\d{6})\..*")
+
 
 class EventFile:
-    """A new file of events in `directory`; it hides the events of `purge_step` and later in older files."""
+    """A new file of events in `directory`, read after the files of the names `earlier`.
 
-    def __init__(self, directory: Path, *, purge_step: int | None = None) -> None:
-        # microseconds: TensorBoard reads files in the order of their names
-        self._file = directory / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}"
+    It hides the events of `purge_step` and later in these.
+    """
+
+    def __init__(self, directory: Path, *, earlier: Iterable[str], purge_step: int | None = None) -> None:
+        self._file = directory / _name_after(earlier)
         self._unwritten: list[bytes] = []
         self._pictures: list[bytes] = []
         self._add(Event(file_version="brain.Event:2", step=purge_step or 0))
@@ -62,6 +68,16 @@ class EventFile:
 
     def _add(self, event: Any) -> None:
         self._unwritten.append(_record(event))
+
+
+def _name_after(earlier: Iterable[str]) -> str:
+    """The name of a new file: TensorBoard reads files in the order of the times in their names.
+
+    Where the clock has been set back, it is a microsecond later than the last of the names `earlier`.
+    """
+    times = [int(match[1]) * 1_000_000 + int(match[2]) for name in earlier if (match := NAME.fullmatch(name))]
+    seconds, microseconds = divmod(max([time.time_ns() // 1000, *(last + 1 for last in times)]), 1_000_000)
+    return f"events.out.tfevents.{seconds}.{microseconds:06d}.{socket.gethostname()}"
 
 
 def _record(event: Any) -> bytes:

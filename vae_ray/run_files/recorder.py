@@ -56,7 +56,8 @@ class Recorder:
         """Delete the records of `epoch` and of later epochs, and continue with it."""
         self._run.records.truncate_to_epoch(epoch - 1)
         self._unwritten = [record for record in self._unwritten if record["epoch"] < epoch]
-        self._events = EventFile(self._run.tensorboard, purge_step=epoch)
+        earlier = self._run.names_in(self._run.tensorboard)
+        self._events = EventFile(self._run.tensorboard, earlier=earlier, purge_step=epoch)
 
     def epoch(self, record: dict[str, Any], model: VAE) -> None:
         """Record an epoch: its metrics, and pictures of the model after it."""
@@ -114,7 +115,8 @@ class Recorder:
             for key, value in self._experiment.flat().items()
             if not is_place_key(key)
         }
-        page = EventFile(self._run.tensorboard / "hparams")
+        directory = self._run.tensorboard / "hparams"
+        page = EventFile(directory, earlier=self._run.names_in(directory))
         page.add_hparams(values, {f"final/{key}": value for key, value in self._last_nelbo.items()})
         page.flush()
 

@@ -27,12 +27,15 @@ class Mirror:
         self.directory, self.remote = directory, remote
         self._equal: dict[str, FileStat] = {}
         """The local state of each file that was equal on both sides."""
+        self.names_there: frozenset[str] = frozenset()
+        """All files at `remote` at the last pull, also those that were not wanted."""
         self._lock = threading.Lock()
 
     def pull(self, is_wanted: Callable[[str], bool]) -> None:
         """Copy here the wanted files that have changed there, and delete here what was deleted there."""
         with self._lock:
             there = {name: stat for name, stat in self.remote.list().items() if not _is_hidden(name)}
+            self.names_there = frozenset(there)
 
             def is_current(name: str) -> bool:
                 file = self.directory / name

@@ -70,6 +70,13 @@ class SyncedDirectory:
             except OSError as error:
                 raise UserError(f"{self.location}: cannot be read ({one_line(error)[:200]})") from None
 
+    def names_in(self, directory: Path) -> set[str]:
+        """The names of the files in `directory`, with those at a URI that were not copied here."""
+        there = self.mirror.names_there if self.mirror is not None else ()
+        prefix = directory.relative_to(self.path).as_posix()
+        apart = (name.rpartition("/") for name in there)
+        return {file.name for file in directory.glob("*")} | {name for folder, _, name in apart if folder == prefix}
+
     def push(self, *files: Path) -> None:
         """Copy these files, or everything that has changed, to the URI; raises `OSError`."""
         if self.mirror is not None:

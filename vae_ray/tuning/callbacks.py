@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,21 @@ from vae_ray.tuning.trial import overrides_of
 
 
 class JournalCallback(tune.Callback):  # type: ignore[misc]
-    """`epochs` is the number of a trial whose overrides have none; `records` are the trials of earlier starts."""
+    """`epochs` is the number of a trial whose overrides have none; `records` are the trials of earlier starts.
+
+    `milestones` are the epochs at which the scheduler compares trials; the journal keeps their order.
+    """
 
     def __init__(
-        self, directory: SweepDirectory, view: SweepView, *, epochs: int, records: Sequence[TrialRecord]
+        self,
+        directory: SweepDirectory,
+        view: SweepView,
+        *,
+        epochs: int,
+        records: Sequence[TrialRecord],
+        milestones: Collection[int] = (),
     ) -> None:
-        self._directory, self._view, self._epochs = directory, view, epochs
+        self._directory, self._view, self._epochs, self._milestones = directory, view, epochs, milestones
         self._warnings_shown = {record.name: len(record.run.records.warnings()) for record in records}
         self.ended: set[str] = set()
         """Trials that have ended in this start."""
@@ -34,7 +43,9 @@ class JournalCallback(tune.Callback):  # type: ignore[misc]
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
     ) -> None:
-        """A trial has reported an epoch."""
+        """A trial has reported an epoch, and the scheduler has decided on it."""
+        if result["epoch"] in self._milestones:
+            self._directory.append_to_journal({"trial": str(trial), "event": "compared", "epoch": result["epoch"]})
         self.show_warnings(str(trial))
         self._view.epoch(str(trial), overrides_of(trial.config), result)
 

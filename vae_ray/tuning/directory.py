@@ -1,7 +1,8 @@
 """The files of a sweep, and the journal from which it is resumed.
 
-The journal is append-only, one JSON object a line: what was proposed, and how each trial ended. With the trials' own
-run directories it is all that `--resume` and the leaderboard read; Tune's state is deleted.
+The journal is append-only, one JSON object a line: what was proposed, which trial ASHA compared at which epoch, and how
+each trial ended. With the trials' own run directories it is all that `--resume` and the leaderboard read; Tune's state
+is deleted.
 """
 
 from __future__ import annotations

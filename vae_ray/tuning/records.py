@@ -103,7 +103,7 @@ def read_trials(directory: SweepDirectory) -> list[TrialRecord]:
             raise CorruptFile(f"{directory.journal_file}: damaged, {short_repr(entry)} is nothing that a sweep writes")
         if entry["event"] == "proposed":
             proposed.setdefault(entry["trial"], entry["overrides"])
-        else:
+        elif entry["event"] == "ended":
             ended[entry["trial"]] = entry
     return [
         _read_trial(directory, experiment, name, overrides, ended.get(name, {}))
@@ -117,7 +117,7 @@ def _is_entry(entry: dict[str, Any]) -> bool:
     return (
         isinstance(name, str)
         and re.fullmatch(NAME_PATTERN, name) is not None
-        and entry.get("event") in ("proposed", "ended")
+        and entry.get("event") in ("proposed", "compared", "ended")
         and isinstance(overrides, dict)
         and not any(is_place_key(key) for key in overrides)
     )

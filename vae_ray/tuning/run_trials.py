@@ -33,7 +33,7 @@ from vae_ray.tuning.directory import TRIALS, SweepDirectory
 from vae_ray.tuning.progress import SweepView
 from vae_ray.tuning.proposals import FixedConfigurations, OptunaProposals, propose_all
 from vae_ray.tuning.records import TrialRecord, read_trials
-from vae_ray.tuning.schedulers import SCHEDULERS, replay
+from vae_ray.tuning.schedulers import SCHEDULERS, ReplayableASHA, replay
 from vae_ray.tuning.settings import SweepSettings
 from vae_ray.tuning.trial import TRIAL, TrialLoop, train_group
 
@@ -61,7 +61,10 @@ def run_trials(
         return
     metric, num_trials = selection_metric(experiment), settings.num_trials
     view = SweepView(directory.name, metric=metric, num_trials=num_trials, epochs=epochs, records=records, quiet=quiet)
-    callback = JournalCallback(directory, view, epochs=experiment.training.epochs, records=records)
+    milestones = scheduler.milestones if isinstance(scheduler, ReplayableASHA) else ()
+    callback = JournalCallback(
+        directory, view, epochs=experiment.training.epochs, records=records, milestones=milestones
+    )
     # PBT pauses trials and compares the whole population: all of it must run at once.
     limit = 0 if settings.scheduler == "pbt" else _concurrency(experiment, device, max_concurrent or num_to_run)
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(limit or num_to_run)
@@ -103,7 +106,8 @@ def _replayed(
         replace(record, state="pending", reason="") if record.state == "killed" else record
         for record in read_trials(directory)
     ]
-    stopped = replay(scheduler, records)
+    comparisons = [(entry["trial"], entry["epoch"]) for entry in directory.journal() if entry["event"] == "compared"]
+    stopped = replay(scheduler, records, comparisons)
     for index, record in enumerate(records):
         if record.state == "pending" and record.name in stopped:
             end = {"event": "ended", "epoch": record.epochs_done, "state": "stopped", "reason": ""}

@@ -6,7 +6,7 @@ own records, so that a resumed sweep decides as the undisturbed one would.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 from ray import tune
@@ -42,12 +42,13 @@ class ReplayableASHA(AsyncHyperBandScheduler):  # type: ignore[misc]
     """
 
     def __init__(self, metric: str, epochs: int) -> None:
+        self.milestones = rungs(epochs)
         super().__init__(
             time_attr="epoch",
             metric=metric,
             mode="min",
             max_t=epochs,
-            grace_period=rungs(epochs)[0],
+            grace_period=self.milestones[0],
             reduction_factor=ASHA_REDUCTION_FACTOR,
         )
 
@@ -117,19 +118,35 @@ SCHEDULERS: dict[str, Callable[[str, int, SearchSpace], TrialScheduler]] = {
 """Made from a metric, the epochs of the longest trial and the space."""
 
 
-def replay(scheduler: TrialScheduler, records: Sequence[TrialRecord]) -> set[str]:
+def replay(
+    scheduler: TrialScheduler, records: Sequence[TrialRecord], comparisons: Sequence[tuple[str, int]] = ()
+) -> set[str]:
     """Show ASHA what earlier drivers saw, in its order; the trials that it stops at their last record.
 
-    A driver can be killed between the two. Other schedulers compare running trials only.
+    A driver can be killed between the two. `comparisons` are the (trial, epoch) that the journal has, oldest first: the
+    order of the decisions, whatever the clocks of the trials showed. Other schedulers compare running trials only.
     """
     if not isinstance(scheduler, ReplayableASHA):
         return set()
     for record in records:
         scheduler.on_trial_add(None, record.name)
-    events = [
-        (line["started_at"] + line["seconds"], record.name, line) for record in records for line in record.history
-    ]
     last_decision: dict[str, str] = {}
-    for _, name, line in sorted(events, key=lambda event: event[:2]):
+    for name, line in _in_order(records, comparisons, milestones=scheduler.milestones):
         last_decision[name] = scheduler.on_trial_result(None, name, line)
     return {name for name, decision in last_decision.items() if decision == TrialScheduler.STOP}
+
+
+def _in_order(
+    records: Sequence[TrialRecord], comparisons: Sequence[tuple[str, int]], *, milestones: Collection[int]
+) -> list[tuple[str, dict[str, Any]]]:
+    """The lines of all trials by the comparison that they follow; those of none that is known come last, by time."""
+    place = {comparison: number for number, comparison in enumerate(comparisons)}  # of one repeated, the last
+    events = []
+    for record in records:
+        after, time = -1, 0.0
+        for line in record.history:
+            if line["epoch"] in milestones:
+                after = max(after, place.get((record.name, line["epoch"]), len(place)))
+            time = max(time, line["started_at"] + line["seconds"])
+            events.append((after, time, record.name, line["epoch"], line))
+    return [(name, line) for _, _, name, _, line in sorted(events, key=lambda event: event[:4])]
