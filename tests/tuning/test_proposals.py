@@ -178,6 +178,32 @@ def test_a_trial_that_failed_teaches_nothing_and_stops_nothing(directory: SweepD
     assert suggested(proposals, "c")[TRIAL] == "0002"
 
 
+SMALL = {"model.latent_dim": {"choice": [2, 5, 9]}, "optim.warmup_steps": {"choice": [0, 1, 2]}}
+"""Nine configurations."""
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("at_once", [1, 9])
+def test_optuna_never_tries_a_configuration_twice(directory: SweepDirectory, seed: int, at_once: int) -> None:
+    proposals, running = optuna_proposals(directory, settings_for(9, search=SMALL), [], seed=seed), []
+    for number in range(9):
+        running.append((str(number), suggested(proposals, str(number))))
+        if len(running) == at_once:
+            for trial_id, config in running:
+                proposals.on_trial_complete(trial_id, result(1, float(config["model.latent_dim"])))
+            running = []
+    assert len({tuple(overrides.values()) for overrides in proposed_in(directory).values()}) == 9
+    known = {tuple(t.params.values()): t.values for t in proposals._study.trials if t.state.name == "COMPLETE"}
+    assert all(values == [float(latent_dim)] for (latent_dim, _), values in known.items())
+
+
+def test_optuna_never_tries_again_what_an_earlier_driver_tried(directory: SweepDirectory) -> None:
+    space = SearchSpace.from_dict(SMALL)
+    tried = [trials.record_of(f"{n:04d}", {"val/nelbo": 1.0}, proposed=each) for n, each in enumerate(space.grid())]
+    last = suggested(optuna_proposals(directory, settings_for(9, search=SMALL), tried[:8]), "a")
+    assert last == {TRIAL: "0008", **tried[8].proposed}
+
+
 # --- from what is known ---------------------------------------------------------------------------------
 
 
@@ -246,6 +272,20 @@ def test_more_trials_only_extend_what_was_proposed(
     assert grown.journal()[:first] == before
     assert grown.journal() == whole.journal()
     assert list(proposed_in(whole)) == [f"{number:04d}" for number in range(first + more)]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_random_search_proposes_every_configuration_once(directory: SweepDirectory, seed: int) -> None:
+    search = {"model.latent_dim": {"int": [2, 4]}, "optim.grad_clip": {"grid": [1, 2]}, "optim.lr": {"choice": [0.1]}}
+    propose_all(directory, settings_for(6, searcher="random", search=search), seed=seed)
+    proposed = [tuple(overrides.values()) for overrides in proposed_in(directory).values()]
+    assert len(set(proposed)) == len(proposed) == 6
+
+
+def test_numbers_that_are_rounded_alike_are_repeated_at_last_and_not_sought_for_ever(directory: SweepDirectory) -> None:
+    search = {"optim.lr": {"uniform": [0.1, 0.10001]}}
+    propose_all(directory, settings_for(5, searcher="random", search=search), seed=0)
+    assert len(proposed_in(directory)) == 5
 
 
 def test_a_grid_is_proposed_whole_and_in_order(directory: SweepDirectory) -> None:

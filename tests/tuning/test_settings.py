@@ -37,7 +37,14 @@ def test_with_two_metrics_every_trial_runs_to_the_end() -> None:
 def test_a_grid_has_as_many_trials_as_points() -> None:
     assert settings_of(search=GRID, searcher="grid").num_trials == 6
     assert settings_of(search=GRID, searcher="grid", num_trials=6).num_trials == 6
-    assert settings_of(search=GRID, searcher="random", num_trials=7).num_trials == 7
+
+
+@pytest.mark.parametrize("searcher", ["random", "optuna"])
+def test_no_search_has_more_trials_than_there_are_configurations(searcher: str) -> None:
+    assert settings_of(search=GRID, searcher=searcher).num_trials == 6
+    assert settings_of(search=GRID, searcher=searcher, num_trials=5).num_trials == 5
+    with pytest.raises(UserError, match=r"num_trials: got 7, but the space has 6 configurations.*--num-trials 6"):
+        settings_of(search=GRID, searcher=searcher, num_trials=7)
 
 
 def test_the_description_is_plain_data_that_means_the_same_again() -> None:

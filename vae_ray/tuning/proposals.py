@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,8 +15,11 @@ from vae_ray.seeds import stream
 from vae_ray.tuning.directory import SweepDirectory
 from vae_ray.tuning.records import TrialRecord
 from vae_ray.tuning.settings import SweepSettings
-from vae_ray.tuning.space import SearchSpace, Values
+from vae_ray.tuning.space import SearchSpace, Values, configuration_key
 from vae_ray.tuning.trial import TRIAL
+
+MAX_REPETITIONS = 20
+"""How often Optuna may suggest what was proposed before until another configuration is drawn at random."""
 
 
 def trial_name(number: int) -> str:
@@ -25,16 +30,19 @@ def trial_name(number: int) -> str:
 def propose_all(directory: SweepDirectory, settings: SweepSettings, *, seed: int) -> None:
     """Append all proposals of a random or a grid search to the journal that are not there yet.
 
-    By number, so that a proposal whose line was lost is made again as it was.
+    By number, so that a proposal whose line was lost is made again as it was. None is made twice, except for PBT.
     """
     proposed = {entry.get("trial") for entry in directory.journal() if entry.get("event") == "proposed"}
-    grid = settings.space.grid() if settings.searcher == "grid" else None
+    space, numbers = settings.space, range(settings.num_trials)
+    if settings.searcher == "grid":
+        configurations = space.grid()
+    elif settings.scheduler == "pbt":
+        configurations = [space.draw(seed, number) for number in numbers]
+    else:
+        configurations = list(itertools.islice(space.draws(seed), settings.num_trials))
+    names = [trial_name(number) for number in numbers]
     directory.append_to_journal(
-        *(
-            _proposal(trial_name(number), grid[number] if grid else settings.space.draw(seed, number))
-            for number in range(settings.num_trials)
-            if trial_name(number) not in proposed
-        )
+        *(_proposal(name, each) for name, each in zip(names, configurations, strict=True) if name not in proposed)
     )
 
 
@@ -64,7 +72,8 @@ class FixedConfigurations(BasicVariantGenerator):  # type: ignore[misc]
 class OptunaProposals(Searcher):  # type: ignore[misc]
     """The pending trials of earlier drivers, then what Optuna (TPE) suggests from all results.
 
-    A trial's result is that of its best epoch by `selection_metric`, as on the leaderboard.
+    A trial's result is that of its best epoch by `selection_metric`, as on the leaderboard. A configuration that was
+    proposed before is not tried again: Optuna is told its result, where there is one, and asked for another.
     """
 
     def __init__(
@@ -78,12 +87,15 @@ class OptunaProposals(Searcher):  # type: ignore[misc]
     ) -> None:
         super().__init__(metric=list(settings.metrics), mode=["min"] * len(settings.metrics))
         self._directory, self._settings, self._selection_metric = directory, settings, selection_metric
+        self._seed = seed
         self._distributions = distributions(settings.space)
         self._num_proposed = len(records)
         self._pending = [record for record in records if record.state == "pending"]
         self._asked: dict[str, optuna.trial.Trial] = {}
         self._best: dict[str, dict[str, Any]] = {}
         """The metrics of each running trial's best epoch."""
+        self._results: dict[str, list[float] | None] = {configuration_key(record.proposed): None for record in records}
+        """By configuration, of all that were proposed; None without a result."""
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._study = optuna.create_study(
             directions=["minimize"] * len(settings.metrics),
@@ -94,7 +106,7 @@ class OptunaProposals(Searcher):  # type: ignore[misc]
             if record.state == "pending":
                 self._study.enqueue_trial(record.proposed)
             elif record.best is not None and not record.failed:
-                values = self._values(record.best.metrics)
+                values = self._results[configuration_key(record.proposed)] = self._values(record.best.metrics)
                 self._study.add_trial(
                     optuna.trial.create_trial(params=record.proposed, distributions=self._distributions, values=values)
                 )
@@ -103,16 +115,31 @@ class OptunaProposals(Searcher):  # type: ignore[misc]
         """The next trial's configuration, or that there is none left."""
         if not self._pending and self._num_proposed >= self._settings.num_trials:
             return str(Searcher.FINISHED)
-        self._asked[trial_id] = self._study.ask(self._distributions)  # the pending ones come first
         if self._pending:
+            self._asked[trial_id] = self._study.ask(self._distributions)  # Optuna gives enqueued ones first
             record = self._pending.pop(0)
             if record.best is not None:
                 self._best[trial_id] = record.best.metrics
             return {TRIAL: record.name, **record.proposed}
-        overrides, name = self._settings.space.rounded(self._asked[trial_id].params), trial_name(self._num_proposed)
+        self._asked[trial_id], overrides = self._ask_for_another()
+        self._results[configuration_key(overrides)] = None
+        name = trial_name(self._num_proposed)
         self._directory.append_to_journal(_proposal(name, overrides))
         self._num_proposed += 1
         return {TRIAL: name, **overrides}
+
+    def _ask_for_another(self) -> tuple[optuna.trial.Trial, dict[str, Any]]:
+        """A suggestion that was not proposed before; drawn at random where Optuna keeps to those that were."""
+        for _ in range(MAX_REPETITIONS):
+            asked = self._study.ask(self._distributions)
+            overrides = self._settings.space.rounded(asked.params)
+            if configuration_key(overrides) not in self._results:
+                return asked, overrides
+            values = self._results[configuration_key(overrides)]
+            self._study.tell(asked, values, state=None if values else optuna.trial.TrialState.FAIL)
+        self._study.enqueue_trial(next(self._settings.space.draws(self._seed, map(json.loads, self._results))))
+        asked = self._study.ask(self._distributions)
+        return asked, self._settings.space.rounded(asked.params)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Tune reports the last epoch in `on_trial_complete` only."""
@@ -124,10 +151,13 @@ class OptunaProposals(Searcher):  # type: ignore[misc]
         if result and not error:
             self.on_trial_result(trial_id, result)
         best = self._best.pop(trial_id, None)
+        asked = self._asked.pop(trial_id)
         if error or best is None:
-            self._study.tell(self._asked.pop(trial_id), state=optuna.trial.TrialState.FAIL)
+            self._study.tell(asked, state=optuna.trial.TrialState.FAIL)
         else:
-            self._study.tell(self._asked.pop(trial_id), self._values(best))
+            values = self._values(best)
+            self._results[configuration_key(self._settings.space.rounded(asked.params))] = values
+            self._study.tell(asked, values)
 
     def _values(self, metrics: dict[str, Any]) -> list[float]:
         return [float(metrics[metric]) for metric in self._settings.metrics]

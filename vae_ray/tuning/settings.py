@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -67,7 +68,10 @@ def settings(
     space = SearchSpace.load(search) if isinstance(search, str) else SearchSpace.from_dict(search)
     if scheduler == "pbt":
         _check_pbt(space, searcher=searcher, workers_per_trial=workers_per_trial)
-    num_trials = _num_trials(num_trials, space, searcher=searcher, min_trials=2 if scheduler == "pbt" else 1)
+    # a population may begin with equal configurations; elsewhere they would repeat a known result
+    size = math.inf if scheduler == "pbt" else space.size()
+    min_trials = 2 if scheduler == "pbt" else 1
+    num_trials = _num_trials(num_trials, space, searcher=searcher, min_trials=min_trials, max_trials=size)
     return SweepSettings(space, metrics, num_trials, scheduler, searcher)
 
 
@@ -121,19 +125,25 @@ def _check_pbt(space: SearchSpace, *, searcher: str, workers_per_trial: int) -> 
             raise UserError(f"search: {key}: pbt changes numbers by factors, should be uniform, loguniform or choice")
 
 
-def _num_trials(num_trials: int | None, space: SearchSpace, *, searcher: str, min_trials: int) -> int:
+def _num_trials(
+    num_trials: int | None, space: SearchSpace, *, searcher: str, min_trials: int, max_trials: float
+) -> int:
     if searcher == "grid":
         size = len(space.grid())
         if num_trials not in (None, size):
-            raise UserError(
-                f"num_trials: got {num_trials}, the grid has {size} points; leave it out or use --searcher random"
-            )
+            other = " or use --searcher random" if num_trials is not None and num_trials < size else ""
+            raise UserError(f"num_trials: got {num_trials}, the grid has {size} points; leave it out{other}")
         return size
     if num_trials is None:
-        return DEFAULT_NUM_TRIALS
+        return int(min(DEFAULT_NUM_TRIALS, max_trials))
     if num_trials < min_trials:
         raise UserError(
             f"num_trials: got {num_trials}, should be at least {min_trials}; for example "
             f"--num-trials {DEFAULT_NUM_TRIALS}"
+        )
+    if num_trials > max_trials:
+        raise UserError(
+            f"num_trials: got {num_trials}, but the space has {max_trials:.0f} configurations, each of which needs one "
+            f"trial; use --num-trials {max_trials:.0f}"
         )
     return num_trials

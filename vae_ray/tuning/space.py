@@ -10,7 +10,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,10 @@ class Values:
         """Values that are valid if, and only if, all are."""
         return self.values
 
+    def size(self) -> float:
+        """How many values there are."""
+        return len(self.values)
+
 
 @dataclass(frozen=True)
 class Range:
@@ -84,6 +88,10 @@ class Range:
         if self.integer:
             return [int(self.low), int(self.high)]
         return [self.low, self.high, math.nextafter(self.high, self.low)]
+
+    def size(self) -> float:
+        """How many numbers there are: infinitely many, or those of a range of integers."""
+        return self.high - self.low + 1 if self.integer else math.inf
 
 
 Domain = Values | Range
@@ -177,6 +185,24 @@ class SearchSpace:
             drawn |= {key: self.domains[key].at(float(u)) for key, u in zip(spread, sequence.random(1)[0], strict=True)}
         return {key: drawn[key] for key in self.domains}
 
+    def draws(self, seed: int, seen: Iterable[Mapping[str, Any]] = ()) -> Iterator[dict[str, Any]]:
+        """What is drawn for the numbers 0, 1, ..., without repetition and without the configurations in `seen`.
+
+        A repetition is only drawn where a hundred draws in a row have found nothing else.
+        """
+        keys, numbers = {configuration_key(each) for each in seen}, itertools.count()
+        while True:
+            for _ in range(100):
+                drawn = self.draw(seed, next(numbers))
+                if configuration_key(drawn) not in keys:
+                    break
+            keys.add(configuration_key(drawn))
+            yield drawn
+
+    def size(self) -> float:
+        """How many configurations there are."""
+        return math.prod(domain.size() for domain in self.domains.values())
+
     def grid(self) -> list[dict[str, Any]]:
         """Every combination of the values; raises `UserError` for a range, which has infinitely many."""
         for key, domain in self.domains.items():
@@ -207,6 +233,11 @@ def _checked(key: str, domain: Domain, experiment: Experiment) -> Domain:
     if len(set(values)) < len(values):
         raise UserError(f"search: {key}: got {list(domain.values)!r}, names a value twice")
     return Values(tuple(values), domain.is_grid)
+
+
+def configuration_key(overrides: Mapping[str, Any]) -> str:
+    """Equal for equal configurations."""
+    return json.dumps(overrides, sort_keys=True)
 
 
 def search_names() -> list[str]:
