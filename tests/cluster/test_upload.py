@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import pytest
 from ray.job_submission import JobSubmissionClient
 
 from vae_ray.cluster.submission import send
+from vae_ray.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGE = REPOSITORY / "vae_ray"
@@ -132,6 +133,48 @@ def test_files_and_packages_of_a_user_are_uploaded_under_their_names(
     send(client, ["true"], working_dir=tmp_path / "here", files=files)
     assert uploaded() == {"submitted-mine.yaml", "nets/small.py", "a.txt"}
     assert sorted(path.name for path in (tmp_path / "here").iterdir()) == ["a.txt", "nets"]
+
+
+def test_linked_files_and_directories_are_uploaded(
+    client: JobSubmissionClient, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_files(tmp_path, "elsewhere/nets/deep/small.py", "here/package/Läufe.txt")
+    for link in ("here/nets", "here/package/nets"):
+        (tmp_path / link).symlink_to(tmp_path / "elsewhere" / "nets")
+    (tmp_path / "here" / "package" / "broken").symlink_to("/nowhere")
+    send(client, ["true"], working_dir=tmp_path / "here")
+    assert uploaded() == {"nets/deep/small.py", "package/nets/deep/small.py", "package/Läufe.txt"}
+    assert f"warning: {tmp_path}/here/package/broken is a link to nothing" in capsys.readouterr().err
+
+
+UNSENDABLE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a name in latin-1": (
+        lambda where: open(os.fsencode(where) + b"/caf\xe9.txt", "w").close(),
+        r"/caf\\udce9\.txt' has a name that is not printable UTF-8; rename it",
+    ),
+    "a pipe": (lambda where: os.mkfifo(where / "pipe"), r"/pipe' is a pipe, a socket or a device; remove it, or name"),
+    "a link upwards": (lambda where: (where / "up").symlink_to(".."), "is a link to a directory that contains it"),
+    "a link to itself": (lambda where: (where / "me").symlink_to("."), "is a link to a directory that contains it"),
+}
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("place", ["", "package"])
+@pytest.mark.parametrize("what", UNSENDABLE)
+def test_what_ray_cannot_upload_is_named_before_anything_is_sent(
+    client: JobSubmissionClient, tmp_path: Path, what: str, place: str
+) -> None:
+    here, (make, message) = tmp_path / "here", UNSENDABLE[what]
+    write_files(here, "mine.py", "package/code.py")
+    make(here / place)
+    with pytest.raises(UserError, match=f"^--working-dir: '{tmp_path}/.*{message}") as refusal:
+        send(client, ["true"], working_dir=here)
+    assert "\n" not in str(refusal.value)
+    assert Dashboard.num_uploads == 0
+    if what == "a pipe":
+        (here / ".rayignore").write_text("pipe\n")
+        send(client, ["true"], working_dir=here)
+        assert uploaded() == {"mine.py", "package/code.py", ".rayignore"}
 
 
 def test_ray_job_submit_from_a_checkout_uploads_the_whole_package_and_neither_data_nor_results(

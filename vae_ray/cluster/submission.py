@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
+import os
 import shlex
 import sys
 import tempfile
@@ -16,6 +18,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ray._private.ray_constants import RAY_RUNTIME_ENV_IGNORE_GITIGNORE
+from ray._private.runtime_env import packaging
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from vae_ray.cluster.dashboard import connect, describe_error
@@ -147,6 +151,7 @@ def send(
         top = [path for path in (working_dir.iterdir() if working_dir else ()) if path.name not in LOCAL_NAMES]
         for name, path in {**{path.name: path for path in top}, **(files or {})}.items():
             Path(stage, name).symlink_to(path.absolute())  # Ray follows it
+        _check_upload(Path(stage))
         runtime_env = {
             "working_dir": stage,
             "py_modules": [str(PACKAGE)],
@@ -167,6 +172,37 @@ def send(
                     lines = [line for line in str(error).splitlines() if line.strip()]
                     raise TrainingFailed(f"the cluster did not accept the job: {lines[-1].strip()}") from None
                 time.sleep(1)
+
+
+def _check_upload(stage: Path) -> None:
+    """Raise `UserError` for the first path in `stage` that Ray cannot upload; print a warning of links to nothing.
+
+    Ray follows links. It waits for pipes indefinitely, calls a name that is not UTF-8 a missing directory, and uploads
+    a directory that links to itself forty times.
+    """
+
+    def check(path: Path) -> None:
+        if path == stage:
+            return
+        why = None
+        real = path.readlink() if path.parent == stage else path.parent.resolve() / path.name
+        if not str(real).isprintable():
+            why = "has a name that is not printable UTF-8; rename it"
+        elif not path.exists():
+            _print(f"warning: {real} is a link to nothing and not uploaded")
+        elif path.is_symlink() and path.resolve() in [parent.resolve() for parent in path.parents]:
+            why = "is a link to a directory that contains it; remove it, or name it in a .rayignore file there"
+        elif not path.is_dir() and not path.is_file():
+            why = "is a pipe, a socket or a device; remove it, or name it in a .rayignore file there"
+        elif not os.access(path, os.R_OK):
+            why = "cannot be read; change its permissions, or name it in a .rayignore file there"
+        if why is not None:
+            raise UserError(f"--working-dir: {str(real)!r} {why}")
+
+    excludes = [packaging._get_excludes(stage, list(EXCLUDES))]
+    respects_gitignore = os.environ.get(RAY_RUNTIME_ENV_IGNORE_GITIGNORE, "0") != "1"
+    # a logger of its own: Ray's would print the path before our line
+    packaging._dir_travel(stage, excludes, check, respects_gitignore, logging.Logger("unused", level=logging.CRITICAL))
 
 
 def _followed(client: JobSubmissionClient, job: Job) -> Job:
