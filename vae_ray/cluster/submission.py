@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import os
+import re
 import shlex
 import sys
 import tempfile
@@ -18,8 +18,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ray._private.ray_constants import RAY_RUNTIME_ENV_IGNORE_GITIGNORE
-from ray._private.runtime_env import packaging
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from vae_ray.cluster.dashboard import connect, describe_error
@@ -151,11 +149,10 @@ def send(
         top = [path for path in (working_dir.iterdir() if working_dir else ()) if path.name not in LOCAL_NAMES]
         for name, path in {**{path.name: path for path in top}, **(files or {})}.items():
             Path(stage, name).symlink_to(path.absolute())  # Ray follows it
-        _check_upload(Path(stage))
         runtime_env = {
             "working_dir": stage,
             "py_modules": [str(PACKAGE)],
-            "excludes": list(EXCLUDES),
+            "excludes": [*EXCLUDES, *_unsendable(Path(stage))],
             "env_vars": dict(environment or {}),
         }
         while True:
@@ -174,35 +171,37 @@ def send(
                 time.sleep(1)
 
 
-def _check_upload(stage: Path) -> None:
-    """Raise `UserError` for the first path in `stage` that Ray cannot upload; print a warning of links to nothing.
+def _unsendable(stage: Path) -> list[str]:
+    """Patterns of what Ray cannot upload of `stage`, each with a warning; linked directories are followed.
 
-    Ray follows links. It waits for pipes indefinitely, calls a name that is not UTF-8 a missing directory, and uploads
-    a directory that links to itself forty times.
+    Ray waits for a pipe indefinitely, calls a name that is not UTF-8 a missing directory, and uploads a directory that
+    links to itself forty times.
     """
+    patterns = []
+    for folder, folders, names in os.walk(stage, followlinks=True):
+        for name in [*folders, *names]:
+            path = Path(folder, name)
+            real = path.readlink() if path.parent == stage else path.parent.resolve() / name
+            if (why := _why_unsendable(path, real)) is None:
+                continue
+            _print(f"warning: {str(real)!r} {why}; it is not uploaded")
+            patterns.append("/" + re.sub(r"[^\w./-]", "?", path.relative_to(stage).as_posix()))
+            if name in folders:
+                folders.remove(name)  # do not descend
+    return patterns
 
-    def check(path: Path) -> None:
-        if path == stage:
-            return
-        why = None
-        real = path.readlink() if path.parent == stage else path.parent.resolve() / path.name
-        if not str(real).isprintable():
-            why = "has a name that is not printable UTF-8; rename it"
-        elif not path.exists():
-            _print(f"warning: {real} is a link to nothing and not uploaded")
-        elif path.is_symlink() and path.resolve() in [parent.resolve() for parent in path.parents]:
-            why = "is a link to a directory that contains it; remove it, or name it in a .rayignore file there"
-        elif not path.is_dir() and not path.is_file():
-            why = "is a pipe, a socket or a device; remove it, or name it in a .rayignore file there"
-        elif not os.access(path, os.R_OK):
-            why = "cannot be read; change its permissions, or name it in a .rayignore file there"
-        if why is not None:
-            raise UserError(f"--working-dir: {str(real)!r} {why}")
 
-    excludes = [packaging._get_excludes(stage, list(EXCLUDES))]
-    respects_gitignore = os.environ.get(RAY_RUNTIME_ENV_IGNORE_GITIGNORE, "0") != "1"
-    # a logger of its own: Ray's would print the path before our line
-    packaging._dir_travel(stage, excludes, check, respects_gitignore, logging.Logger("unused", level=logging.CRITICAL))
+def _why_unsendable(path: Path, real: Path) -> str | None:
+    """What Ray cannot send about `path`, which is `real` without the links of its directories; None if it can."""
+    if not path.name.isprintable():
+        return "has a name that is not printable UTF-8"
+    if not path.exists():
+        return "is a link to nothing"
+    if real.is_symlink() and real.resolve() in {*real.parents, *(parent.resolve() for parent in path.parents)}:
+        return "is a link to a directory that contains it"
+    if not path.is_dir() and not path.is_file():
+        return "is a pipe, a socket or a device"
+    return None if os.access(path, os.R_OK) else "cannot be read"
 
 
 def _followed(client: JobSubmissionClient, job: Job) -> Job:
