@@ -75,9 +75,9 @@ def _init(*, is_local: bool, dashboard: bool) -> None:
     except Exception as error:  # Ray raises no common class
         reason = f"({one_line(error)[:200]})"
         if is_local:
-            advice = "`vae-ray doctor` looks for the cause; or use --workers.num 0"
+            advice = "`vae-ray doctor` looks for the cause; train with --workers.num 0 needs no Ray"
             raise UserError(f"a local Ray does not start {reason}; {advice}") from None
         raise UserError(
             f"RAY_ADDRESS: Ray at {os.environ.get('RAY_ADDRESS')!r} cannot be reached {reason}; unset RAY_ADDRESS to "
-            "start a local one, or use --workers.num 0"
+            "start a local one; train with --workers.num 0 needs no Ray"
         ) from None

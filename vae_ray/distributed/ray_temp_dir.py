@@ -49,5 +49,5 @@ def check_temp_dir() -> None:
         variable = next((name for name in ("RAY_TMPDIR", "TMPDIR") if name in os.environ), "RAY_TMPDIR")
         raise UserError(
             f"{variable}: Ray's directory {path} {problem}; set RAY_TMPDIR to a short path where "
-            f"{NEEDED_BYTES >> 20} MiB can be written, or use --workers.num 0"
+            f"{NEEDED_BYTES >> 20} MiB can be written; train with --workers.num 0 needs no Ray"
         )

@@ -88,7 +88,7 @@ def check_workers(experiment: Experiment, model: VAE) -> None:
         raise UserError(
             f"workers.num: got {experiment.workers.max}, but the network has {type(normalization[0]).__name__}, which "
             "couples the images of one worker's shard, so that the result would depend on the number of workers; use "
-            "torch.nn.GroupNorm in the network, or --workers.num 0"
+            "torch.nn.GroupNorm in the network, or one worker"
         )
 
 
