@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -158,7 +159,22 @@ def test_sidecar_is_the_sha256_of_the_file(config: DigitsData) -> None:
     open_split(config, "test")
     file = arrow_file(config)
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    assert json.loads(file.with_suffix(".json").read_text()) == {"sha256": digest}
+    assert json.loads(file.with_suffix(".json").read_text())["sha256"] == digest
+
+
+def test_a_fingerprint_is_that_of_the_images_wherever_they_lie(raw: Path, tmp_path: Path) -> None:
+    here = Splits.open(Experiment(data=mnist_config(raw))).fingerprints
+    shutil.copytree(raw, tmp_path / "elsewhere" / "MNIST" / "raw")
+    copy = tmp_path / "elsewhere" / "MNIST" / "raw"
+    (copy / NAMES[1]).write_bytes(idx(np.zeros(7, dtype=np.uint8)))  # labels train nothing
+    elsewhere = MnistData(root=tmp_path / "elsewhere", download=False, cache_dir=tmp_path / "other cache")
+    assert Splits.open(Experiment(data=elsewhere)).fingerprints == here
+    content = bytearray((copy / NAMES[2]).read_bytes())
+    content[-1] ^= 1
+    (copy / NAMES[2]).write_bytes(content)
+    found = Splits.open(Experiment(data=elsewhere)).fingerprints
+    assert found["train"] == here["train"]
+    assert found["test"] != here["test"]
 
 
 def test_a_cache_that_cannot_be_written_is_refused_with_its_key(tmp_path: Path) -> None:

@@ -1,9 +1,11 @@
 """System: a run that was stopped anywhere goes on to the same bits as one that never stopped."""
 
+import itertools
 import json
 import random
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -14,9 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.runs import computed
+from tests.checkpoints.written import change_manifest
+from tests.runs import computed, fitted, run_of
+from tests.thread_workers import ThreadWorkers
 from vae_ray import Experiment, TrainResult, UserError, train
 from vae_ray.cli.main import main
+from vae_ray.data.splits import Splits
 from vae_ray.runs.train import resume as resume_run
 
 
@@ -173,6 +178,66 @@ def test_resume_refuses_to_change_what_a_run_computes(
         assert "cannot be resumed with a different experiment: " in err
         assert err.count("\n") == 1
     assert {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()} == before
+
+
+def raw_files(root: Path, *, seed: int, height: int = 8) -> Path:
+    """Raw files of MNIST's layout with 40 training and 9 test images."""
+    raw, chance = root / "MNIST" / "raw", np.random.default_rng(seed)
+    raw.mkdir(parents=True)
+    for prefix, n in (("train", 40), ("t10k", 9)):
+        for kind, shape in (("images-idx3", (n, height, 8)), ("labels-idx1", (n,))):
+            header = bytes([0, 0, 8, len(shape)]) + struct.pack(f">{len(shape)}I", *shape)
+            (raw / f"{prefix}-{kind}-ubyte").write_bytes(header + chance.bytes(int(np.prod(shape))))
+    return root
+
+
+@pytest.fixture
+def on_files(quick: Experiment, tmp_path: Path) -> Experiment:
+    """Two epochs on raw files."""
+    data = {"source": "mnist", "root": str(raw_files(tmp_path / "first", seed=1)), "download": False}
+    small = {"data.num_validation": 8, "training.epochs": 2, "optim.schedule": "constant"}
+    return quick.with_overrides({"data": data, **small})
+
+
+@pytest.mark.parametrize("epochs", [2, 3])
+def test_a_run_is_not_continued_on_other_images(on_files: Experiment, tmp_path: Path, epochs: int) -> None:
+    run = train(on_files).run_dir
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    other, small = raw_files(tmp_path / "other", seed=2), raw_files(tmp_path / "small", seed=1, height=7)
+    more = {"training.epochs": epochs}
+    with pytest.raises(UserError, match=r"data\.source: mnist has other train and test images than the run had; use"):
+        resume_run(run, {"data.root": str(other), **more})
+    size = r"mnist has images of shape \(1, 7, 8\), where the run's had \(1, 8, 8\)"
+    with pytest.raises(UserError, match=size):
+        resume_run(run, {"data.root": str(small), **more})
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_continues_on_the_same_images_in_another_place(on_files: Experiment, tmp_path: Path) -> None:
+    run = train(on_files).run_dir
+    moved = raw_files(tmp_path / "moved", seed=1)
+    shutil.rmtree(tmp_path / "first")
+    assert resume_run(run, {"data.root": str(moved), "training.epochs": 3}).epochs == 3
+
+
+def test_a_checkpoint_that_does_not_know_its_images_is_continued_on_any(on_files: Experiment, tmp_path: Path) -> None:
+    """As those of earlier versions."""
+    run = train(on_files).run_dir
+    for checkpoint in (run / "checkpoints").iterdir():
+        change_manifest(checkpoint, lambda manifest: manifest.pop("fingerprints"))
+    other = raw_files(tmp_path / "other", seed=2)
+    assert resume_run(run, {"data.root": str(other), "training.epochs": 3}).epochs == 3
+
+
+def test_workers_on_nodes_with_different_images_do_not_begin(
+    quick: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    number = itertools.count()
+    monkeypatch.setattr(Splits, "fingerprints", property(lambda splits: {"train": str(next(number))}))
+    monkeypatch.setattr(ThreadWorkers, "node", property(lambda group: f"node-{group.rank}"))
+    errors = fitted(quick, run_of(quick), 2)
+    assert [type(error) for error in errors] == [UserError, UserError]
+    assert str(errors[0]) == "data.root: nodes node-0 and node-1 have different images; should be the same files"
 
 
 @pytest.mark.parametrize("content", [b"", b"run: {seed: 1}\n", b"model: {latent_dim: 11}\n"])

@@ -272,11 +272,11 @@ def test_auto_is_this_process_and_one_thread_for_a_small_network(
     quick: Experiment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    resolved = preflight(quick.with_overrides({"workers.num": "auto", "workers.cpus": "auto"}))
+    resolved = preflight(quick.with_overrides({"workers.num": "auto", "workers.cpus": "auto"})).experiment
     assert (resolved.workers.num, resolved.workers.cpus) == (0, 1)
     large = quick.with_overrides({"workers.num": "auto", "workers.cpus": "auto", "model.network.hidden": [4096, 1024]})
     large = large.with_overrides({"training.global_batch_size": 1000})
-    assert preflight(large).workers.cpus == num_local_cpus()
+    assert preflight(large).experiment.workers.cpus == num_local_cpus()
 
 
 def test_a_step_is_shared_out_among_threads_from_a_certain_size_on(quick: Experiment) -> None:

@@ -208,6 +208,19 @@ def test_a_sweep_that_is_running_is_not_joined(place: Path, capsys: pytest.Captu
     assert directory.description() == content
 
 
+def test_a_sweep_is_not_continued_on_other_images(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (place / "runs").mkdir()
+    directory = small_sweep(place / "runs" / "mine")
+    content = directory.description()
+    directory.write_description({**content, "fingerprints": {"train": "of others", "test": "of others"}})
+    experiment, search = place / "mine.yaml", place / "search.yaml"
+    experiment.write_text(Experiment.from_dict(content["experiment"]).to_yaml())
+    search.write_text("objective.beta: {loguniform: [0.01, 4.0]}")
+    same = ["sweep", str(experiment), "--search", str(search), "--scheduler=none", "--num-trials=8", "--resume"]
+    message = mistake(capsys, *same, "--name", "mine", "--storage", str(place / "runs"))
+    assert "cannot be resumed as a different sweep (other train images; other test images)" in message
+
+
 def test_a_run_does_not_move_into_a_sweep(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (place / "runs").mkdir()
     small_sweep(place / "runs" / "mine")
@@ -222,7 +235,7 @@ def test_a_sweep_on_few_images_sets_at_least_one_aside(
     num_training: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     few = own_images(num_training, tmp_path, monkeypatch)
-    _, experiment = preflighted(settings_of(search={"optim.lr": {"choice": [0.1]}}), few)
+    _, experiment, _ = preflighted(settings_of(search={"optim.lr": {"choice": [0.1]}}), few)
     assert experiment.data.num_validation == max(1, num_training // 10)
 
 

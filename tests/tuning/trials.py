@@ -47,6 +47,7 @@ def record_of(
         selection_metric="val/nelbo",
         files={},
         scalars={},
+        fingerprints={},
         format_version=3,
         contents={"experiment.json": b"{}"},
     )

@@ -6,7 +6,8 @@
         averaged.safetensors        the averaged weights, if the run averages them
         training_state.safetensors  tensors of the optimizer and of the training progress
         experiment.json             the resolved experiment
-        manifest.json               epoch, metrics, scalars, image shape; sizes and SHA-256 of all files
+        manifest.json               epoch, metrics, scalars, image shape, fingerprints of the images that it was trained
+                                    and tested with; sizes and SHA-256 of all files
 
 No file can run code. A directory without a valid manifest is not a checkpoint. Formats 1 and 2 (vae_ray 0.1) have the
 same weights and experiment, and a pickled `training_state.pt` that is never loaded.
@@ -69,6 +70,8 @@ class Checkpoint:
     files: dict[str, dict[str, Any]]
     scalars: dict[str, Scalar]
     """Training progress as plain values; empty in formats 1 and 2."""
+    fingerprints: dict[str, str]
+    """Of the images of "train" and "test" (`Splits.fingerprints`); empty where they were not recorded."""
     format_version: int
     contents: dict[str, bytes] = field(default_factory=dict, repr=False, compare=False)
     """Files that are in memory; always the manifest."""
@@ -91,6 +94,20 @@ class Checkpoint:
     @property
     def has_averaged_weights(self) -> bool:
         return AVERAGED in self.files
+
+    def other_images(self, image_shape: tuple[int, int, int], fingerprints: Mapping[str, str]) -> str:
+        """How images differ from those of this checkpoint's run; empty if they do not, or it is not known."""
+        if image_shape != self.image_shape:
+            return f"images of shape {image_shape}, where the run's had {self.image_shape}"
+        others = [split for split, found in fingerprints.items() if self.fingerprints.get(split, found) != found]
+        return f"other {' and '.join(others)} images than the run had" if others else ""
+
+    def check_images(self, source: str, image_shape: tuple[int, int, int], fingerprints: Mapping[str, str]) -> None:
+        """Raise `UserError` if `source` has other images than this checkpoint was trained with."""
+        if other := self.other_images(image_shape, fingerprints):
+            fits = image_shape == self.image_shape
+            alternative = f", or start another run with --run.initial-weights {self.path}" if fits else ""
+            raise UserError(f"data.source: {source} has {other}; use the run's images (--data.root){alternative}")
 
     def read(self, name: str, *, most_bytes: int | None = None) -> bytes:
         """The bytes of one file; raises `CorruptFile` if they are not those written, or more than `most_bytes`.
@@ -278,6 +295,7 @@ def _checked(path: Path, manifest: dict[str, Any], content: bytes) -> Checkpoint
         selection_metric=manifest["selection_metric"],
         files=files,
         scalars=scalars,
+        fingerprints={str(split): str(value) for split, value in manifest.get("fingerprints", {}).items()},
         format_version=version,
         contents={MANIFEST: content},
     )

@@ -48,6 +48,7 @@ def save_checkpoint(
     scalars: Mapping[str, Scalar],
     metrics: Mapping[str, float],
     selection_metric: str,
+    fingerprints: Mapping[str, str],
 ) -> Checkpoint:
     """Write `directory/epoch=NNNN`, or with `step` `directory/epoch=NNNN-step=NNNNNN`, whole or not at all.
 
@@ -76,6 +77,7 @@ def save_checkpoint(
         "selection_metric": selection_metric,
         "metrics": dict(metrics),
         "scalars": dict(scalars),
+        "fingerprints": dict(fingerprints),
         "files": {
             name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
             for name, content in contents.items()

@@ -1,7 +1,8 @@
 """The decoded images of a data set: one Arrow IPC file per split, memory-mapped and shared by all processes.
 
 Between a source and the batches. The first process on a node decodes, under a lock; the file is written under another
-name and renamed when it is complete. Its SHA-256 is in a file beside it and checked whenever it is opened.
+name and renamed when it is complete. In a file beside it are its SHA-256, checked whenever it is opened, and a
+fingerprint of the images.
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ from vae_ray.data.sources import Images, Source, build_source
 from vae_ray.errors import CorruptFile, UserError, one_line
 from vae_ray.storage.locations import cache_root, is_uri, local_path
 from vae_ray.storage.reading import parse_json, read_bytes
+from vae_ray.storage.records import verify, with_checksum
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 LOCK_TIMEOUT_SECONDS = 1800.0
 
 
@@ -40,6 +42,8 @@ class Split(NamedTuple):
     """uint8 `(N, C, H, W)`."""
     labels: Tensor
     """int64 `(N,)`."""
+    fingerprint: str
+    """SHA-256 of the images: of their shape and bytes, wherever they were read from; without the labels."""
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -70,10 +74,10 @@ def open_split(config: DataConfig | UserData, split: str) -> Split:
             fingerprint = f"v{FORMAT_VERSION};{source.fingerprint()}"
             digest = hashlib.sha256(fingerprint.encode()).hexdigest()[:16]
             file = cache / f"{name}-{split}-{digest}.arrow"
-            opened = _map(file) if _is_intact(file) else None
+            known = _fingerprint_if_intact(file)
+            opened = _map(file, known) if known is not None else None
             if opened is None:
-                _write(file, _decode(source, split))
-                opened = _map(file)
+                opened = _map(file, _write(file, _decode(source, split)))
     except filelock.Timeout as error:
         raise UserError(f"{error.lock_file}: another process held it for {LOCK_TIMEOUT_SECONDS:.0f} s") from None
     except OSError as error:
@@ -109,23 +113,27 @@ def _sidecar(file: Path) -> Path:
     return file.with_suffix(".json")
 
 
-def _is_intact(file: Path) -> bool:
+def _fingerprint_if_intact(file: Path) -> str | None:
+    """The fingerprint of the images in a file that is what was written; None if it is not, with a warning."""
     if not file.exists():
-        return False
+        return None
     if not file.is_file():
         raise UserError(f"{file}: is a directory, a pipe or a device where the decoded images belong; remove it")
     try:
-        expected = parse_json(read_bytes(_sidecar(file)))["sha256"]
+        sidecar = verify(parse_json(read_bytes(_sidecar(file))))
+        expected, fingerprint = sidecar["sha256"], str(sidecar["images"])
     except (OSError, ValueError, KeyError, TypeError, CorruptFile):
-        expected = "a readable " + _sidecar(file).name
+        expected = fingerprint = "a readable " + _sidecar(file).name
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     if digest != expected:
         logger.warning("%s: damaged (sha256 expected %s, found %s); decoding it again", file, expected, digest)
-    return bool(digest == expected)
+        return None
+    return fingerprint
 
 
-def _write(file: Path, images: Images) -> None:
+def _write(file: Path, images: Images) -> str:
+    """Write decoded images and, beside them, the checksums; returns the fingerprint of the images."""
     for leftover in file.parent.glob(f"{file.stem}.partial-*"):  # of killed processes; this one holds the lock
         leftover.unlink()
     shape = images.pixels.shape[1:]
@@ -141,14 +149,19 @@ def _write(file: Path, images: Images) -> None:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
             os.fsync(stream.fileno())
         sidecar = _sidecar(file)
-        sidecar.with_suffix(".json.partial").write_text(json.dumps({"sha256": digest}))
+        hashed = hashlib.sha256(repr(images.pixels.shape).encode())
+        hashed.update(np.ascontiguousarray(images.pixels).data)
+        fingerprint = hashed.hexdigest()
+        content = json.dumps(with_checksum({"sha256": digest, "images": fingerprint}))
+        sidecar.with_suffix(".json.partial").write_text(content)
         os.replace(sidecar.with_suffix(".json.partial"), sidecar)
         os.replace(partial, file)
     finally:
         partial.unlink(missing_ok=True)
+    return fingerprint
 
 
-def _map(file: Path) -> Split | None:
+def _map(file: Path, fingerprint: str) -> Split | None:
     """The images in a file whose checksum is right; None, with a warning, if the file does not have our schema."""
     try:
         # The mapping lives as long as the arrays that point into it.
@@ -166,4 +179,4 @@ def _map(file: Path) -> Split | None:
     with warnings.catch_warnings():
         # torch warns that mapped memory is read-only; batches are copies, nothing writes into it
         warnings.simplefilter("ignore", UserWarning)
-        return Split(torch.from_numpy(pixels), torch.from_numpy(labels))
+        return Split(torch.from_numpy(pixels), torch.from_numpy(labels), fingerprint)

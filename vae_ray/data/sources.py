@@ -140,7 +140,7 @@ class TorchvisionMNIST:
     def _how_to_get(self, missing: Path, why: str) -> str:
         return (
             f"data.source {self.source}: file {missing} is missing {why}; "
-            f"try --data.root DIR where DIR/{self.class_name}/raw holds the files, or the preset digits"
+            f"try --data.root DIR where DIR/{self.class_name}/raw holds the files; the preset digits needs none"
         )
 
     def decode(self, split: str) -> Images:

@@ -35,6 +35,11 @@ class Splits(NamedTuple):
         )
         return cls(train, test, *indices)
 
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """The fingerprints of the images in each file; equal for equal images, wherever they lie."""
+        return {"train": self.train.fingerprint, "test": self.test.fingerprint}
+
     def mean_training_image(self) -> Tensor:
         """The mean of the training images, `(C, H, W)` in [0, 1]; in float64 from exact sums."""
         sums = sum(

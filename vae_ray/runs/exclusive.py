@@ -11,6 +11,7 @@ import filelock
 
 from vae_ray.checkpoints.listing import all_checkpoints
 from vae_ray.config.experiment import Experiment, differing_fields
+from vae_ray.data.splits import Splits
 from vae_ray.errors import CorruptFile, UserError
 from vae_ray.run_files.run_directory import WRITER_LOCK_SECONDS, RunDirectory
 from vae_ray.storage.filesystems import check_writable
@@ -26,13 +27,13 @@ def run_location(experiment: Experiment) -> str:
 
 
 @contextlib.contextmanager
-def open_run(experiment: Experiment, *, resume: bool) -> Iterator[RunDirectory]:
+def open_run(experiment: Experiment, splits: Splits, *, resume: bool) -> Iterator[RunDirectory]:
     """The run's directory, held by this process alone; refused if the name is taken by something else."""
     check_writable(experiment.run.storage)
     run = RunDirectory.at(run_location(experiment), role="driver")
 
     def refuse_other_uses() -> None:
-        _refuse_other_uses(run, experiment, resume=resume)
+        _refuse_other_uses(run, experiment, splits, resume=resume)
 
     with exclusive_run(run, name=str(experiment.run.name), before=refuse_other_uses):
         yield run
@@ -69,7 +70,7 @@ def exclusive_run(directory: SyncedDirectory, *, name: str, before: Callable[[],
         raise UserError(f"run.name: {name!r} is running right now; choose another --name") from None
 
 
-def _refuse_other_uses(run: RunDirectory, experiment: Experiment, *, resume: bool) -> None:
+def _refuse_other_uses(run: RunDirectory, experiment: Experiment, splits: Splits, *, resume: bool) -> None:
     name, storage = experiment.run.name, absolute(experiment.run.storage, key="run.storage")
     run.refuse_links()
     if not run.experiment_file.exists():
@@ -87,6 +88,8 @@ def _refuse_other_uses(run: RunDirectory, experiment: Experiment, *, resume: boo
         )
     if difference:
         raise UserError(f"run {name!r}: cannot be resumed with a different experiment: {'; '.join(difference)}")
+    for checkpoint in all_checkpoints(run.checkpoints)[-1:]:
+        checkpoint.check_images(experiment.data.source, splits.train.image_shape, splits.fingerprints)
 
 
 def _refuse_changed_experiment(run: RunDirectory, stored: Experiment) -> None:

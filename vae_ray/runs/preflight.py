@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -43,7 +43,16 @@ def with_absolute_paths(experiment: Experiment) -> Experiment:
     return experiment.with_overrides(overrides)
 
 
-def preflight(experiment: Experiment) -> Experiment:
+class Checked(NamedTuple):
+    """What preflight found to be in order."""
+
+    experiment: Experiment
+    """With `auto` resolved, as far as it can be here."""
+    splits: Splits
+    """The images."""
+
+
+def preflight(experiment: Experiment) -> Checked:
     """Check, without starting anything, all that can be known beforehand; the experiment with `auto` resolved.
 
     On a cluster most of `workers` is resolved later, once it is connected. Raises `UserError` for a storage that cannot
@@ -63,7 +72,7 @@ def preflight(experiment: Experiment) -> Experiment:
     for path in experiment.run.callbacks:
         user_code.call(path, {}, key="run.callbacks")
     if placement.uses_cluster() and experiment.workers.num != 0:
-        return placement.with_one_thread_if_small(experiment, model)
+        return Checked(placement.with_one_thread_if_small(experiment, model), splits)
     experiment = placement.resolve_local(experiment, model)
     check_workers(experiment, model)
     if experiment.workers.num == 0:
@@ -72,7 +81,7 @@ def preflight(experiment: Experiment) -> Experiment:
         from vae_ray.distributed.connection import check_local_resources  # a run without workers needs no Ray
 
         check_local_resources(experiment)
-    return experiment
+    return Checked(experiment, splits)
 
 
 def check_workers(experiment: Experiment, model: VAE) -> None:

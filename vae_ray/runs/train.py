@@ -56,7 +56,7 @@ def train(experiment: Experiment, *, resume: bool = False, quiet: bool = True) -
         raise UserError("run.name: --resume needs the name of a run; for example --name my-run --resume")
     requested = with_absolute_paths(experiment)
     checked = preflight(requested)
-    with open_run(requested, resume=resume) as run:
+    with open_run(requested, checked.splits, resume=resume) as run:
         if resume and (summary := run.records.summary()):
             if run.experiment().training.epochs < requested.training.epochs:
                 _warn_of_stretched_schedule(requested)
@@ -66,7 +66,7 @@ def train(experiment: Experiment, *, resume: bool = False, quiet: bool = True) -
         num_attempts = len(run.records.attempts())
         with as_user_error(run):
             discard_stale_results(run)
-        with _execution(checked) as (resolved, device, execute):
+        with _execution(checked.experiment) as (resolved, device, execute):
             with as_user_error(run):
                 run.write_experiment(requested)
             run.push(run.experiment_file)

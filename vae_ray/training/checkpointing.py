@@ -25,10 +25,15 @@ def selection_metric(experiment: Experiment) -> str:
 
 
 class Checkpointing:
-    """Saves and restores a run's training state. Rank 0 alone reads and writes files."""
+    """Saves and restores a run's training state. Rank 0 alone reads and writes files.
 
-    def __init__(self, experiment: Experiment, run: RunDirectory, group: WorkerGroup) -> None:
-        self._experiment, self._run, self._group = experiment, run, group
+    `fingerprints` are those of the images (`Splits.fingerprints`).
+    """
+
+    def __init__(
+        self, experiment: Experiment, run: RunDirectory, group: WorkerGroup, *, fingerprints: Mapping[str, str]
+    ) -> None:
+        self._experiment, self._run, self._group, self._fingerprints = experiment, run, group, fingerprints
 
     def newest(self) -> Checkpoint | None:
         """The newest intact checkpoint with all its files, read once, by rank 0. Collective."""
@@ -39,7 +44,8 @@ class Checkpointing:
         return self._group.broadcast(raise_on_all_ranks(self._group, read))
 
     def restore(self, checkpoint: Checkpoint, state: TrainState) -> None:
-        """Bring a new state to where the checkpoint was written."""
+        """Bring a new state to where the checkpoint was written; raises `UserError` for other images than its run's."""
+        checkpoint.check_images(self._experiment.data.source, state.model.image_shape, self._fingerprints)
         state.model.load_state_dict(checkpoint.weights(state.model.state_dict()))
         if state.averaged is not None:
             averaged = checkpoint.has_averaged_weights  # without, training continues with an average from here on
@@ -87,6 +93,7 @@ class Checkpointing:
             scalars=state.scalars(),
             metrics=metrics,
             selection_metric=selection_metric(self._experiment),
+            fingerprints=self._fingerprints,
         )
         self.prune()
 

@@ -45,10 +45,19 @@ class Trainer:
     def __init__(self, experiment: Experiment, run: RunDirectory, group: WorkerGroup) -> None:
         self.experiment, self.run, self.group = experiment, run, group
         self.splits = raise_on_all_ranks(group, lambda: Splits.open(experiment))
-        self.checkpointing = Checkpointing(experiment, run, group)
+        self._check_equal_images()
+        self.checkpointing = Checkpointing(experiment, run, group, fingerprints=self.splits.fingerprints)
         self.steps_per_epoch = math.ceil(len(self.splits.train_indices) / experiment.training.global_batch_size)
         self._stop_requests = StopRequests(run, group)
         self.restore()
+
+    def _check_equal_images(self) -> None:
+        """Raise `UserError` if the nodes of the workers have different images. Collective."""
+        by_node = dict(self.group.all_gather((self.group.node, self.splits.fingerprints)))
+        first, *others = by_node
+        for other in others:
+            if by_node[other] != by_node[first]:
+                raise UserError(f"data.root: nodes {first} and {other} have different images; should be the same files")
 
     def restore(self) -> None:
         """Return to the newest checkpoint; without one, to the beginning."""

@@ -75,9 +75,9 @@ def sweep(
     if max_concurrent is not None and checked.scheduler == "pbt":
         raise UserError("max_concurrent: not supported with pbt: the whole population runs concurrently; leave it out")
     had_validation = experiment.data.num_validation > 0
-    checked, experiment = preflighted(checked, experiment)
+    checked, experiment, fingerprints = preflighted(checked, experiment)
     num_validation = experiment.data.num_validation
-    description = {"experiment": experiment.to_dict(), **checked.to_dict()}
+    description = {"experiment": experiment.to_dict(), "fingerprints": fingerprints, **checked.to_dict()}
     with open_sweep(experiment, description, resume=resume) as directory:
         if num_validation and not had_validation:
             logger.warning("data.num_validation: %d training images are set aside to compare trials by", num_validation)
@@ -99,8 +99,10 @@ def _base_experiment(experiment: Experiment, workers_per_trial: int | None) -> E
     return with_absolute_paths(experiment.with_overrides(overrides))
 
 
-def preflighted(checked: SweepSettings, experiment: Experiment) -> tuple[SweepSettings, Experiment]:
+def preflighted(checked: SweepSettings, experiment: Experiment) -> tuple[SweepSettings, Experiment, dict[str, str]]:
     """Check all that can be known before a trial starts; the settings and the experiment as they will be used.
+
+    The third value has the fingerprints of the images.
 
     Where trials are compared on a validation split and there is none, a tenth of the training images (1 to
     2,000) becomes one. Raises `UserError` for a key or a value of the space that is no valid Experiment.
@@ -122,7 +124,7 @@ def preflighted(checked: SweepSettings, experiment: Experiment) -> tuple[SweepSe
                 "use --metric val/nelbo, or --data.num-validation 0"
             )
     space = checked.space.checked(experiment)
-    preflight(experiment)
+    splits = preflight(experiment).splits
     for key, domain in space.domains.items():
         # what the Experiment does not know by itself: how many images there are, what a user's own code takes
         is_open = bool(experiment.user_code()) or key.startswith(("data.", "training.global_batch_size"))
@@ -131,7 +133,7 @@ def preflighted(checked: SweepSettings, experiment: Experiment) -> tuple[SweepSe
                 preflight(experiment.with_overrides({key: value}))
             except UserError as error:
                 raise UserError(f"search: {error}; name other keys with --search") from None
-    return replace(checked, space=space), experiment
+    return replace(checked, space=space), experiment, splits.fingerprints
 
 
 @contextlib.contextmanager
@@ -167,7 +169,9 @@ def _difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     extends = new["searcher"] != "grid" and new["num_trials"] > old["num_trials"]
     keys = ("search", "metrics", "scheduler", "searcher", *(() if extends else ("num_trials",)))
     settings = [f"{key}: {old[key]!r} -> {new[key]!r}" for key in keys if old[key] != new[key]]
-    return [*differing_fields(*experiments, content_only=True), *settings]
+    known = old.get("fingerprints", {})
+    images = [f"other {split} images" for split in known if known[split] != new["fingerprints"][split]]
+    return [*differing_fields(*experiments, content_only=True), *settings, *images]
 
 
 def rebuild_report(path: str | Path, *, trust_code: bool = False) -> SweepResult:
