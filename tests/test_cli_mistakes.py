@@ -86,6 +86,15 @@ MODEL_MISTAKES: list[tuple[list[str], str]] = [
     (["interpolate", "RUN", "--out", "x.png", "--method", "cubic"], "'cubic', should be one of linear, spherical"),
     (["evaluate", "RUN", "--split", "validation"], "'validation'"),
     (["evaluate", "RUN/checkpoints"], "checkpoints"),
+    (["evaluate", "RUN", "--data.num-validation", "7"], "100 -> 7: is part of the trained model; only data.cache_dir"),
+    (["evaluate", "RUN", "--data.root", "/x"], "data.root: the data source 'digits' has no field 'root'"),
+    (["evaluate", "RUN", "--optim.lr", "1"], "--optim.lr: only train, resume, sweep take the Experiment's keys, and"),
+    (
+        ["generate", "RUN", "--out", "x.png", "--data.cache-dir", "/x"],
+        "and reconstruct, interpolate, traverse, evaluate",
+    ),
+    (["reconstruct", "RUN", "--out", "x.png", "--images", "nothing"], "images: nothing cannot be read as a picture"),
+    (["traverse", "RUN", "--out", "x.png", "--images", "no.npz"], "images: no.npz cannot be read ([Errno 2] No such"),
 ]
 
 

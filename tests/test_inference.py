@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 
 from vae_ray import TrainedVAE, TrainResult, UserError, train
 from vae_ray.config.experiment import Experiment
+from vae_ray.data.sources import SOURCES, Digits, Images
 from vae_ray.data.splits import Splits
 from vae_ray.inference import INTERPOLATIONS, Method
 from vae_ray.storage.records import read_records
@@ -249,6 +251,51 @@ def test_images_in_another_range_are_refused_with_what_to_try(
     for use in [*uses, lambda images: model.interpolate(x, images), lambda images: model.interpolate(images, x)]:
         with pytest.raises(UserError, match=f"images: {message}"):
             use(images)
+
+
+def elsewhere(model: TrainedVAE, cache_dir: Path, monkeypatch: pytest.MonkeyPatch, *, height: int = 8) -> TrainedVAE:
+    """The model where the test images of its source are others than it was trained with."""
+
+    class Others(Digits):
+        def fingerprint(self) -> str:
+            return f"others of height {height}"
+
+        def decode(self, split: str) -> Images:
+            pixels, labels = super().decode(split)
+            return Images(pixels[:, :, :height] if split == "train" else 255 - pixels[:, :, :height], labels)
+
+    monkeypatch.setitem(SOURCES, "digits", lambda config, root: Others())
+    return TrainedVAE.load(model.checkpoint.path, data={"data.cache_dir": cache_dir})
+
+
+def test_other_images_than_those_of_the_run_are_named(
+    model: TrainedVAE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = elsewhere(model, tmp_path, monkeypatch)
+    assert other.evaluate("val").keys() == {"val/nelbo", "val/distortion", "val/rate"}
+    assert caplog.text == ""
+    for use in (lambda: other.evaluate("test"), lambda: other.test_images(3)):
+        caplog.clear()
+        use()
+        assert "data.source: digits has other test images than the run had" in caplog.text
+    other = elsewhere(model, tmp_path, monkeypatch, height=7)
+    for use in (lambda: other.evaluate("test"), lambda: other.evaluate("train"), lambda: other.test_images(3)):
+        with pytest.raises(UserError, match=r"images of shape \(1, 7, 8\), where the run's had"):
+            use()
+
+
+def test_the_images_of_a_run_may_lie_elsewhere_and_nothing_else_may_change(model: TrainedVAE, tmp_path: Path) -> None:
+    moved = TrainedVAE.load(model.checkpoint.path, data={"data.cache-dir": str(tmp_path), "data.num_validation": 100})
+    assert moved.evaluate("val") == model.evaluate("val")
+    assert list(tmp_path.glob("digits-train-*.arrow")) != []
+    for key, value in {"data.num_validation": 9, "optim.lr": 0.5, "run.seed": 8, "data.source": "mnist"}.items():
+        with pytest.raises(UserError, match=f"{key}: .* is part of the trained model; only data.cache_dir can differ"):
+            TrainedVAE.load(model.checkpoint.path, data={key: value})
+
+
+def test_a_split_that_does_not_exist_is_refused(model: TrainedVAE) -> None:
+    with pytest.raises(UserError, match="split: got 'validation', should be train, val or test"):
+        model.evaluate("validation")  # type: ignore[arg-type]
 
 
 def test_tensors_arrays_and_lists_of_every_allowed_type_are_the_same_images(model: TrainedVAE) -> None:

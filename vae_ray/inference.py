@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import numbers
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,8 +15,8 @@ from torch import Tensor
 from vae_ray.checkpoints.finding import find_checkpoint
 from vae_ray.checkpoints.loading import WEIGHTS, Checkpoint
 from vae_ray.config import user_code
-from vae_ray.config.experiment import Experiment
-from vae_ray.data.arrow_store import open_split
+from vae_ray.config.experiment import Experiment, differing_fields, is_place_key
+from vae_ray.data.arrow_store import Split, open_split
 from vae_ray.data.batches import Loader, scaled
 from vae_ray.data.images import as_images
 from vae_ray.data.splits import Splits
@@ -27,6 +29,8 @@ from vae_ray.models.noise import latent_noise, num_elements
 from vae_ray.models.traversal import Traversal, decode_codes, join_groups, traverse
 from vae_ray.models.vae import VAE, build_vae, shape_vae
 from vae_ray.parallel.group import SingleProcess, shards_of
+
+logger = logging.getLogger(__name__)
 
 SplitName = Literal["train", "val", "test"]
 Method = Literal["linear", "spherical"]
@@ -54,6 +58,7 @@ class TrainedVAE:
         weights: Weights | None = None,
         device: str | torch.device = "cpu",
         trust_code: bool = False,
+        data: Mapping[str, Any] | None = None,
     ) -> TrainedVAE:
         """The model of a checkpoint directory, or the best one of a run's or a sweep's directory.
 
@@ -63,13 +68,16 @@ class TrainedVAE:
             weights: "averaged" (`training.ema_decay`) or "last"; None means averaged where there are such.
             device: where the model computes.
             trust_code: whether code that the checkpoint's experiment names (a user's own network, ...) may be run.
+            data: where the run's images are now, by dotted keys, as in `{"data.root": "/data"}`.
 
         Raises:
-            UserError: there is no such checkpoint, it is damaged, or it names code and `trust_code` is false.
+            UserError: there is no such checkpoint, it is damaged, it names code and `trust_code` is false, or `data`
+                would change what the images are.
         """
         checkpoint = find_checkpoint(path)
         experiment = checkpoint.experiment()
         user_code.check_trusted(experiment.user_code(), origin=str(checkpoint.path), trust_code=trust_code)
+        experiment = _with_data_elsewhere(experiment, data or {})
         averaged = checkpoint.has_averaged_weights if weights is None else weights == "averaged"
         expected = meta_model(experiment, checkpoint).state_dict()
         tensors = checkpoint.weights(expected, averaged=averaged)
@@ -162,8 +170,11 @@ class TrainedVAE:
         """
         if split == "val" and not self.experiment.data.num_validation:
             raise UserError("split val: this run had no validation split (data.num_validation 0); try test or train")
-        group, training = SingleProcess(self.device), self.experiment.training
-        pixels, indices = Splits.open(self.experiment).select(split)
+        if split not in ("train", "val", "test"):
+            raise UserError(f"split: got {split!r}, should be train, val or test")
+        group, training, splits = SingleProcess(self.device), self.experiment.training, Splits.open(self.experiment)
+        self._check_images(splits.test if split == "test" else splits.train, "test" if split == "test" else "train")
+        pixels, indices = splits.select(split)
         loader = Loader(pixels, indices, seed=self.experiment.run.seed, shards=shards_of(group))
         size, precision = training.evaluation_batch_size, training.precision
         return evaluate_split(self.model, loader, split, group, batch_size=size, precision=precision)
@@ -193,10 +204,31 @@ class TrainedVAE:
     def test_images(self, num: int) -> Tensor:
         """The first `num` test images of the run's data, `(num, C, H, W)` in [0, 1]; all where there are fewer."""
         _check_count("num", num, least=1)
-        return scaled(open_split(self.experiment.data, "test").pixels[:num])
+        test = open_split(self.experiment.data, "test")
+        self._check_images(test, "test")
+        return scaled(test.pixels[:num])
+
+    def _check_images(self, images: Split, file: str) -> None:
+        """Raise `UserError` for images of another shape than the model's; warn of others than the run had."""
+        if not (other := self.checkpoint.other_images(images.image_shape, {file: images.fingerprint})):
+            return
+        message = f"data.source: {self.experiment.data.source} has {other}"
+        if images.image_shape != self.image_shape:
+            raise UserError(f"{message}; use the run's images, for example with --data.root DIR")
+        logger.warning("%s; these numbers and pictures do not compare with the run's", message)
 
     def _floats(self, images: Any) -> Tensor:
         return as_images(images, self.image_shape).to(self.device)
+
+
+def _with_data_elsewhere(experiment: Experiment, places: Mapping[str, Any]) -> Experiment:
+    """The experiment with its images in other places; raises `UserError` for keys that say something else."""
+    elsewhere = experiment.with_overrides(places)
+    allowed = [key for key in experiment.flat() if key.startswith("data.") and is_place_key(key)]
+    for line in differing_fields(experiment, elsewhere):
+        if line.partition(":")[0] not in allowed:
+            raise UserError(f"{line}: is part of the trained model; only {', '.join(allowed)} can differ")
+    return elsewhere
 
 
 def _check_count(name: str, value: Any, *, least: int) -> None:

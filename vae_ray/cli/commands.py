@@ -17,6 +17,7 @@ from vae_ray.errors import UserError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from torch import Tensor
 
     from vae_ray.config.experiment import Experiment
     from vae_ray.inference import TrainedVAE
@@ -166,7 +167,21 @@ def _load(options: argparse.Namespace) -> TrainedVAE:
     with signals.deferred():
         from vae_ray.inference import TrainedVAE
 
-    return TrainedVAE.load(options.checkpoint, trust_code=options.trust_code)
+    return TrainedVAE.load(options.checkpoint, trust_code=options.trust_code, data=options.overrides)
+
+
+def _images(options: argparse.Namespace, model: TrainedVAE, num: int) -> Tensor:
+    """The first `num` images of `--images`, else of the test split."""
+    if options.images is None:
+        return model.test_images(num)
+    from vae_ray.data.image_files import read_images
+    from vae_ray.storage.locations import local_path
+
+    return read_images(local_path(options.images, key="--images"), model.image_shape, num=num)
+
+
+def _name_of_images(options: argparse.Namespace) -> str:
+    return "test images" if options.images is None else f"images of {os.path.basename(options.images.rstrip(os.sep))}"
 
 
 def _write(picture: Image, options: argparse.Namespace, model: TrainedVAE) -> dict[str, Any]:
@@ -195,24 +210,26 @@ def generate(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def reconstruct(options: argparse.Namespace) -> dict[str, Any]:
-    """test images and their reconstructions"""
+    """test images, or your own, and their reconstructions"""
     from vae_ray.run_files.image_grids import pairs_grid
 
     model = _load(options)
-    images = model.test_images(options.num)
-    title = _title(model, "test images, z = posterior mean")
+    images = _images(options, model, options.num)
+    title = _title(model, f"{_name_of_images(options)}, z = posterior mean")
     return _write(pairs_grid(images, model.reconstruct(images), title=title), options, model)
 
 
 def interpolate(options: argparse.Namespace) -> dict[str, Any]:
-    """paths in latent space between pairs of test images"""
+    """paths in latent space between pairs of test images, or of your own"""
     from vae_ray.run_files.image_grids import grid
 
     model = _load(options)
-    images = model.test_images(2 * options.num)
+    images = _images(options, model, 2 * options.num)
+    if len(images) < 2:
+        raise UserError(f"images: got {len(images)}, should be at least two, the ends of a path; give more by --images")
     start, end = images[0::2], images[1::2]
     paths = model.interpolate(start[: len(end)], end, steps=options.steps, method=options.method)
-    title = _title(model, f"{options.method} interpolation between pairs of test images")
+    title = _title(model, f"{options.method} interpolation between pairs of {_name_of_images(options)}")
     return _write(grid(list(paths), title=title), options, model)
 
 
@@ -221,7 +238,7 @@ def traverse(options: argparse.Namespace) -> dict[str, Any]:
     from vae_ray.run_files.image_grids import grid
 
     model = _load(options)
-    traversal = model.traverse(model.test_images(1000), num_dimensions=options.num, steps=options.steps)
+    traversal = model.traverse(_images(options, model, 1000), num_dimensions=options.num, steps=options.steps)
     title = _title(model, "one latent dimension at a time, -3 to 3")
     return _write(grid(list(traversal.images), title=title, row_labels=traversal.row_labels()), options, model)
 
@@ -266,8 +283,9 @@ def submit(options: argparse.Namespace) -> dict[str, Any]:
     workers, code = None, {}
     if experiment is None:
         submission.check_place("CHECKPOINT", inner.checkpoint, flag="evaluate")
+        submission.check_places(options.overrides)
     else:
-        submission.check_places(experiment)
+        submission.check_places(experiment.flat())
         workers = experiment.workers
         if options.job == "sweep":
             workers = workers.model_copy(update={"num": inner.workers_per_trial or 1})

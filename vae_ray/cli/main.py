@@ -58,8 +58,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         overrides, rest = _take_overrides(arguments)
         options = _parse(rest)
         command = options.job if options.command == "submit" else options.command
-        if overrides and command not in OVERRIDABLE:
-            raise UserError(f"--{next(iter(overrides))}: only {', '.join(OVERRIDABLE)} take the Experiment's keys")
+        for key in overrides:
+            if command not in OVERRIDABLE and not (command in READ_IMAGES and key.startswith("data.")):
+                raise UserError(
+                    f"--{key}: only {', '.join(OVERRIDABLE)} take the Experiment's keys, and {', '.join(READ_IMAGES)} "
+                    "those that say where images are: --data.root, --data.cache-dir, --data.download"
+                )
         options.overrides = overrides
         # libraries print to stdout as they please; ours is for the answer alone
         with contextlib.redirect_stdout(sys.stderr), signals.all_as_ctrl_c():
@@ -146,6 +150,12 @@ EXPERIMENT: Arguments = {
     **TRUST,
 }
 MODEL: Arguments = {"checkpoint": _text("a checkpoint, or the directory of a run or a sweep", "CHECKPOINT"), **TRUST}
+IMAGES: Arguments = {
+    "--images": _text(
+        "your own images of the model's size instead of test images: a directory of pictures,\na .npy or a .npz file",
+        "DIR|FILE",
+    )
+}
 PICTURE: Arguments = {**MODEL, "--out": _text("where to write the picture", "FILE.png", required=True)}
 CLUSTER: Arguments = {
     "--address": _text(
@@ -176,15 +186,17 @@ COMMANDS: Mapping[Callable[[argparse.Namespace], dict[str, Any]], Arguments] = {
         "--num": _number("how many", 64),
         "--seed": _text("seed of z (default 0)", type=int, default=0),
     },
-    commands.reconstruct: {**PICTURE, "--num": _number("how many", 32)},
+    commands.reconstruct: {**PICTURE, **IMAGES, "--num": _number("how many", 32)},
     commands.interpolate: {
         **PICTURE,
+        **IMAGES,
         "--steps": _number("images along a path, ends included", 10),
         "--method": _text("linear or spherical (default linear)", default="linear"),
         "--num": _number("how many pairs", 8),
     },
     commands.traverse: {
         **PICTURE,
+        **IMAGES,
         "--steps": _number("images along a dimension", 11),
         "--num": _number("dimensions, most informative first", 10),
     },
@@ -209,6 +221,8 @@ COMMANDS: Mapping[Callable[[argparse.Namespace], dict[str, Any]], Arguments] = {
 """The arguments of each command; its docstring is its help."""
 OVERRIDABLE = ("train", "resume", "sweep")
 """The commands that take the Experiment's keys."""
+READ_IMAGES = ("reconstruct", "interpolate", "traverse", "evaluate")
+"""The commands that read the images of a trained model's run, which may lie elsewhere now."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -233,6 +247,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
             sub.usage = "vae-ray submit {train,sweep,evaluate} ARGUMENT ... [--address URL] [--no-follow] [...]"
         if name in OVERRIDABLE and arguments[:1] == [name] and {"-h", "--help"} & set(arguments):
             sub.epilog = _field_help()
+        if name in READ_IMAGES:
+            sub.epilog = "where the run's images are now: --data.root DIR, --data.cache-dir DIR, --data.download BOOL"
     names = [command.__name__ for command in COMMANDS]
     if arguments and not arguments[0].startswith("-") and arguments[0] not in names:
         from vae_ray.config.keys import did_you_mean

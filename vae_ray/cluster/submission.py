@@ -17,11 +17,11 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from vae_ray.cluster.dashboard import connect, describe_error
-from vae_ray.config.experiment import Experiment
 from vae_ray.config.sections import WorkersConfig
 from vae_ray.distributed import RAY_ENVIRONMENT
 from vae_ray.distributed.resources import check_workers_fit
@@ -114,10 +114,11 @@ def submit(
         raise Detached(job) from None
 
 
-def check_places(experiment: Experiment) -> None:
-    """Raise `UserError` for each relative path of `experiment`: a job has another working directory."""
+def check_places(values: Mapping[str, Any]) -> None:
+    """Raise `UserError` for a relative path among values by dotted keys: a job has another working directory."""
+    values = {key.replace("-", "_"): value for key, value in values.items()}
     for key in ("run.storage", "data.root", "data.cache_dir"):
-        place = experiment.flat().get(key)
+        place = values.get(key)
         if place is not None:
             check_place(key, str(place), flag="--storage" if key == "run.storage" else f"--{key.replace('_', '-')}")
 
