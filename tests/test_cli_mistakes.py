@@ -93,8 +93,11 @@ MODEL_MISTAKES: list[tuple[list[str], str]] = [
         ["generate", "RUN", "--out", "x.png", "--data.cache-dir", "/x"],
         "and reconstruct, interpolate, traverse, evaluate",
     ),
-    (["reconstruct", "RUN", "--out", "x.png", "--images", "nothing"], "images: nothing cannot be read as a picture"),
-    (["traverse", "RUN", "--out", "x.png", "--images", "no.npz"], "images: no.npz cannot be read ([Errno 2] No such"),
+    (
+        ["reconstruct", "RUN", "--out", "x.png", "--images", "nothing"],
+        "/nothing cannot be read as a picture (No such file or directory)",
+    ),
+    (["traverse", "RUN", "--out", "x.png", "--images", "no.npz"], "/no.npz cannot be read (No such file or directory)"),
 ]
 
 

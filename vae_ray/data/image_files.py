@@ -46,7 +46,7 @@ def _read_array(file: Path) -> NDArray[np.generic]:
                 raise UserError(f"images: {file} has the arrays {names}; should have one, or one of the name images")
             return np.asarray(loaded[name])
     except (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"images: {file} cannot be read ({one_line(error)[:120]})") from None
+        raise UserError(f"images: {file} cannot be read ({_reason(error)})") from None
 
 
 def _channels_first(images: NDArray[np.generic], image_shape: tuple[int, int, int]) -> NDArray[np.generic]:
@@ -67,7 +67,7 @@ def _read_picture(file: Path, image_shape: tuple[int, int, int]) -> NDArray[np.u
             size, mode = picture.size, picture.mode
             pixels = np.asarray(picture.convert("RGBA")) if size == (width, height) else None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"images: {file} cannot be read as a picture ({one_line(error)[:120]})") from None
+        raise UserError(f"images: {file} cannot be read as a picture ({_reason(error)})") from None
     if pixels is None:
         raise UserError(f"images: {file} has {size[0]}x{size[1]} pixels, the model's have {width}x{height}; resize it")
     if mode.startswith(("I", "F")):  # Pillow would cut the values off
@@ -80,3 +80,8 @@ def _read_picture(file: Path, image_shape: tuple[int, int, int]) -> NDArray[np.u
     if channels not in (1, 3, 4):
         raise UserError(f"images: {file} is a picture, the model's images have {channels} channels; give a .npy file")
     return np.moveaxis(pixels[..., :channels], 2, 0)
+
+
+def _reason(error: Exception) -> str:
+    """Why a file cannot be read; without its name again."""
+    return getattr(error, "strerror", None) or one_line(error)[:120]
