@@ -183,6 +183,7 @@ class TrainedVAE:
     def failures(self) -> list[str]:
         """A line for each thing that makes the model useless: worse than the mean image, no informative dimension."""
         splits = Splits.open(self.experiment)
+        self._check_images(splits.test, "test")
         x = scaled(splits.test.pixels[:NUM_IMAGES]).to(self.device)
         return find_failures(self.model, x, splits.mean_training_image(), self.experiment)
 
