@@ -81,7 +81,7 @@ def test_a_mistake_is_one_line_and_exit_code_2_and_leaves_nothing(
 MODEL_MISTAKES: list[tuple[list[str], str]] = [
     (["generate", "RUN", "--out", "no/such/place.png"], "--out: got 'no/such/place.png', cannot be written"),
     (["generate", "RUN", "--out", "x.png", "--num", "many"], "'many'"),
-    (["reconstruct", "RUN", "--out", "x.png", "--num", "-2"], "got -2, should be at least 1"),
+    (["reconstruct", "RUN", "--out", "x.png", "--num", "-2"], "got '-2', should be a whole number, at least 1"),
     (["interpolate", "RUN", "--out", "x.png", "--steps", "1"], "steps: got 1"),
     (["interpolate", "RUN", "--out", "x.png", "--method", "cubic"], "'cubic', should be one of linear, spherical"),
     (["evaluate", "RUN", "--split", "validation"], "'validation'"),

@@ -13,6 +13,7 @@ import pytest
 from vae_ray import TrainResult
 
 VAE_RAY = [sys.executable, "-m", "vae_ray"]
+IN_THE_TREE = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0"}
 
 
@@ -67,3 +68,33 @@ def test_an_answer_that_cannot_be_written_is_one_line(arguments: list[str]) -> N
     with open("/dev/full", "wb") as full:
         done = subprocess.run([*VAE_RAY, *arguments], stdout=full, stderr=subprocess.PIPE, timeout=120)
     assert (done.returncode, done.stderr) == (1, b"vae-ray: stdout: No space left on device\n")
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_run_whose_streams_are_closed_ends_as_any_other(closed: str, tmp_path: Path) -> None:
+    command = (
+        f"{sys.executable} -m vae_ray train digits --workers.num=0 --training.epochs=1 --name=x --storage=s {closed}"
+    )
+    assert subprocess.run(["sh", "-c", command], cwd=tmp_path, env=IN_THE_TREE, timeout=120).returncode == 0
+    assert (tmp_path / "s" / "x" / "summary.json").is_file()
+
+
+def test_a_reader_of_progress_that_is_gone_does_not_end_the_run(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    arguments = ["train", "digits", "--workers.num=0", "--training.epochs=2", "--name=x", f"--storage={tmp_path}"]
+    done = subprocess.run([*VAE_RAY, *arguments], stdout=subprocess.PIPE, stderr=writer, timeout=120)
+    os.close(writer)
+    assert done.returncode == 0
+    assert b"best checkpoint" in done.stdout
+    assert (tmp_path / "x" / "summary.json").is_file()
+
+
+@pytest.mark.parametrize("command", ["train digits", "evaluate RUN", "doctor"])
+def test_a_working_directory_that_was_deleted_is_one_line(
+    command: str, trained_run: TrainResult, tmp_path: Path
+) -> None:
+    arguments = command.replace("RUN", str(trained_run.run_dir))
+    script = f"mkdir gone && cd gone && rmdir ../gone && exec {sys.executable} -m vae_ray {arguments}"
+    done = subprocess.run(["sh", "-c", script], cwd=tmp_path, env=IN_THE_TREE, capture_output=True, timeout=120)
+    assert (done.returncode, done.stderr) == (2, b"vae-ray: the working directory was deleted; cd to another one\n")

@@ -364,3 +364,43 @@ def test_a_run_killed_twice_at_random_moments_ends_as_if_it_had_not_been(quick: 
     assert pictures(result.run_dir) == pictures(uninterrupted.run_dir)
     names = [sorted(path.name for path in (r.run_dir / "checkpoints").iterdir()) for r in (result, uninterrupted)]
     assert names[0] == names[1]
+
+
+def test_resume_by_name_needs_a_preset_of_the_same_data_and_says_what_differs(
+    stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = ["--resume", "--name", stopped.name, "--storage", str(stopped.parent)]
+    assert main(["train", "mnist", *place]) == 2
+    assert f"is a run of digits, not of mnist; continue it with: vae-ray resume {stopped}" in capsys.readouterr().err
+    assert main(["train", "digitz", *place]) == 2
+    assert "did you mean 'digits'?" in capsys.readouterr().err
+    assert main(["train", "digits", *place]) == 0
+    assert (
+        f"vae-ray: {stopped.name} continues as it began, unlike digits: data.num_validation: "
+        in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize("flag", ["--run.name=other", "--run.storage=elsewhere"])
+def test_resume_does_not_start_another_run(
+    stopped: Path, flag: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["resume", str(stopped), flag]) == 2
+    assert f"run.name, run.storage: the run is {stopped}; move that directory" in capsys.readouterr().err
+    assert not (stopped.parent / "other").exists()
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_resume_names_sweeps_trials_and_impossible_names(stopped: Path, tmp_path: Path) -> None:
+    sweep = tmp_path / "sweep"
+    (sweep / "trials").mkdir(parents=True)
+    (sweep / "sweep.yaml").touch()
+    shutil.copytree(stopped, sweep / "trials" / "0000")
+    with pytest.raises(UserError, match="is a sweep; continue it with its vae-ray sweep command and --resume"):
+        resume_run(sweep)
+    with pytest.raises(UserError, match=f"is a trial of the sweep {sweep}; continue the sweep"):
+        resume_run(sweep / "trials" / "0000")
+    shutil.copytree(stopped, tmp_path / "bad name")
+    with pytest.raises(UserError, match="'bad name' cannot be the name of a run; rename the directory"):
+        resume_run(tmp_path / "bad name")

@@ -181,7 +181,7 @@ class TrainedVAE:
 
     @torch.inference_mode()
     def failures(self) -> list[str]:
-        """A line for each thing that makes the model useless: worse than the mean image, no informative dimension."""
+        """A line if the model is useless: no informative latent dimension, or not better than the mean image."""
         splits = Splits.open(self.experiment)
         self._check_images(splits.test, "test")
         x = scaled(splits.test.pixels[:NUM_IMAGES]).to(self.device)

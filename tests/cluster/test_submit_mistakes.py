@@ -82,7 +82,7 @@ def test_an_address_that_never_answers_is_given_up_within_seconds(
     ("address", "text"),
     [
         ("127.0.0.1:1", "Connection refused"),
-        ("host:port", "for example --address http://host:8265"),
+        ("host:port", "try --address http://host:8265"),
         ("//", "for example --address http://HOST:8265"),
     ],
 )

@@ -224,7 +224,7 @@ def test_an_unknown_preset_is_refused_with_the_nearest_real_one() -> None:
         ("[1, 2]", "must be a mapping of sections"),
         ("optim: {lr: 1", "cannot be read as YAML"),
         ("optim: {lr: !!python/object/apply:os.getcwd []}", "cannot be read as YAML"),
-        ("optim: 3", "optim: got 3, should be a mapping of optimizer, lr"),
+        ("optim: 3", "optim: is a section; set one of optim.optimizer, optim.lr"),
         ("optm: {lr: 1}", "'optm.lr' does not exist; did you mean 'optim."),
         ("optim: {lr: -1}", "optim.lr: got -1"),
         ("\0", "cannot be read as YAML"),

@@ -185,7 +185,7 @@ def test_settings_of_own_code_are_read_as_yaml() -> None:
         ("data.root", "/x", "data.root: the data source 'digits' has no field 'root', mnist .*--data.source mnist"),
         ("model.hidden", 8, "key 'model.hidden' does not exist any more; use 'model.network.hidden'"),
         ("training.nonfinite_limit", 8, "use 'training.nonfinite.limit'"),
-        ("model", 8, "model: got 8, should be a mapping of latent_dim, network"),
+        ("model", 8, "model: is a section; set one of model.latent_dim, model.network"),
         ("optim.lr.name", 8, "key 'optim.lr.name' does not exist"),
     ],
 )

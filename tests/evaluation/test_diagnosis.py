@@ -54,8 +54,22 @@ def test_a_model_whose_code_carries_nothing_is_named(
     assert f"warning          {warning}\n" in capsys.readouterr().out
 
 
-def test_a_model_that_is_worse_than_the_mean_image_is_named(quick: Experiment) -> None:
-    too_fast = {"optim.lr": 2.0, "optim.schedule": "constant", "optim.grad_clip": 1.0, "training.epochs": 2}
-    result = train(quick.with_overrides(too_fast))
-    assert result.warnings[0].startswith("the model is worse than predicting the mean training image")
-    assert result.warnings[0].endswith("try a smaller --optim.lr than 2")
+@pytest.mark.parametrize(
+    ("overrides", "hint"),
+    [
+        ({"optim.lr": 2.0, "optim.schedule": "constant", "optim.grad_clip": 1.0}, "a smaller --optim.lr than 2"),
+        ({"optim.lr": 1e-12}, "a larger --optim.lr than 1e-12"),
+        ({"optim.warmup_steps": 10_000_000}, "fewer --optim.warmup-steps than 10000000, or more --training.epochs"),
+        ({"optim.grad_clip": 1e-30}, "a larger --optim.grad-clip than 1e-30"),
+    ],
+)
+def test_a_model_that_is_not_better_than_the_mean_image_is_named(
+    quick: Experiment, overrides: dict[str, Any], hint: str
+) -> None:
+    (warning,) = train(quick.with_overrides({"training.epochs": 2, **overrides})).warnings
+    assert warning.startswith("the model is not better than the mean training image in place of every image: distort")
+    assert warning.endswith(f"; try {hint}")
+
+
+def test_the_rate_of_an_autoencoder_is_not_held_against_it(quick: Experiment) -> None:
+    assert train(quick.with_overrides({"objective.beta": 0.0})).warnings == []

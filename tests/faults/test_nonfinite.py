@@ -189,7 +189,7 @@ def test_before_the_first_update_the_learning_rate_is_not_blamed(
     small: Experiment, spoiled: Callable[..., list[int]]
 ) -> None:
     spoiled(1)
-    with pytest.raises(Diverged, match=r"no update was made before: look at --model and --likelihood$"):
+    with pytest.raises(Diverged, match=r"no update was made before: look at --model.network and --likelihood$"):
         fit(small, run_of(small).path, SingleProcess(CPU))
 
 

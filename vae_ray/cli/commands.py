@@ -25,28 +25,33 @@ if TYPE_CHECKING:
     from vae_ray.tuning.summary import SweepResult
 
 
-def _experiment(options: argparse.Namespace) -> Experiment:
+def _read_experiment(options: argparse.Namespace) -> Experiment:
+    """The preset or file of the command, without its overrides."""
     from vae_ray.config.experiment import Experiment, preset_names
     from vae_ray.config.user_code import check_trusted
 
     name = options.experiment
     looks_like_file = name.endswith((".yaml", ".yml")) or "/" in name or os.path.isfile(name)
     if name in preset_names() or not looks_like_file:
-        experiment = Experiment.preset(name)
-    else:
-        experiment = Experiment.from_file(name)
-        check_trusted(experiment.user_code(), origin=name, trust_code=options.trust_code)
+        return Experiment.preset(name)
+    experiment = Experiment.from_file(name)
+    check_trusted(experiment.user_code(), origin=name, trust_code=options.trust_code)
+    return experiment
+
+
+def _experiment(options: argparse.Namespace) -> Experiment:
+    """The experiment of the command."""
     place = {"run.name": options.name, "run.storage": options.storage}
-    return experiment.with_overrides(
-        {**options.overrides, **{key: value for key, value in place.items() if value is not None}}
-    )
+    given = {key: value for key, value in place.items() if value is not None}
+    return _read_experiment(options).with_overrides({**options.overrides, **given})
 
 
 def train(options: argparse.Namespace) -> dict[str, Any]:
     """train a VAE: in this process, or data-parallel on Ray workers (--workers.num N)"""
-    if options.resume and options.name is not None and _find_run(options):
-        return resume(options)  # its own experiment; only the place may differ
     experiment = _experiment(options)  # before torch is imported: a typing mistake is answered at once
+    if options.resume and options.name is not None and (stored := _find_run(options)) is not None:
+        _compare_with_stored(stored, options)
+        return resume(options)  # its own experiment; only the place may differ
     if options.dry_run:
         with signals.deferred():
             from vae_ray.runs.preflight import preflight, with_absolute_paths
@@ -60,8 +65,8 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     return _train_answer(run_training(experiment, resume=options.resume, quiet=False), options)
 
 
-def _find_run(options: argparse.Namespace) -> bool:
-    """Whether there is a run that `--name` and `--storage` mean; it becomes `options.run_dir`."""
+def _find_run(options: argparse.Namespace) -> Experiment | None:
+    """The experiment of the run that `--name` and `--storage` mean, if there is one; its place is `options.run_dir`."""
     from vae_ray.config.experiment import Experiment
     from vae_ray.storage.locations import absolute, join_location
 
@@ -71,10 +76,25 @@ def _find_run(options: argparse.Namespace) -> bool:
     storage = options.storage or options.overrides.get("run.storage", Experiment().run.storage)
     options.run_dir = join_location(absolute(storage, key="run.storage"), options.name)
     try:
-        stored_experiment(options.run_dir)
+        return stored_experiment(options.run_dir)
     except UserError:
-        return False
-    return True
+        return None
+
+
+def _compare_with_stored(stored: Experiment, options: argparse.Namespace) -> None:
+    """Raise `UserError` if the run has other data than the preset or file; print in what else it differs from that."""
+    from vae_ray.config.experiment import differing_fields
+
+    named = _read_experiment(options)
+    if stored.data.source != named.data.source:
+        raise UserError(
+            f"run.name: {options.name!r} is a run of {stored.data.source}, not of {named.data.source}; continue it "
+            f"with: vae-ray resume {options.run_dir}, or choose another --name"
+        )
+    if differences := differing_fields(named, stored, content_only=True):
+        sys.stderr.write(
+            f"vae-ray: {options.name} continues as it began, unlike {options.experiment}: {'; '.join(differences)}\n"
+        )
 
 
 def resume(options: argparse.Namespace) -> dict[str, Any]:

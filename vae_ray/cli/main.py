@@ -46,15 +46,18 @@ def _read_and_write_any_text() -> None:
     if sys.getfilesystemencoding() == "ascii" and sys.executable:
         os.environ["PYTHONUTF8"] = "1"  # of Ray's processes too
         os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
+    for name in ("stdout", "stderr"):
+        if isinstance(stream := getattr(sys, name), io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+        elif stream is None:  # it was closed before this process began
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (for as long as the process lives)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
+        _check_working_directory()
         overrides, rest = _take_overrides(arguments)
         options = _parse(rest)
         command = options.job if options.command == "submit" else options.command
@@ -79,6 +82,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             "interrupted; continue with: vae-ray resume RUN (sweeps: the same command with --resume)", code=130
         )
     return _print(json.dumps(answer, indent=2) if options.json else _readable(answer)) or int(options.exit_code)
+
+
+def _check_working_directory() -> None:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise UserError("the working directory was deleted; cd to another one") from None
 
 
 def _print(text: str) -> int:
@@ -118,10 +128,9 @@ def _take_overrides(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
 
 def _count(text: str) -> int:
     """The type of an argument that is at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"got {value}, should be at least 1")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, should be a whole number, at least 1")
+    return int(text)
 
 
 Arguments = Mapping[str, Mapping[str, Any]]

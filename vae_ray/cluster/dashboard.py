@@ -59,9 +59,10 @@ def connect(address: str | None) -> Dashboard:
     try:
         is_open = _answers_without_token(url)
     except OSError as error:
+        usual = "start one with `ray start --head`" if url == usual_url else f"try --address {usual_url}"
         raise UserError(
-            f"address: no Ray dashboard answers at {url} ({describe_error(error)}); is the cluster up, and is that its "
-            f"dashboard's address, for example --address {usual_url}?"
+            f"address: no Ray dashboard answers at {url} ({describe_error(error)}); if there is a cluster, give its "
+            f"dashboard's address; else {usual}"
         ) from None
     os.environ["RAY_API_SERVER_ADDRESS"] = url  # Ray's clients prefer it to their own `address` argument
     for name in ("dashboard_sdk", "job.sdk"):  # they log every package and connection

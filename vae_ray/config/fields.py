@@ -47,7 +47,9 @@ def place(default: Any, **options: Any) -> Any:
 
 
 def _split_list(value: object) -> object:
-    """`"400,100"` or `"[400, 100]"` from a command line becomes a list; `""` an empty one."""
+    """`"400,100"` or `"[400, 100]"` from a command line becomes a list; `""` an empty one; a number a list of it."""
+    if isinstance(value, int):
+        return [value]
     if not isinstance(value, str):
         return value
     text = value.strip("[]() ")

@@ -19,6 +19,7 @@ from pydantic.fields import FieldInfo
 
 from vae_ray.config.fields import Choice, Section, choice_of, literal_values
 from vae_ray.config.migration import renamed_key
+from vae_ray.config.sections import NAME_RULE
 from vae_ray.errors import UserError
 from vae_ray.storage.reading import parse_yaml, short_repr
 
@@ -152,8 +153,8 @@ def _write(model: type[BaseModel], tree: dict[str, Any], key: str, value: Any, *
             if not rest:
                 if value == {} or value is None:
                     return
-                names = ", ".join(section.model_fields)
-                raise UserError(f"{key}: got {short_repr(value)}, should be a mapping of {names}")
+                names = ", ".join(f"{key}.{name}" for name in section.model_fields)
+                raise UserError(f"{key}: is a section; set one of {names}")
             node, model = node[part], section
         elif rest:
             raise UnknownKey
@@ -230,7 +231,9 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
     hint = f"; for example {_example(docs[key])}" if key in docs else ""
     reason = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
     if key == "run.name":
-        reason = "should be 1 to 64 letters, digits, '.', '_' or '-', the first a letter or digit"
+        reason = f"should be {NAME_RULE}"
+    elif first["type"] in ("too_short", "string_too_short") and not first["input"]:
+        reason = "should not be empty"
     elif first["type"] == "string_pattern_mismatch":
         reason = "should be MODULE:NAME of your own code, such as my_nets:tiny"
     return f"{key}: got {short_repr(first['input'])}, {reason}{hint}"

@@ -28,6 +28,7 @@ from vae_ray.config.fields import (
 )
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+NAME_RULE = "1 to 64 letters, digits, '.', '_' or '-', the first a letter or digit"
 
 # --- data ----------------------------------------------------------------------------------------------------
 

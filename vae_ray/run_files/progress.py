@@ -22,12 +22,23 @@ POLL_SECONDS = 0.25
 PULL_SECONDS = 2.0
 
 
+class StderrConsole(Console):
+    """A terminal on stderr; a reader that goes away ends the output, and not the process."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        super().__init__(stderr=True, highlight=False, quiet=quiet)
+
+    def on_broken_pipe(self) -> None:
+        """Called by rich, whose own method ends the process."""
+        self.quiet = True
+
+
 class ProgressView:
     """Prints each epoch when it ends and, on a terminal, shows the position in the current one, until it is closed."""
 
     def __init__(self, run: RunDirectory, experiment: Experiment) -> None:
         self._run, self._epochs = run, experiment.training.epochs
-        self._console = Console(stderr=True, highlight=False)
+        self._console = StderrConsole()
         self._last_epoch = max((record["epoch"] for record in run.records.history()), default=0)
         self._num_attempts, self._num_warnings = len(run.records.attempts()), len(run.records.warnings())
         self._num_bytes = 0

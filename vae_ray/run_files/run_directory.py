@@ -18,6 +18,8 @@ from vae_ray.storage.synced import SyncedDirectory
 
 WRITER_LOCK_SECONDS = 60.0
 """How long a writer waits until one that was killed has released the run directory."""
+SWEEP_FILE = "sweep.yaml"
+"""In the directory of a sweep, whose trials are runs in `trials/`."""
 
 
 class RunDirectory(SyncedDirectory):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -19,14 +20,15 @@ from vae_ray import signals
 from vae_ray.checkpoints.listing import own_checkpoint
 from vae_ray.config import user_code
 from vae_ray.config.experiment import Experiment
+from vae_ray.config.sections import NAME_PATTERN, NAME_RULE
 from vae_ray.errors import CorruptFile, TrainingFailed, UserError, WorkersFailed
 from vae_ray.parallel.group import SingleProcess
 from vae_ray.run_files.progress import ProgressView
-from vae_ray.run_files.run_directory import RunDirectory
-from vae_ray.runs.exclusive import as_user_error, discard_stale_results, open_run
+from vae_ray.run_files.run_directory import SWEEP_FILE, RunDirectory
+from vae_ray.runs.exclusive import as_user_error, discard_stale_results, open_run, run_location
 from vae_ray.runs.preflight import local_device, preflight, with_absolute_paths
 from vae_ray.runs.results import TrainResult, result_from, summarise
-from vae_ray.storage.locations import absolute, split_location
+from vae_ray.storage.locations import absolute, is_uri, split_location
 from vae_ray.storage.retry import describe_os_error
 from vae_ray.training.fit import fit
 
@@ -110,7 +112,14 @@ def resume(
     named_again = set(map(str, overrides.values()))  # by the caller, who may
     paths = [path for path in experiment.user_code() if path not in named_again]
     user_code.check_trusted(paths, origin=str(location), trust_code=trust_code)
-    return train(experiment.with_overrides(overrides), resume=True, quiet=quiet)
+    resumed = experiment.with_overrides(overrides)
+    if run_location(resumed) != run_location(experiment):
+        raise UserError(
+            f"run.name, run.storage: the run is {run_location(experiment)}; move that directory to resume it "
+            f"elsewhere, or start another run with --run.initial-weights {location}"
+        )
+    _refuse_trials(location)
+    return train(resumed, resume=True, quiet=quiet)
 
 
 def stored_experiment(location: str | Path) -> Experiment:
@@ -119,9 +128,25 @@ def stored_experiment(location: str | Path) -> Experiment:
     run = RunDirectory.at(absolute_location, role="reader")
     with run.working_copy():
         if not run.experiment_file.is_file():
+            if (run.path / SWEEP_FILE).is_file():
+                raise UserError(f"run {location}: is a sweep; continue it with its vae-ray sweep command and --resume")
             raise UserError(f"run {location}: there is no run, it has no {run.experiment_file.name}")
         storage, name = split_location(absolute_location)
+        if re.fullmatch(NAME_PATTERN, name) is None:
+            raise UserError(
+                f"run {location}: {name!r} cannot be the name of a run; rename the directory to {NAME_RULE}"
+            )
         return run.experiment().with_overrides({"run.storage": storage, "run.name": name})
+
+
+def _refuse_trials(location: str | Path) -> None:
+    """Raise `UserError` for a sweep's trial: with other epochs it would not compare with the others."""
+    sweep = split_location(split_location(absolute(location, key="run"))[0])[0]
+    if not is_uri(sweep) and (Path(sweep) / SWEEP_FILE).is_file():
+        raise UserError(
+            f"run {location}: is a trial of the sweep {sweep}; continue the sweep with its vae-ray sweep command and "
+            f"--resume, or start a run from the trial's weights with --run.initial-weights {location}"
+        )
 
 
 def _has_intact_result(run: RunDirectory, result: TrainResult) -> bool:

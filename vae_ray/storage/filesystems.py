@@ -53,7 +53,8 @@ def check_writable(location: str, *, key: str = "run.storage") -> None:
             (directory / name).unlink()
         except OSError as error:
             raise UserError(
-                f"{key}: got {location!r}, cannot be written ({error.strerror}); try --storage DIR"
+                f"{key}: got {location!r}, cannot be written ({error.strerror}); make it writable, or start new runs "
+                "with another --storage"
             ) from None
         return
     filesystem, path = open_filesystem(location, key=key)

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from vae_ray.checkpoints.listing import all_checkpoints
 from vae_ray.checkpoints.loading import TRAINING_STATE, Checkpoint
 from vae_ray.checkpoints.quarantine import load_newest
 from vae_ray.checkpoints.saving import NotSaved, prune_checkpoints, save_checkpoint
@@ -66,7 +67,7 @@ class Checkpointing:
         except NotSaved as error:
             if is_last:
                 raise TrainingFailed(f"{error}; the run has ended: make room and resume it") from error
-            logger.warning("%s; training continues, the checkpoint before it is intact", error)
+            logger.warning("%s; training continues, %s", error, self._kept())
 
     def save_inside_epoch(self, state: TrainState, epoch: int, step: int, *, seconds: float) -> None:
         """Write a checkpoint after `step` steps of `epoch`, or warn; rank 0 only.
@@ -77,7 +78,11 @@ class Checkpointing:
             try:
                 self._save(state, epoch, step, {"seconds": seconds})
             except NotSaved as error:
-                logger.warning("%s; the checkpoint before it is intact", error)
+                logger.warning("%s; %s", error, self._kept())
+
+    def _kept(self) -> str:
+        kept = all_checkpoints(self._run.checkpoints)
+        return f"{kept[-1].path.name} is intact" if kept else "there is no checkpoint before it"
 
     def _save(self, state: TrainState, epoch: int, step: int | None, metrics: Mapping[str, Any]) -> None:
         averaged = state.averaged.model.state_dict() if state.averaged is not None else None

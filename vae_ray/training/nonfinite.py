@@ -78,8 +78,8 @@ def advice(experiment: Experiment, state: TrainState, term: str) -> str:
     if isinstance(scale, float) and scale < 0.01 and term in ("distortion", GRADIENT):
         return f"try a larger --likelihood.scale than {scale:g}"
     if not any(optimizer.state for optimizer in state.optimizers.values()):  # so that the learning rate is no cause
-        start = experiment.run.initial_weights
-        return f"no update was made before: look at {'--run.initial-weights' if start else '--model and --likelihood'}"
+        culprits = "--run.initial-weights" if experiment.run.initial_weights else "--model.network and --likelihood"
+        return f"no update was made before: look at {culprits}"
     tries = [f"a smaller --optim.lr than {optim.lr:g}"]
     if optim.grad_clip is None:
         tries.append("--optim.grad-clip 100")
@@ -105,7 +105,10 @@ def apply_policy(
         raise Diverged(f"{what}; {num_before} times before (training.nonfinite.limit); {advice}")
     state.progress.num_nonfinite = num_before + 1
     if returns_to is not None:
-        action = f"returning to {returns_to} with a smaller learning rate" if rolls_back else "skipped"
+        action = "skipped"
+        if isinstance(policy, RollBackOnNonfinite):
+            action = f"returning to {returns_to}"
+            action += " with a smaller learning rate" if policy.lr_factor < 1 else " with the same learning rate"
         logger.warning("%s: %s (%d of at most %d times)", what, action, num_before + 1, policy.limit)
     if rolls_back:
         raise RollBack

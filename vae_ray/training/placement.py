@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from vae_ray.config.experiment import Experiment
+from vae_ray.errors import UserError
 from vae_ray.models.vae import VAE
 
 SMALL_STEP_FLOPS = 100e6
@@ -33,16 +34,21 @@ def uses_cluster() -> bool:
 
 
 def resolve_local(experiment: Experiment, model: VAE) -> Experiment:
-    """The experiment with numbers in place of `auto`, where this machine alone computes; `model` may be on meta."""
+    """The experiment with numbers in place of `auto`, where this machine alone computes; `model` may be on meta.
+
+    Raises `UserError` for more CPUs than there are; on Ray workers they are compared with the machine's later.
+    """
     workers = experiment.workers
     num_gpus = torch.cuda.device_count() if workers.device != "cpu" else 0
     num = workers.num
     if num == "auto":
         num = num_gpus // workers.gpus if num_gpus // workers.gpus > 1 else 0
-    cpus: int | str = workers.cpus
+    cpus = workers.cpus
     if cpus == "auto":
         max_workers = num[1] if isinstance(num, tuple) else int(num)
         cpus = num_threads(num_local_cpus() // max(1, max_workers), experiment, model)
+    elif num == 0 and cpus > num_local_cpus():
+        raise UserError(f"workers.cpus: got {cpus}, but this process may use {num_local_cpus()}; leave it at auto")
     return experiment.with_overrides({"workers.num": num, "workers.cpus": cpus})
 
 

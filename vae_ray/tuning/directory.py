@@ -15,7 +15,7 @@ from typing import Any
 from vae_ray.checkpoints.finding import BEST
 from vae_ray.config.sections import NAME_PATTERN
 from vae_ray.errors import CorruptFile, UserError, one_line
-from vae_ray.run_files.run_directory import RunDirectory
+from vae_ray.run_files.run_directory import SWEEP_FILE, RunDirectory
 from vae_ray.storage.atomic import atomic_write
 from vae_ray.storage.locations import split_location
 from vae_ray.storage.reading import format_yaml, parse_yaml, read_bytes, short_repr
@@ -37,7 +37,7 @@ class SweepDirectory(SyncedDirectory):
     @property
     def description_file(self) -> Path:
         """The base experiment, the search space and how it is searched."""
-        return self.path / "sweep.yaml"
+        return self.path / SWEEP_FILE
 
     @property
     def journal_file(self) -> Path:

@@ -16,7 +16,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from vae_ray.run_files.progress import format_nats
+from vae_ray.run_files.progress import StderrConsole, format_nats
 from vae_ray.tuning.records import FAILURES, TrialRecord
 
 STATUS_SECONDS = 30.0
@@ -51,7 +51,7 @@ class SweepView:
         console: Console | None = None,
     ) -> None:
         self._name, self._metric, self._num_trials, self._epochs = name, metric, num_trials, epochs
-        self._console = console or Console(stderr=True, highlight=False, quiet=quiet)
+        self._console = console or StderrConsole(quiet=quiet)
         self._trials = {
             record.name: _Trial(record.state, record.epochs_done, None, record.value(metric), record.overrides)
             for record in records
