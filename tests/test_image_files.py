@@ -1,5 +1,6 @@
 """Truth: a user's own images are read as they are, or refused with the name of their file."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,12 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "pickle": (lambda path: np.save(path / "x.npy", np.array([{}])), "x.npy", "x.npy cannot be read"),
     "no zip": (lambda path: (path / "x.npz").write_bytes(b"PK"), "x.npz", "x.npz cannot be read"),
     "two arrays": (lambda path: np.savez(path / "x.npz", a=PIXELS, b=PIXELS), "x.npz", "x.npz has the arrays a, b"),
+    "no arrays": (lambda path: np.savez(path / "x.npz"), "x.npz", "x.npz has no arrays; should have one"),
+    "no axes": (lambda path: np.save(path / "x.npy", np.float32(1)), "x.npy", "got shape (), should be (N, 1, 6, 5)"),
+    "pipe": (lambda path: os.mkfifo(path / "x.npy"), "x.npy", "x.npy cannot be read (is a pipe or a device, should be"),
+    "pipe without an ending": (lambda path: os.mkfifo(path / "x"), "x", "x cannot be read as a picture (is a pipe"),
+    "pipe among pictures": (lambda path: os.mkfifo(path / "x.png"), "", "x.png cannot be read as a picture (is a pipe"),
+    "a name too long": (lambda path: None, "x" * 300, "File name too long"),
     "integers": (lambda path: np.save(path / "x.npy", np.ones((2, 6, 5), int)), "x.npy", "got int64 from 1 to 1"),
     "another shape": (lambda path: np.save(path / "x.npy", np.ones((2, 9))), "x.npy", "should be (N, 1, 6, 5)"),
 }

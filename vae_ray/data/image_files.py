@@ -21,13 +21,17 @@ def read_images(path: Path, image_shape: tuple[int, int, int], *, num: int) -> T
     Nothing is resized or converted: raises `UserError`, naming the file, for what does not have the `image_shape`.
     """
     if path.suffix.lower() in (".npy", ".npz"):
-        return as_images(_channels_first(_read_array(path), image_shape)[:num], image_shape)
+        array = _channels_first(_read_array(path), image_shape)
+        return as_images(array[:num] if array.ndim else array, image_shape)
     Image.init()
-    if path.is_dir():
-        names = sorted(file for file in path.iterdir() if file.suffix.lower() in Image.EXTENSION)
-        files = [file for file in names if not file.name.startswith(".")][:num]
-    else:
-        files = [path]
+    try:
+        is_directory = path.is_dir()
+        files = sorted(path.iterdir()) if is_directory else [path]
+    except OSError as error:
+        raise UserError(f"images: {path} cannot be read ({_reason(error)})") from None
+    if is_directory:
+        pictures = [file for file in files if file.suffix.lower() in Image.EXTENSION]
+        files = [file for file in pictures if not file.name.startswith(".")][:num]
     if not files:
         raise UserError(f"images: {path} has no pictures; should be a directory of pictures, a .npy or a .npz file")
     return as_images(np.stack([_read_picture(file, image_shape) for file in files]), image_shape)
@@ -36,14 +40,14 @@ def read_images(path: Path, image_shape: tuple[int, int, int], *, num: int) -> T
 def _read_array(file: Path) -> NDArray[np.generic]:
     """The array of a .npy file, or the only one, or that of the name `images`, of a .npz file."""
     try:
-        loaded = np.load(file, allow_pickle=False)
+        loaded = np.load(_no_pipe(file), allow_pickle=False)
         if isinstance(loaded, np.ndarray):
             return loaded
         with loaded:
             name = loaded.files[0] if len(loaded.files) == 1 else "images"
             if name not in loaded.files:
-                names = ", ".join(loaded.files)
-                raise UserError(f"images: {file} has the arrays {names}; should have one, or one of the name images")
+                names = f"the arrays {', '.join(loaded.files)}" if loaded.files else "no arrays"
+                raise UserError(f"images: {file} has {names}; should have one, or one of the name images")
             return np.asarray(loaded[name])
     except (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"images: {file} cannot be read ({_reason(error)})") from None
@@ -63,7 +67,7 @@ def _read_picture(file: Path, image_shape: tuple[int, int, int]) -> NDArray[np.u
     """uint8 `(C, H, W)`."""
     channels, height, width = image_shape
     try:
-        with Image.open(file) as picture:
+        with Image.open(_no_pipe(file)) as picture:
             size, mode = picture.size, picture.mode
             pixels = np.asarray(picture.convert("RGBA")) if size == (width, height) else None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
@@ -80,6 +84,13 @@ def _read_picture(file: Path, image_shape: tuple[int, int, int]) -> NDArray[np.u
     if channels not in (1, 3, 4):
         raise UserError(f"images: {file} is a picture, the model's images have {channels} channels; give a .npy file")
     return np.moveaxis(pixels[..., :channels], 2, 0)
+
+
+def _no_pipe(file: Path) -> Path:
+    """The file; raises `ValueError` for a pipe or a device, which could keep a reader waiting."""
+    if file.exists() and not (file.is_file() or file.is_dir()):
+        raise ValueError("is a pipe or a device, should be a regular file")
+    return file
 
 
 def _reason(error: Exception) -> str:

@@ -18,9 +18,14 @@ ROUNDING = 1e-6
 def as_tensor(values: Any, *, key: str) -> Tensor:
     """A tensor, an array or a nested list of numbers as a tensor; raises `UserError` that begins with `key`."""
     if isinstance(values, Tensor):
+        if values.layout != torch.strided or values.is_nested or values.is_meta:
+            kind = "meta" if values.is_meta else "nested" if values.is_nested else "sparse"
+            raise UserError(f"{key}: got a {kind} tensor, should be a dense tensor")
         return values.detach()
+    if isinstance(values, np.ma.MaskedArray):
+        raise UserError(f"{key}: got a masked array, should be a dense tensor or array; try .filled(0)")
     try:
-        array = np.ascontiguousarray(values)
+        array = np.asarray(values, order="C")
         return torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))
     except (TypeError, ValueError, RuntimeError) as error:  # ragged lists, strings, objects
         reason = one_line(error)[:120]
@@ -36,7 +41,9 @@ def as_images(images: Any, image_shape: tuple[int, int, int]) -> Tensor:
     images = as_tensor(images, key="images")
     if images.ndim != 4 or tuple(images.shape[1:]) != image_shape or not len(images):
         got, needed = tuple(images.shape), ", ".join(map(str, image_shape))
-        raise UserError(f"images: got shape {got}, should be (N, {needed}) with at least one image")
+        is_channels_last = got[1:] == (*image_shape[1:], image_shape[0]) != image_shape
+        remedy = "; channels come first: try np.moveaxis(images, -1, 1)" if is_channels_last else ""
+        raise UserError(f"images: got shape {got}, should be (N, {needed}) with at least one image{remedy}")
     if images.dtype == torch.uint8:
         return scaled(images)
     floats = torch.zeros(1) if images.is_complex() else images.float()
