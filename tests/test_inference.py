@@ -1,10 +1,13 @@
 """Truth: what a trained model does afterwards is deterministic, exact, and the same as during training."""
 
 import math
+import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +17,7 @@ from vae_ray.config.experiment import Experiment
 from vae_ray.data.sources import SOURCES, Digits, Images
 from vae_ray.data.splits import Splits
 from vae_ray.inference import INTERPOLATIONS, Method
+from vae_ray.models.likelihoods import Bernoulli
 from vae_ray.storage.records import read_records
 from vae_ray.training.callbacks import decoder_of
 
@@ -222,6 +226,12 @@ def test_images_of_another_shape_are_refused_with_both_shapes(model: TrainedVAE,
             use(torch.rand(shape))
 
 
+def nested(x: torch.Tensor, *, layout: torch.layout) -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "in prototype stage"
+        return torch.nested.nested_tensor(list(x), layout=layout)
+
+
 RANGE = r"should be uint8, bool, or floats in \[0, 1\]"
 
 
@@ -240,6 +250,12 @@ RANGE = r"should be uint8, bool, or floats in \[0, 1\]"
         (lambda x: x[:0], r"got shape \(0, 1, 8, 8\), should be \(N, 1, 8, 8\) with at least one image"),
         (lambda x: [[1.0], [2.0, 3.0]], "got a list that is no array of numbers"),
         (lambda x: None, "got a NoneType that is no array of numbers"),
+        (lambda x: x.to_sparse(), "got a sparse tensor, should be a dense tensor"),
+        (lambda x: x.to("meta"), "got a meta tensor, should be a dense tensor"),
+        (lambda x: nested(x, layout=torch.strided), "got a nested tensor, should be a dense tensor"),
+        (lambda x: nested(x, layout=torch.jagged), "got a nested tensor, should be a dense tensor"),
+        (lambda x: np.ma.masked_less(x.numpy(), 0.5), r"got a masked array, .*; try .filled\(0\)"),
+        (lambda x: x.movedim(1, -1), r"got shape \(5, 8, 8, 1\), .*; channels come first: try np.moveaxis"),
     ],
 )
 def test_images_in_another_range_are_refused_with_what_to_try(
@@ -325,7 +341,9 @@ def test_codes_may_be_of_any_float_type_and_must_be_finite(model: TrainedVAE) ->
     for bad in (torch.nan, torch.inf, -torch.inf):
         with pytest.raises(UserError, match="z: got complex numbers, NaN or infinity, should be finite"):
             model.decode(z + bad)
-    with pytest.raises(UserError, match=r"z: got numbers up to 3e.38, too large for this model"):
+    with pytest.raises(UserError, match="z: got a sparse tensor, should be a dense tensor"):
+        model.decode(z.to_sparse())
+    with pytest.raises(UserError, match=r"z: got a code with 3e.38, which gives images with NaN or infinity"):
         model.decode(torch.full_like(z, 3e38))
     with pytest.raises(UserError, match=r"z: got shape \(0, 5\), should be \(N, 5\) with at least one code"):
         model.decode(z[:0])
@@ -348,8 +366,115 @@ def test_impossible_requests_are_refused(model: TrainedVAE) -> None:
         model.traverse(images, extent=math.inf)
     with pytest.raises(UserError, match="steps: got 1"):
         model.interpolate(images, images, steps=1)
-    with pytest.raises(UserError, match="method: got 'cubic', should be one of linear, spherical"):
-        model.interpolate(images, images, method="cubic")  # type: ignore[arg-type]
+    for method in ("cubic", ["linear"]):
+        with pytest.raises(UserError, match=rf"method: got {re.escape(repr(method))}, should be linear or spherical"):
+            model.interpolate(images, images, method=method)  # type: ignore[arg-type]
+
+
+NO_NUMBERS = [True, None, "3", math.nan, math.inf, 1j, 10**400]
+
+
+@pytest.mark.parametrize("value", [*NO_NUMBERS, 1.5, -1])
+def test_what_is_no_whole_number_is_refused(model: TrainedVAE, value: Any) -> None:
+    images = model.test_images(2)
+    uses: dict[str, Callable[[], object]] = {
+        "num": lambda: model.generate(value),
+        "seed": lambda: model.generate(1, seed=value),
+        "steps": lambda: model.traverse(images, steps=value),
+        "num_dimensions": lambda: model.traverse(images, num_dimensions=value),
+    }
+    for name, use in uses.items():
+        with pytest.raises(UserError, match=rf"^{name}: got .*, should be a whole number, at least [012] and below"):
+            use()
+
+
+@pytest.mark.parametrize("value", [*NO_NUMBERS, -math.inf, 1e39])
+def test_what_is_no_finite_number_is_refused(model: TrainedVAE, value: Any) -> None:
+    with pytest.raises(UserError, match=r"^temperature: got .*, should be a finite number from 0 to 3.403e.38"):
+        model.generate(1, temperature=value)
+    with pytest.raises(UserError, match=r"^extent: got .*, should be a finite number from -3.403e.38 to 3.403e.38"):
+        model.traverse(model.test_images(2), extent=value)
+
+
+def test_numbers_may_be_numpy_s(model: TrainedVAE) -> None:
+    images = model.generate(np.int64(2), seed=np.uint8(3), temperature=np.float32(0.5))  # type: ignore[arg-type]
+    assert torch.equal(images, model.generate(2, seed=3, temperature=0.5))
+    assert model.interpolate(images, images, steps=np.int8(100)).shape[:2] == (2, 100)  # type: ignore[arg-type]
+
+
+def test_images_that_are_not_finite_are_refused_wherever_they_come_from(model: TrainedVAE) -> None:
+    uses: dict[str, Callable[[], object]] = {
+        "temperature: got 3e": lambda: model.generate(6, temperature=3e38),
+        "extent: got 3e": lambda: model.traverse(model.test_images(2), extent=3e38),
+        "z: got a code with 3e": lambda: model.decode(torch.full((1, model.latent_dim), 3e38)),
+    }
+    for given, use in uses.items():
+        with pytest.raises(
+            UserError, match=rf"^{given}.38, which gives images with NaN or infinity; try a number nearer to 0"
+        ):
+            use()
+
+
+class Unbounded(Bernoulli):
+    def mean(self, params: torch.Tensor) -> torch.Tensor:
+        return 100 * params
+
+
+def test_means_outside_of_the_unit_interval_are_warned_of_once(
+    model: TrainedVAE, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = TrainedVAE.load(model.checkpoint.path)
+    own.model.likelihood = Unbounded()
+    for _ in range(2):
+        own.generate(3)
+        own.reconstruct(own.test_images(3))
+        own.traverse(own.test_images(3))
+    (record,) = caplog.records
+    assert record.getMessage().startswith("likelihood: Unbounded.mean gives values outside of [0, 1]")
+
+
+def test_more_images_than_one_call_can_make_are_refused(model: TrainedVAE) -> None:
+    images = model.test_images(2)
+    uses: dict[str, Callable[[], object]] = {
+        "num: asks for 1000000000000000": lambda: model.generate(10**15),
+        "steps: asks for 2000000": lambda: model.interpolate(images, images, steps=10**6),
+        "steps: asks for 5000000": lambda: model.traverse(images, steps=10**6),
+    }
+    for asked, use in uses.items():
+        with pytest.raises(UserError, match=f"^{asked} images, should be at most 1000000: they are in memory together"):
+            use()
+
+
+NO_DEVICES = ["gpu", "meta", "xla", "cuda:99", 99, None, True, 1.5, torch.device("meta")]
+
+
+@pytest.mark.parametrize(
+    ("argument", "values", "allowed"),
+    [
+        ("weights", ["best", "", ["last"], 1, False], "should be averaged or last"),
+        ("device", NO_DEVICES, "this machine has cpu"),
+        ("data", ["x", "", ["data.root"], 3], "should be a mapping, as in"),
+    ],
+)
+def test_loading_refuses_what_there_is_not(model: TrainedVAE, argument: str, values: list[Any], allowed: str) -> None:
+    for value in values:
+        with pytest.raises(UserError, match=rf"^{argument}: got {re.escape(repr(value))}, {allowed}"):
+            TrainedVAE.load(model.checkpoint.path, **{argument: value})
+
+
+def test_the_devices_of_the_machine_are_named(model: TrainedVAE, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    for device in ("cuda:2", "mps"):
+        with pytest.raises(UserError, match=f"^device: got {device!r}, this machine has cpu, cuda:0, cuda:1$"):
+            TrainedVAE.load(model.checkpoint.path, device=device)
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="this machine has an accelerator")
+@pytest.mark.parametrize("device", ["cuda", "cuda:0", "mps", 0])
+def test_an_accelerator_that_is_not_there_is_refused(model: TrainedVAE, device: Any) -> None:
+    with pytest.raises(UserError, match=f"^device: got {device!r}, this machine has cpu$"):
+        TrainedVAE.load(model.checkpoint.path, device=device)
 
 
 def test_paths_between_unequal_numbers_of_images_are_refused(model: TrainedVAE) -> None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -26,15 +25,20 @@ from vae_ray.evaluation.elbo import evaluate_split
 from vae_ray.models.interpolation import INTERPOLATIONS
 from vae_ray.models.latents import Distribution, Group
 from vae_ray.models.noise import latent_noise, num_elements
-from vae_ray.models.traversal import Traversal, decode_codes, join_groups, traverse
+from vae_ray.models.traversal import Traversal, check_means, decode_codes, join_groups, traverse
 from vae_ray.models.vae import VAE, build_vae, shape_vae
 from vae_ray.parallel.group import SingleProcess, shards_of
+from vae_ray.storage.reading import short_repr
 
 logger = logging.getLogger(__name__)
 
 SplitName = Literal["train", "val", "test"]
 Method = Literal["linear", "spherical"]
 Weights = Literal["averaged", "last"]
+
+MOST_IMAGES = 1_000_000
+"""Of one call that makes images: they are decoded together, and all are in memory."""
+FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 class TrainedVAE:
@@ -66,18 +70,21 @@ class TrainedVAE:
             path: a directory or URI. Of a run, the best intact checkpoint is loaded, with a warning that names
                 damaged ones that would be better.
             weights: "averaged" (`training.ema_decay`) or "last"; None means averaged where there are such.
-            device: where the model computes.
+            device: where the model computes: "cpu", "cuda", "cuda:1", ...
             trust_code: whether code that the checkpoint's experiment names (a user's own network, ...) may be run.
             data: where the run's images are now, by dotted keys, as in `{"data.root": "/data"}`.
 
         Raises:
-            UserError: there is no such checkpoint, it is damaged, it names code and `trust_code` is false, or `data`
-                would change what the images are.
+            UserError: there is no such checkpoint, it is damaged, it names code and `trust_code` is false, there is no
+                such device, or `data` would change what the images are.
         """
+        if weights is not None:
+            _check_choice("weights", weights, get_args(Weights))
+        device = _existing_device(device)
         checkpoint = find_checkpoint(path)
         experiment = checkpoint.experiment()
         user_code.check_trusted(experiment.user_code(), origin=str(checkpoint.path), trust_code=trust_code)
-        experiment = _with_data_elsewhere(experiment, data or {})
+        experiment = _with_data_elsewhere(experiment, {} if data is None else data)
         averaged = checkpoint.has_averaged_weights if weights is None else weights == "averaged"
         expected = meta_model(experiment, checkpoint).state_dict()
         tensors = checkpoint.weights(expected, averaged=averaged)
@@ -105,11 +112,14 @@ class TrainedVAE:
 
         The first n of `generate(m)` are `generate(n)`. `temperature` scales the prior's standard deviation.
         """
-        _check_count("num", num, least=1)
-        if not 0 <= temperature < math.inf:
-            raise UserError(f"temperature: got {temperature}, should be a finite number, 0 or more; for example 1.0")
+        _check_whole("num", num, least=1)
+        _check_num_images("num", num)
+        _check_whole("seed", seed, least=0)
+        temperature = _float("temperature", temperature, least=0)
         noise = latent_noise(self.model.latent_shapes, slice(0, num), seed, "generate", device=self.device)
-        return self.model.generate(noise, temperature=temperature)
+        images = self.model.generate(noise, temperature=temperature)
+        check_means(images, self.model.likelihood, given=f"temperature: got {temperature:g}")
+        return images
 
     @torch.inference_mode()
     def groups(self, images: Any) -> tuple[Group, ...]:
@@ -142,12 +152,12 @@ class TrainedVAE:
         "linear" is a straight line; "spherical" also turns at constant speed (Shoemake 1985), so that
         points stay about as far from the origin as the prior's (White 2016, arXiv:1609.04468).
         """
-        _check_count("steps", steps, least=2)
-        if method not in INTERPOLATIONS:
-            raise UserError(f"method: got {method!r}, should be one of {', '.join(INTERPOLATIONS)}")
+        _check_whole("steps", steps, least=2)
+        _check_choice("method", method, INTERPOLATIONS)
         a, b = self.encode(start), self.encode(end)
         if len(a) != len(b):
             raise UserError(f"images: got {len(a)} starts and {len(b)} ends, should be as many of each")
+        _check_num_images("steps", len(a) * int(steps))
         path = INTERPOLATIONS[method](a, b, torch.linspace(0, 1, steps))
         return self.decode(path.flatten(0, 1)).unflatten(0, (-1, steps))
 
@@ -156,10 +166,10 @@ class TrainedVAE:
 
         Dimensions are in order of their rate over `images`; `extent` is in standard deviations of the prior.
         """
-        _check_count("num_dimensions", num_dimensions, least=1)
-        _check_count("steps", steps, least=2)
-        if not math.isfinite(extent):
-            raise UserError(f"extent: got {extent}, should be a finite number; for example 3.0")
+        _check_whole("num_dimensions", num_dimensions, least=1)
+        _check_whole("steps", steps, least=2)
+        _check_num_images("steps", min(int(num_dimensions), self.latent_dim) * int(steps))
+        extent = _float("extent", extent)
         x = self._floats(images)
         return traverse(self.model, x, num_dimensions=num_dimensions, steps=steps, extent=extent)
 
@@ -168,10 +178,9 @@ class TrainedVAE:
 
         Over every image of the split once, with one sampled z each, as in training.
         """
+        _check_choice("split", split, get_args(SplitName))
         if split == "val" and not self.experiment.data.num_validation:
             raise UserError("split val: this run had no validation split (data.num_validation 0); try test or train")
-        if split not in ("train", "val", "test"):
-            raise UserError(f"split: got {split!r}, should be train, val or test")
         group, training, splits = SingleProcess(self.device), self.experiment.training, Splits.open(self.experiment)
         self._check_images(splits.test if split == "test" else splits.train, "test" if split == "test" else "train")
         pixels, indices = splits.select(split)
@@ -204,7 +213,7 @@ class TrainedVAE:
 
     def test_images(self, num: int) -> Tensor:
         """The first `num` test images of the run's data, `(num, C, H, W)` in [0, 1]; all where there are fewer."""
-        _check_count("num", num, least=1)
+        _check_whole("num", num, least=1)
         test = open_split(self.experiment.data, "test")
         self._check_images(test, "test")
         return scaled(test.pixels[:num])
@@ -224,6 +233,8 @@ class TrainedVAE:
 
 def _with_data_elsewhere(experiment: Experiment, places: Mapping[str, Any]) -> Experiment:
     """The experiment with its images in other places; raises `UserError` for keys that say something else."""
+    if not isinstance(places, Mapping):
+        raise UserError(f'data: got {short_repr(places)}, should be a mapping, as in {{"data.root": "/data"}}')
     elsewhere = experiment.with_overrides(places)
     allowed = [key for key in experiment.flat() if key.startswith("data.") and is_place_key(key)]
     for line in differing_fields(experiment, elsewhere):
@@ -232,10 +243,49 @@ def _with_data_elsewhere(experiment: Experiment, places: Mapping[str, Any]) -> E
     return elsewhere
 
 
-def _check_count(name: str, value: Any, *, least: int) -> None:
-    """Raise `UserError` for what is no whole number, or less than `least`."""
-    if not isinstance(value, numbers.Integral) or value < least:
-        raise UserError(f"{name}: got {value!r}, should be a whole number, at least {least}")
+def _existing_device(device: str | int | torch.device) -> torch.device:
+    """The device of that name; raises `UserError` if this machine does not have it."""
+    try:
+        wanted = torch.device(device)
+    except (RuntimeError, TypeError):  # not the name of any
+        wanted = torch.device("meta")
+    if wanted.type == "cpu":
+        return wanted
+    accelerator = torch.accelerator.current_accelerator()
+    count = torch.accelerator.device_count() if accelerator else 0
+    existing = [f"{accelerator}:{index}" for index in range(count)]
+    if f"{wanted.type}:{wanted.index or 0}" not in existing:
+        raise UserError(f"device: got {short_repr(device)}, this machine has {', '.join(['cpu', *existing])}")
+    return wanted
+
+
+def _check_whole(name: str, value: Any, *, least: int) -> None:
+    """Raise `UserError` for what is no whole number from `least` to 2^63 - 1."""
+    is_whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not is_whole or not least <= int(value) < 2**63:
+        raise UserError(f"{name}: got {short_repr(value)}, should be a whole number, at least {least} and below 2**63")
+
+
+def _check_num_images(name: str, num: int) -> None:
+    """Raise `UserError` for more images than one call can make."""
+    if num > MOST_IMAGES:
+        raise UserError(f"{name}: asks for {num} images, should be at most {MOST_IMAGES}: they are in memory together")
+
+
+def _float(name: str, value: Any, *, least: float = -FLOAT32_MAX) -> float:
+    """The number as a float; raises `UserError` for what is none, less than `least`, or not finite in float32."""
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not is_number or not least <= value <= FLOAT32_MAX:
+        allowed = f"from {least:.4g} to {FLOAT32_MAX:.4g}"
+        raise UserError(f"{name}: got {short_repr(value)}, should be a finite number {allowed}; for example 1.0")
+    return float(value)
+
+
+def _check_choice(name: str, value: Any, choices: Collection[str]) -> None:
+    """Raise `UserError` for what is not one of `choices`."""
+    if not isinstance(value, str) or value not in choices:
+        *others, last = choices
+        raise UserError(f"{name}: got {short_repr(value)}, should be {', '.join(others)} or {last}")
 
 
 def meta_model(experiment: Experiment, checkpoint: Checkpoint) -> VAE:

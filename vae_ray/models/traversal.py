@@ -6,17 +6,22 @@ their flattened z side by side, the top group first.
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from vae_ray.data.images import as_tensor
+from vae_ray.data.images import ROUNDING, as_tensor
 from vae_ray.errors import UserError
 from vae_ray.models.latents import Group, Latents
+from vae_ray.models.likelihoods import Likelihood
 from vae_ray.models.noise import num_elements
 from vae_ray.models.vae import VAE
+
+logger = logging.getLogger(__name__)
 
 
 class Traversal(NamedTuple):
@@ -47,8 +52,9 @@ def traverse(model: VAE, x: Tensor, *, num_dimensions: int = 10, steps: int = 11
     noise = torch.zeros(len(order), steps, len(rates), device=x.device, dtype=x.dtype)
     for row, dimension in enumerate(order.tolist()):
         noise[row, :, dimension] = torch.linspace(-extent, extent, steps)
-    images = model.generate(split_groups(noise.flatten(0, 1), model.latent_shapes)).unflatten(0, (len(order), steps))
-    return Traversal(images, order.tolist(), rates[order].tolist())
+    images = model.generate(split_groups(noise.flatten(0, 1), model.latent_shapes))
+    check_means(images, model.likelihood, given=f"extent: got {extent:g}")
+    return Traversal(images.unflatten(0, (len(order), steps)), order.tolist(), rates[order].tolist())
 
 
 def elementwise_rate(group: Group) -> Tensor:
@@ -74,9 +80,26 @@ def decode_codes(model: VAE, codes: Any) -> Tensor:
         raise UserError("z: got complex numbers, NaN or infinity, should be finite numbers")
     reference = next(model.parameters())
     images = model.decode(split_groups(z.to(reference), model.latent_shapes))
-    if not images.isfinite().all():
-        raise UserError(f"z: got numbers up to {float(z.abs().max()):g}, too large for this model; try some near 0")
+    check_means(images, model.likelihood, given=f"z: got a code with {float(z.abs().max()):g}")
     return images
+
+
+def check_means(images: Tensor, likelihood: Likelihood, *, given: str) -> None:
+    """Raise `UserError`, which begins with `given`, for images that are not finite; warn of those not in [0, 1]."""
+    low, high = (float(end) for end in images.aminmax())  # NaN if one value is
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise UserError(f"{given}, which gives images with NaN or infinity; try a number nearer to 0")
+    if low < -ROUNDING or high > 1 + ROUNDING:
+        _warn_of_mean(type(likelihood).__qualname__)
+
+
+@functools.cache  # once a process
+def _warn_of_mean(likelihood: str) -> None:
+    logger.warning(
+        "likelihood: %s.mean gives values outside of [0, 1], which pictures show as black or white; "
+        "it should give E[x|z] in [0, 1]",
+        likelihood,
+    )
 
 
 def split_groups(codes: Tensor, shapes: tuple[tuple[int, ...], ...]) -> Latents:
