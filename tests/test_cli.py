@@ -141,6 +141,17 @@ def test_pictures_are_written_to_out(
     assert [path.name for path in tmp_path.iterdir()] == ["picture.png"]
 
 
+@pytest.mark.parametrize("name", ["x.jpg", "x.gif", "x.npy", "x.png.txt", "x", "png"])
+def test_pictures_of_another_format_than_png_are_refused(
+    name: str, trained_run: TrainResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, file = str(trained_run.run_dir), tmp_path / name
+    assert main(["generate", run, "--out", str(file)]) == 2
+    assert f"--out: got {str(file)!r}, should end in .png" in capsys.readouterr().err
+    assert not file.exists()
+    assert main(["generate", run, "--out", str(tmp_path / "x.PNG"), "--num", "1"]) == 0
+
+
 def test_presets_lists_every_preset_with_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["presets", "--json"]) == 0
     answer = one_object(capsys.readouterr().out)

@@ -209,6 +209,8 @@ def _write(picture: Image, options: argparse.Namespace, model: TrainedVAE) -> di
     from vae_ray.storage.locations import local_path
 
     out = local_path(options.out, key="--out")
+    if out.suffix.lower() != ".png":
+        raise UserError(f"--out: got {options.out!r}, should end in .png: pictures are PNG files")
     try:
         out.write_bytes(png_bytes(picture))
     except OSError as error:
