@@ -146,10 +146,15 @@ def test_pictures_of_another_format_than_png_are_refused(
     name: str, trained_run: TrainResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, file = str(trained_run.run_dir), tmp_path / name
-    assert main(["generate", run, "--out", str(file)]) == 2
+    assert main(["generate", "no-such-run", "--out", str(file)]) == 2  # before anything is read
     assert f"--out: got {str(file)!r}, should end in .png" in capsys.readouterr().err
     assert not file.exists()
     assert main(["generate", run, "--out", str(tmp_path / "x.PNG"), "--num", "1"]) == 0
+
+
+def test_an_empty_name_of_images_is_refused(trained_run: TrainResult, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["reconstruct", str(trained_run.run_dir), "--out", "x.png", "--images", ""]) == 2
+    assert "--images: got '', should be a directory of pictures" in capsys.readouterr().err
 
 
 def test_presets_lists_every_preset_with_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:

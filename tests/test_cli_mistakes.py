@@ -83,7 +83,7 @@ MODEL_MISTAKES: list[tuple[list[str], str]] = [
     (["generate", "RUN", "--out", "x.png", "--num", "many"], "'many'"),
     (["reconstruct", "RUN", "--out", "x.png", "--num", "-2"], "got '-2', should be a whole number, at least 1"),
     (["interpolate", "RUN", "--out", "x.png", "--steps", "1"], "steps: got 1"),
-    (["interpolate", "RUN", "--out", "x.png", "--method", "cubic"], "'cubic', should be one of linear, spherical"),
+    (["interpolate", "RUN", "--out", "x.png", "--method", "cubic"], "'cubic', should be linear or spherical"),
     (["evaluate", "RUN", "--split", "validation"], "'validation'"),
     (["evaluate", "RUN/checkpoints"], "checkpoints"),
     (["evaluate", "RUN", "--data.num-validation", "7"], "100 -> 7: is part of the trained model; only data.cache_dir"),

@@ -16,6 +16,8 @@ from vae_ray import signals
 from vae_ray.errors import UserError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from PIL.Image import Image
     from torch import Tensor
 
@@ -184,6 +186,10 @@ def _readable_sweep(result: SweepResult) -> dict[str, Any]:
 
 
 def _load(options: argparse.Namespace) -> TrainedVAE:
+    if "out" in options:
+        _out_file(options)  # before anything is read
+    if getattr(options, "images", None) == "":
+        raise UserError("--images: got '', should be a directory of pictures, a picture, a .npy or a .npz file")
     with signals.deferred():
         from vae_ray.inference import TrainedVAE
 
@@ -204,13 +210,19 @@ def _name_of_images(options: argparse.Namespace) -> str:
     return "test images" if options.images is None else f"images of {os.path.basename(options.images.rstrip(os.sep))}"
 
 
-def _write(picture: Image, options: argparse.Namespace, model: TrainedVAE) -> dict[str, Any]:
-    from vae_ray.run_files.image_grids import png_bytes
+def _out_file(options: argparse.Namespace) -> Path:
     from vae_ray.storage.locations import local_path
 
     out = local_path(options.out, key="--out")
     if out.suffix.lower() != ".png":
         raise UserError(f"--out: got {options.out!r}, should end in .png: pictures are PNG files")
+    return out
+
+
+def _write(picture: Image, options: argparse.Namespace, model: TrainedVAE) -> dict[str, Any]:
+    from vae_ray.run_files.image_grids import png_bytes
+
+    out = _out_file(options)
     try:
         out.write_bytes(png_bytes(picture))
     except OSError as error:
