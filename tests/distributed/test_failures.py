@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from ray.exceptions import ActorDiedError, NodeDiedError, RayActorError
 from ray.train import ControllerError, WorkerGroupError
 
+from vae_ray.config.user_code import failures_named
 from vae_ray.distributed.failures import describe_failure
+from vae_ray.distributed.group import RayWorkers
 from vae_ray.distributed.launch import _cause
 from vae_ray.errors import Diverged, TrainingFailed, UserError, WorkersFailed
 
@@ -70,6 +73,13 @@ def test_the_error_that_others_follow_from_is_shown_wherever_it_was_raised() -> 
 def test_our_own_errors_keep_their_type_and_text(kind: type[Exception]) -> None:
     cause = _cause(WorkerGroupError("...", {0: died(WORKER, SOCKET_CLOSED), 1: kind("epoch 3: no")}))
     assert (type(cause), str(cause)) == (kind, "epoch 3: no")
+
+
+def test_a_collective_that_fails_is_not_blamed_on_the_code_that_called_it() -> None:
+    group = object.__new__(RayWorkers)  # without a process group
+    group.size = 2
+    with pytest.raises(ValueError, match="process group"), failures_named(["own_code:tiny"], where="epoch 1, step 4"):
+        group.sum(torch.zeros(1))
 
 
 def test_a_text_without_a_known_cause_is_itself_on_one_line() -> None:

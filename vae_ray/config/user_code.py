@@ -11,18 +11,23 @@ import functools
 import hashlib
 import importlib
 import inspect
+import logging
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from vae_ray.errors import UserError, one_line
+from vae_ray.errors import TrainingFailed, UserError, one_line
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Files = dict[str, bytes]
 """Relative path and content of a user's source files; plain data that travels to workers."""
+FAILURES = (Exception, SystemExit)
+"""What is an error in a user's code; `sys.exit()` there must not end the command as if all were done."""
 
 
 def load(path: str, *, key: str) -> Callable[..., Any]:
@@ -40,7 +45,7 @@ def load(path: str, *, key: str) -> Callable[..., Any]:
         raise UserError(f"{key}: got {path!r}, there is no module {error.name!r} in {here} or on PYTHONPATH") from None
     except AttributeError:
         raise UserError(f"{key}: got {path!r}, the module {module_name!r} has no {attribute!r}") from None
-    except Exception as error:
+    except FAILURES as error:
         raise UserError(f"{key}: got {path!r}, importing it fails ({type(error).__name__}: {error})") from error
     if not callable(function):
         raise UserError(f"{key}: got {path!r}, a {type(function).__name__}; should be a function or a class")
@@ -72,12 +77,33 @@ def errors_named(path: str, *, key: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except Exception as error:
+    except FAILURES as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
         if last.filename == __file__:
             raise UserError(f"{key}: {path} cannot be called ({one_line(error)[:200]})") from error
         reason = f"{type(error).__name__}: {one_line(error)[:200]}"
         raise UserError(f"{key}: {path} fails in {last.filename}, line {last.lineno} ({reason})") from error
+
+
+@contextlib.contextmanager
+def failures_named(paths: Sequence[str], *, where: str) -> Iterator[None]:
+    """In its body, a part of training that calls the code of `paths`, an error is `TrainingFailed` that names the line.
+
+    A collective that fails keeps its error: another worker's failure is the cause.
+    """
+    try:
+        yield
+    except FAILURES as error:
+        frames, collectives = traceback.extract_tb(error.__traceback__), Path(__file__).parents[1] / "distributed"
+        is_collective = any(Path(frame.filename).parent == collectives for frame in frames)
+        if not paths or is_collective or isinstance(error, (UserError, TrainingFailed)):
+            raise
+        names = {str(file): name for name, file in source_files(paths).items()}
+        lines = [f" ({names[frame.filename]}, line {frame.lineno})" for frame in frames if frame.filename in names]
+        reason = f"{type(error).__name__}: {one_line(error)[:200]}{lines[-1] if lines else ''}"
+        message = f"{' or '.join(paths)} raised {reason} in {where}; correct the code and resume"
+        logger.error("%s", message, exc_info=error)
+        raise TrainingFailed(message) from error
 
 
 def check_trusted(paths: Iterable[str], *, origin: str, trust_code: bool) -> None:

@@ -37,7 +37,7 @@ class Callbacks:
             if function is not None:
                 try:
                     function(*arguments)
-                except Exception as error:
+                except user_code.FAILURES as error:
                     logger.warning("run.callbacks: %s.%s failed (%s: %s)", path, method, type(error).__name__, error)
 
 

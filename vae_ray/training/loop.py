@@ -6,8 +6,11 @@ Nothing here knows of Ray, of files or of splits.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
+
+import torch
 
 from vae_ray.data.batches import Batch
 from vae_ray.errors import Diverged
@@ -48,6 +51,7 @@ def _diverge(index: int, losses: Losses) -> None:
     raise Diverged(f"step {index + 1}: the loss or its gradient is not finite")
 
 
+@torch.enable_grad()  # whatever a user's callback has set
 def train_epoch(
     state: TrainState,
     batches: Iterable[Batch],
@@ -59,13 +63,14 @@ def train_epoch(
     first_step: int = 0,
     on_nonfinite: Callable[[int, Losses], None] = _diverge,
     after_step: Callable[[int], None] = lambda num_done: None,
+    computing: Callable[[int], AbstractContextManager[None]] = lambda index: nullcontext(),
 ) -> None:
     """Optimise over `batches`, adding the terms of every example to `sums` as they were before its update. Collective.
 
     `batches` are those of the epoch from `first_step` on. `step_settings(i)` gives the settings of the epoch's i-th
     step; `after_step(n)` is called when n of them are done. If the loss on any worker, or the gradient, is not finite,
     all workers call `on_nonfinite(i, losses)` instead of the update, with their own losses; if it returns, the batch is
-    skipped and not counted.
+    skipped and not counted. `computing(i)` is entered around the model's passes of a step.
     """
     model, objective = state.model, state.objective
     model.train()
@@ -78,12 +83,13 @@ def train_epoch(
             num_samples=num_samples,
             device=x.device,
         )
-        with autocast(epoch.precision, x.device):
-            output = model(x, noise, num_samples)
-        batch = GlobalBatch(global_size, rows, epoch.num_data, group)
-        losses = objective.losses(output, x, model.likelihood, settings, batch)
-        # the mean over the global batch: shards add up to it, whatever their sizes
-        gradients = gradients_of(losses.loss, sets, divide_by=global_size, group=group)
+        with computing(index):
+            with autocast(epoch.precision, x.device):
+                output = model(x, noise, num_samples)
+            batch = GlobalBatch(global_size, rows, epoch.num_data, group)
+            losses = objective.losses(output, x, model.likelihood, settings, batch)
+            # the mean over the global batch: shards add up to it, whatever their sizes
+            gradients = gradients_of(losses.loss, sets, divide_by=global_size, group=group)
         if apply_gradients(state.optimizers, gradients, lr=lr, grad_clip=epoch.grad_clip):
             sums.add(losses.terms)
             broadcast_buffers(group, model)

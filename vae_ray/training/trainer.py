@@ -8,12 +8,14 @@ from __future__ import annotations
 import logging
 import math
 import time
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
 from vae_ray.checkpoints.finding import find_checkpoint
 from vae_ray.checkpoints.listing import all_checkpoints
+from vae_ray.config import user_code
 from vae_ray.config.experiment import Experiment
 from vae_ray.data.batches import Loader
 from vae_ray.data.splits import Splits
@@ -143,6 +145,7 @@ class Trainer:
             first_step=self.steps_done,
             on_nonfinite=lambda index, losses: self._nonfinite_step(loader, index, losses),
             after_step=after_step,
+            computing=lambda index: self._failures_named(f"step {index + 1}"),
         )
         means, num_images = sums.reduced(self.group)  # waits for the device and for all ranks
         if num_images == 0:
@@ -255,15 +258,22 @@ class Trainer:
             splits.append("test")
         metrics: dict[str, float] = {}
         for split in splits:
-            metrics |= evaluate_split(
-                self.state.evaluated_model,
-                self.loader(split),
-                split,
-                self.group,
-                batch_size=training.evaluation_batch_size,
-                precision=training.precision,
-            )
+            with self._failures_named(f"the evaluation of {split!r}"):
+                metrics |= evaluate_split(
+                    self.state.evaluated_model,
+                    self.loader(split),
+                    split,
+                    self.group,
+                    batch_size=training.evaluation_batch_size,
+                    precision=training.precision,
+                )
         return metrics
+
+    def _failures_named(self, where: str) -> AbstractContextManager[None]:
+        """In its body an error of the user's model or objective is `TrainingFailed` that names it and the line."""
+        model, others = self.experiment.model, (self.experiment.likelihood.name, self.experiment.objective.name)
+        own = [name for name in (model.network.name, model.prior.name, *others) if ":" in name]
+        return user_code.failures_named(own, where=f"epoch {self.epochs_done + 1}, {where}")
 
     def _note_best(self, record: dict[str, Any]) -> None:
         progress, value = self.state.progress, record[selection_metric(self.experiment)]
