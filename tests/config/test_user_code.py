@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from tests.conftest import digits_in_this_process
-from vae_ray import Experiment, TrainedVAE, TrainResult, UserError, train
+from vae_ray import Experiment, TrainedVAE, TrainingFailed, TrainResult, UserError, train
 from vae_ray.cli.main import main
 from vae_ray.config import user_code
+from vae_ray.runs import preflight
 from vae_ray.runs.train import resume
 
 MODULE = (Path(__file__).parents[1] / "data" / "own_code.py").read_text()
@@ -114,6 +116,19 @@ def test_a_callback_that_fails_is_a_warning(quick: Experiment, caplog: pytest.Lo
     assert "epoch 2" in (Path(result.run_dir) / "diary.txt").read_text()
 
 
+def test_a_callback_that_exits_is_a_warning(one_epoch: Experiment, caplog: pytest.LogCaptureFixture) -> None:
+    assert train(one_epoch.with_overrides({"run.callbacks": "own_code:Exiting"})).epochs == 1
+    assert "run.callbacks: own_code:Exiting.epoch_ended failed (SystemExit: 0)" in caplog.messages
+
+
+def test_a_callback_that_disables_gradients_does_not_stop_training(quick: Experiment) -> None:
+    with torch.enable_grad():  # and restore them
+        assert (
+            train(quick.with_overrides({"training.epochs": 2, "run.callbacks": "own_code:WithoutGradients"})).epochs
+            == 2
+        )
+
+
 # --- mistakes --------------------------------------------------------------------------------------------
 
 MISTAKES: list[tuple[dict[str, Any], str]] = [
@@ -171,6 +186,26 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"run.callbacks": "own_code:Nothing"}, r"run\.callbacks: .* the module 'own_code' has no 'Nothing'"),
     ({"model.network": "own_code"}, r"model\.network: got 'own_code', should be one of mlp, ladder or MODULE:NAME"),
     (
+        {"model.network": "own_code:that_exits"},
+        r"model\.network: own_code:that_exits fails in .*line \d+ \(SystemExit: 0",
+    ),
+    (
+        {"model.network": "own_code:that_exits_in_a_pass"},
+        r"model\.network: own_code:that_exits_in_a_pass .*SystemExit: 0",
+    ),
+    ({"data.source": "own_code:exiting_source"}, r"data\.source: own_code:exiting_source fails .*\(SystemExit: 0\)"),
+    ({"run.callbacks": "own_code:that_exits"}, r"run\.callbacks: own_code:that_exits fails in .*\(SystemExit: 0\)"),
+    ({"model.network": "own_code:frozen"}, r"model\.network: own_code:frozen has no weights to train"),
+    (
+        {"model.network": "own_code:without_weights"},
+        r"model\.network: own_code:without_weights has no weights to train",
+    ),
+    (
+        {"objective": "own_code:Detached"},
+        r"objective: own_code:Detached .* its loss of 'model' does not depend on any weight",
+    ),
+    ({"likelihood": "own_code:Unbounded"}, r"likelihood: own_code:Unbounded .* its mean should be in \[0, 1\], is -"),
+    (
         {"workers.num": 2, "model.network": "own_code:with_batch_norm"},
         r"workers\.num: got 2, .* BatchNorm1d.*GroupNorm",
     ),
@@ -187,10 +222,41 @@ def test_a_mistake_is_refused_before_anything_is_written(
     assert list(Path(one_epoch.run.storage).glob("*/*")) == []
 
 
-def test_a_module_that_fails_is_refused_with_its_error(one_epoch: Experiment, tmp_path: Path) -> None:
-    (tmp_path / "own_code.py").write_text("import math\nmath.nothing\n")
+@pytest.mark.parametrize("content", ["import math\nmath.nothing\n", "import sys\nsys.exit(0)\n"])
+def test_a_module_that_fails_is_refused_with_its_error(content: str, one_epoch: Experiment, tmp_path: Path) -> None:
+    (tmp_path / "own_code.py").write_text(content)
     with pytest.raises(UserError, match=r"model\.network: .* importing it fails|has no"):
         train(one_epoch.with_overrides({"model.network": "own_code:tiny"}))
+
+
+FAILURES = {
+    "that_fails_later": r"that_fails_later raised ValueError: boom \(own_code\.py, line \d+\) in epoch 1, step 4",
+    "that_exits_later": r"that_exits_later raised SystemExit: 0 \(own_code\.py, line \d+\) in epoch 1, step 4",
+    "that_fails_in_evaluation": r"ZeroDivisionError: .*\(own_code\.py, line \d+\) in epoch 1, the evaluation of 'val'",
+}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_a_network_that_fails_in_training_is_one_line_after_its_traceback(
+    name: str, one_epoch: Experiment, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(TrainingFailed, match=f"{FAILURES[name]}; correct the code and resume$"):
+        train(one_epoch.with_overrides({"model.network": f"own_code:{name}"}))
+    assert "own_code.py" in caplog.text.partition("Traceback")[2]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, UserError])
+def test_an_interrupt_and_our_own_errors_pass_through_a_users_code(error: type[BaseException]) -> None:
+    with pytest.raises(error), user_code.failures_named(["own_code:tiny"], where="step 1"):
+        raise error
+    with pytest.raises(error), user_code.errors_named("own_code:tiny", key="model.network"):
+        raise error
+
+
+def test_channels_last_are_a_warning(one_epoch: Experiment, caplog: pytest.LogCaptureFixture) -> None:
+    train(one_epoch.with_overrides({"data.source": "own_code:channels_last"}))
+    warning = "images of shape (8, 6, 1) are read as 8 channels of 6x1 pixels; should be (channels, height, width)"
+    assert caplog.messages.count(f"data.source: own_code:channels_last: {warning}") == 1
 
 
 @pytest.mark.parametrize("name", ["with_batch_norm", "that_reads_its_weights"])
@@ -198,6 +264,14 @@ def test_a_network_that_needs_one_process_or_memory_is_trained_and_loaded(name: 
     result = train(one_epoch.with_overrides({"model.network": f"own_code:{name}"}))
     model = TrainedVAE.load(result.run_dir, trust_code=True)
     assert model.evaluate("val")["val/nelbo"] == pytest.approx(result.metrics["val/nelbo"], rel=1e-6)
+
+
+@pytest.mark.parametrize("own", [{"model.network": "own_code:tiny"}, {"model.prior": "own_code:Moving"}, {}], ids=str)
+def test_a_large_model_is_checked_too(
+    own: dict[str, Any], one_epoch: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight, "LARGEST_CHECKED_ON_CPU", 0)
+    assert train(one_epoch.with_overrides(own)).epochs == 1
 
 
 # --- trust -----------------------------------------------------------------------------------------------

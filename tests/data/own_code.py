@@ -1,6 +1,7 @@
 """A user's own code, of every kind; tests copy this file to where a user would have it."""
 
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,72 @@ def with_a_narrow_encoder(*, image_shape, latent_dim, num_params):
 
 def that_fails(**given):
     return 1 / 0
+
+
+def that_exits(**given):
+    sys.exit(0)
+
+
+class Failing4th(nn.Flatten):
+    """Fails in its fourth pass."""
+
+    num_passes = 0
+
+    def forward(self, x):
+        self.num_passes += 1
+        if self.num_passes == 4:
+            self.fail()
+        return super().forward(x)
+
+    def fail(self):
+        raise ValueError("boom")
+
+
+class Exiting4th(Failing4th):
+    def fail(self):
+        sys.exit(0)
+
+
+class FailingEvaluation(nn.Flatten):
+    def forward(self, x):
+        return super().forward(x) if self.training else 1 / 0
+
+
+def that_fails_later(first=Failing4th, **given):
+    encoder, decoder = tiny(**given)
+    encoder[0] = first()
+    return encoder, decoder
+
+
+def that_exits_later(**given):
+    return that_fails_later(Exiting4th, **given)
+
+
+def that_fails_in_evaluation(**given):
+    return that_fails_later(FailingEvaluation, **given)
+
+
+def that_exits_in_a_pass(**given):
+    encoder, decoder = that_exits_later(**given)
+    encoder[0].num_passes = 3
+    return encoder, decoder
+
+
+def frozen(**given):
+    return tuple(part.requires_grad_(False) for part in tiny(**given))
+
+
+class WithoutWeights(nn.Module):
+    def __init__(self, *shape):
+        super().__init__()
+        self.shape = shape
+
+    def forward(self, x):
+        return x.new_zeros(len(x), *self.shape)
+
+
+def without_weights(*, image_shape, latent_dim, num_params):
+    return WithoutWeights(2 * latent_dim), WithoutWeights(num_params, *image_shape[1:])
 
 
 def no_network(**given):
@@ -90,6 +157,11 @@ class Weighted(Bernoulli):
         return self.factor * super().log_prob(params, x)
 
 
+class Unbounded(Bernoulli):
+    def mean(self, params):
+        return params - 1
+
+
 class Reporting(Elbo):
     terms = ("half_rate",)
 
@@ -102,6 +174,12 @@ class ByRow(Elbo):
     def losses(self, output, x, likelihood, settings, batch):
         losses = super().losses(output, x, likelihood, settings, batch)
         return losses._replace(loss={"model": losses.terms["loss"]})
+
+
+class Detached(Elbo):
+    def losses(self, output, x, likelihood, settings, batch):
+        losses = super().losses(output, x, likelihood, settings, batch)
+        return losses._replace(loss={"model": losses.loss["model"].detach()})
 
 
 class WithoutLosses(Elbo):
@@ -125,6 +203,14 @@ def on_fire():
 
 def two_sizes():
     return {"train": np.zeros((90, 1, 6, 8), np.uint8), "test": np.zeros((9, 1, 6, 9), np.uint8)}
+
+
+def channels_last():
+    return {split: np.full((150, 8, 6, 1), 9, np.uint8) for split in ("train", "test")}
+
+
+def exiting_source():
+    sys.exit(0)
 
 
 def floats():
@@ -159,3 +245,13 @@ class Diary:
 class Failing:
     def epoch_ended(self, record, decode):
         raise ValueError("the disk of the diary is full")
+
+
+class Exiting:
+    def epoch_ended(self, record, decode):
+        sys.exit(0)
+
+
+class WithoutGradients:
+    def epoch_ended(self, record, decode):
+        torch.set_grad_enabled(False)

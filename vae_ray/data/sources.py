@@ -236,6 +236,13 @@ class UserSource:
                 f"data.source: {self.path} gave {dtype} of shape {tuple(pixels.shape)} for {split!r}, should be uint8 "
                 "of shape (N, C, H, W) with at least one image"
             )
+        _, channels, height, width = pixels.shape
+        if split == "train" and channels > 4 and width in (1, 3, 4):
+            logger.warning(
+                "data.source: %s: images of shape %s are read as %d channels of %dx%d pixels; should be (channels, "
+                "height, width)",
+                *(self.path, tuple(pixels.shape[1:]), channels, height, width),
+            )
         if labels is None:
             labels = torch.zeros(len(pixels))
         labels = as_tensor(labels, key=f"data.source: labels of {self.path}")

@@ -106,8 +106,8 @@ LARGEST_CHECKED_ON_CPU = 50_000_000
 takes three seconds; a real one of a small model takes milliseconds."""
 CHECKED_ROWS = 3
 """Unlike any other dimension that is likely."""
-MISFITS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, OverflowError, MemoryError, AssertionError)
-"""What a pass raises whose shapes do not fit, or that calls a user's code wrongly."""
+ROUNDING = 1e-4
+"""How far the mean of a likelihood may be outside of [0, 1]."""
 
 
 def checked_model(experiment: Experiment, image_shape: tuple[int, int, int], *, num_training: int) -> VAE:
@@ -122,8 +122,10 @@ def checked_model(experiment: Experiment, image_shape: tuple[int, int, int], *, 
     if experiment.run.initial_weights is not None:
         initial_weights(str(experiment.run.initial_weights), model)
     is_small = sum(parameter.numel() for parameter in model.parameters()) <= LARGEST_CHECKED_ON_CPU
-    with torch.device("cpu" if is_small else "meta"), torch.inference_mode():
+    with torch.device("cpu"):
         checked = build_vae(experiment, image_shape, seed=0) if is_small else model
+    is_meta = any(parameter.is_meta for parameter in checked.parameters())  # not a user's own code
+    with torch.device("meta" if is_meta else "cpu"), torch.enable_grad():
         _check_pass(checked, experiment, objective, num_training=num_training)
     return model
 
@@ -132,6 +134,10 @@ def _check_pass(model: VAE, experiment: Experiment, objective: Objective, *, num
     """One pass of three images through `model` on torch's current default device, each part checked by itself."""
     config, shape = experiment.model, model.image_shape
     num = CHECKED_ROWS * objective.num_samples
+    with misfit_named("objective", f"{experiment.objective.name} fails"):
+        sets = objective.parameter_sets(model)
+    if next(model.network.parameters(), None) is None or not any(sets.values()):
+        raise UserError(f"model.network: {config.network.name} has no weights to train")
     x = torch.zeros(CHECKED_ROWS, *shape)
     latents = tuple(torch.zeros(num, *each) for each in model.latent_shapes)
     network = f"{config.network.name} does not fit images of shape {shape} and model.latent_dim {config.latent_dim}"
@@ -149,27 +155,34 @@ def _check_pass(model: VAE, experiment: Experiment, objective: Objective, *, num
     with misfit_named("likelihood", f"{experiment.likelihood.name} does not fit images of shape {shape}"):
         images = x.repeat(objective.num_samples, 1, 1, 1)
         _check_shape("log_prob", model.likelihood.log_prob(output.params, images), (num,))
-        _check_shape("the mean", model.likelihood.mean(output.params), images.shape)
+        mean = model.likelihood.mean(output.params)
+        _check_shape("the mean", mean, images.shape)
+        if not mean.is_meta and bool(((mean < -ROUNDING) | (mean > 1 + ROUNDING)).any()):
+            raise ValueError(f"its mean should be in [0, 1], is {mean.min():.3g} to {mean.max():.3g}")
     batch = GlobalBatch(CHECKED_ROWS, slice(0, CHECKED_ROWS), num_training, SingleProcess(x.device))
     with misfit_named("objective", f"{experiment.objective.name} fails on a batch"):
         losses = objective.losses(output, x, model.likelihood, objective.settings(0.0), batch)
         if not isinstance(losses, Losses):
             raise TypeError(f"returned a {type(losses).__name__}, should return vae_ray.objectives.base.Losses")
-        sets, terms = objective.parameter_sets(model), ("loss", *ELBO_TERMS, *objective.terms)
+        terms = ("loss", *ELBO_TERMS, *objective.terms)
         for name in [*(sets.keys() - losses.loss.keys()), *(set(terms) - losses.terms.keys())]:
             raise KeyError(f"its Losses have no {name!r}; needs the losses {[*sets]} and the terms {[*terms]}")
         for name in sets:
             _check_shape(f"the loss of {name!r}", losses.loss[name], ())
+            if not sets[name] or not losses.loss[name].requires_grad:
+                raise ValueError(f"its loss of {name!r} does not depend on any weight")
         for name in terms:
             _check_shape(f"the term {name!r}", losses.terms[name], (CHECKED_ROWS,))
 
 
 @contextlib.contextmanager
 def misfit_named(key: str, what: str) -> Iterator[None]:
-    """In its body an error of shapes, or of code that is called wrongly, is a `UserError` that begins with `key`."""
+    """In its body an error (of shapes, of a user's code) is a `UserError` that begins with `key`."""
     try:
         yield
-    except MISFITS as error:
+    except UserError:
+        raise
+    except user_code.FAILURES as error:
         reason = f"{type(error).__name__}: {one_line(error)[:200]}"
         raise UserError(f"{key}: {what} ({reason})") from None
 
