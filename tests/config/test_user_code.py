@@ -204,7 +204,6 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
         {"objective": "own_code:Detached"},
         r"objective: own_code:Detached .* its loss of 'model' does not depend on any weight",
     ),
-    ({"likelihood": "own_code:Unbounded"}, r"likelihood: own_code:Unbounded .* its mean should be in \[0, 1\], is -"),
     (
         {"workers.num": 2, "model.network": "own_code:with_batch_norm"},
         r"workers\.num: got 2, .* BatchNorm1d.*GroupNorm",

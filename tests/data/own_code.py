@@ -157,11 +157,6 @@ class Weighted(Bernoulli):
         return self.factor * super().log_prob(params, x)
 
 
-class Unbounded(Bernoulli):
-    def mean(self, params):
-        return params - 1
-
-
 class Reporting(Elbo):
     terms = ("half_rate",)
 
