@@ -86,8 +86,11 @@ MODEL_MISTAKES: list[tuple[list[str], str]] = [
     (["interpolate", "RUN", "--out", "x.png", "--method", "cubic"], "'cubic', should be linear or spherical"),
     (["evaluate", "RUN", "--split", "validation"], "'validation'"),
     (["evaluate", "RUN/checkpoints"], "checkpoints"),
-    (["evaluate", "RUN", "--data.num-validation", "7"], "100 -> 7: is part of the trained model; only data.cache_dir"),
-    (["evaluate", "RUN", "--data.root", "/x"], "data.root: the data source 'digits' has no field 'root'"),
+    (
+        ["evaluate", "RUN", "--data.num-validation", "7"],
+        "data.num-validation: got '7', but of digits only data.cache_dir can",
+    ),
+    (["evaluate", "RUN", "--data.root", "/tmp"], "data.root: got '/tmp', but of digits only data.cache_dir can differ"),
     (["evaluate", "RUN", "--optim.lr", "1"], "--optim.lr: only train, resume, sweep take the Experiment's keys, and"),
     (
         ["generate", "RUN", "--out", "x.png", "--data.cache-dir", "/x"],

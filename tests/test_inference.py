@@ -305,7 +305,7 @@ def test_the_images_of_a_run_may_lie_elsewhere_and_nothing_else_may_change(model
     assert moved.evaluate("val") == model.evaluate("val")
     assert list(tmp_path.glob("digits-train-*.arrow")) != []
     for key, value in {"data.num_validation": 9, "optim.lr": 0.5, "run.seed": 8, "data.source": "mnist"}.items():
-        with pytest.raises(UserError, match=f"{key}: .* is part of the trained model; only data.cache_dir can differ"):
+        with pytest.raises(UserError, match=f"{key}: got .*, but of digits only data.cache_dir can differ"):
             TrainedVAE.load(model.checkpoint.path, data={key: value})
 
 

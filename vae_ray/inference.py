@@ -14,7 +14,7 @@ from torch import Tensor
 from vae_ray.checkpoints.finding import find_checkpoint
 from vae_ray.checkpoints.loading import WEIGHTS, Checkpoint
 from vae_ray.config import user_code
-from vae_ray.config.experiment import Experiment, differing_fields, is_place_key
+from vae_ray.config.experiment import Experiment, is_place_key
 from vae_ray.data.arrow_store import Split, open_split
 from vae_ray.data.batches import Loader, scaled
 from vae_ray.data.images import as_images
@@ -235,12 +235,14 @@ def _with_data_elsewhere(experiment: Experiment, places: Mapping[str, Any]) -> E
     """The experiment with its images in other places; raises `UserError` for keys that say something else."""
     if not isinstance(places, Mapping):
         raise UserError(f'data: got {short_repr(places)}, should be a mapping, as in {{"data.root": "/data"}}')
-    elsewhere = experiment.with_overrides(places)
     allowed = [key for key in experiment.flat() if key.startswith("data.") and is_place_key(key)]
-    for line in differing_fields(experiment, elsewhere):
-        if line.partition(":")[0] not in allowed:
-            raise UserError(f"{line}: is part of the trained model; only {', '.join(allowed)} can differ")
-    return elsewhere
+    flat = experiment.flat()
+    for key, value in places.items():
+        name = str(key).replace("-", "_")
+        if name not in allowed and (name not in flat or flat[name] != value):
+            source = experiment.data.source
+            raise UserError(f"{key}: got {short_repr(value)}, but of {source} only {', '.join(allowed)} can differ")
+    return experiment.with_overrides(places)
 
 
 def _existing_device(device: str | int | torch.device) -> torch.device:

@@ -100,4 +100,5 @@ class RunDirectory(SyncedDirectory):
         """Raise `UserError` if the run, or a directory in it, is a link: what is written there could land anywhere."""
         for path in (self.path, self.checkpoints, self.images, self.tensorboard):
             if path.is_symlink():
-                raise UserError(f"{path}: is a link, which could point out of the storage; should be a directory")
+                target = path.resolve()
+                raise UserError(f"{path}: is a link, which could point out of the storage; name its target {target}")

@@ -134,6 +134,8 @@ def _num_trials(
             other = " or use --searcher random" if num_trials is not None and num_trials < size else ""
             raise UserError(f"num_trials: got {num_trials}, the grid has {size} points; leave it out{other}")
         return size
+    if num_trials is not None and type(num_trials) is not int:
+        raise UserError(f"num_trials: got {num_trials!r}, should be a whole number")
     if num_trials is None:
         return int(min(DEFAULT_NUM_TRIALS, max_trials))
     if num_trials < min_trials:
