@@ -14,7 +14,7 @@ LAYERS = [
     {"errors", "version"},
     {"storage"},
     {"config"},
-    {"seeds"},
+    {"seeds", "arguments"},
     {"data"},
     {"parallel"},
     {"models"},

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-import numbers
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from vae_ray.arguments import check_choice, check_whole, existing_device, finite_float
 from vae_ray.checkpoints.finding import find_checkpoint
 from vae_ray.checkpoints.loading import WEIGHTS, Checkpoint
 from vae_ray.config import user_code
@@ -38,7 +38,6 @@ Weights = Literal["averaged", "last"]
 
 MOST_IMAGES = 1_000_000
 """Of one call that makes images: they are decoded together, and all are in memory."""
-FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 class TrainedVAE:
@@ -79,8 +78,8 @@ class TrainedVAE:
                 such device, or `data` would change what the images are.
         """
         if weights is not None:
-            _check_choice("weights", weights, get_args(Weights))
-        device = _existing_device(device)
+            check_choice("weights", weights, get_args(Weights))
+        device = existing_device(device)
         checkpoint = find_checkpoint(path)
         experiment = checkpoint.experiment()
         user_code.check_trusted(experiment.user_code(), origin=str(checkpoint.path), trust_code=trust_code)
@@ -112,10 +111,10 @@ class TrainedVAE:
 
         The first n of `generate(m)` are `generate(n)`. `temperature` scales the prior's standard deviation.
         """
-        _check_whole("num", num, least=1)
+        check_whole("num", num, least=1)
         _check_num_images("num", num)
-        _check_whole("seed", seed, least=0)
-        temperature = _float("temperature", temperature, least=0)
+        check_whole("seed", seed, least=0)
+        temperature = finite_float("temperature", temperature, least=0)
         noise = latent_noise(self.model.latent_shapes, slice(0, num), seed, "generate", device=self.device)
         images = self.model.generate(noise, temperature=temperature)
         check_means(images, self.model.likelihood, given=f"temperature: got {temperature:g}")
@@ -152,8 +151,8 @@ class TrainedVAE:
         "linear" is a straight line; "spherical" also turns at constant speed (Shoemake 1985), so that
         points stay about as far from the origin as the prior's (White 2016, arXiv:1609.04468).
         """
-        _check_whole("steps", steps, least=2)
-        _check_choice("method", method, INTERPOLATIONS)
+        check_whole("steps", steps, least=2)
+        check_choice("method", method, INTERPOLATIONS)
         a, b = self.encode(start), self.encode(end)
         if len(a) != len(b):
             raise UserError(f"images: got {len(a)} starts and {len(b)} ends, should be as many of each")
@@ -166,10 +165,10 @@ class TrainedVAE:
 
         Dimensions are in order of their rate over `images`; `extent` is in standard deviations of the prior.
         """
-        _check_whole("num_dimensions", num_dimensions, least=1)
-        _check_whole("steps", steps, least=2)
+        check_whole("num_dimensions", num_dimensions, least=1)
+        check_whole("steps", steps, least=2)
         _check_num_images("steps", min(int(num_dimensions), self.latent_dim) * int(steps))
-        extent = _float("extent", extent)
+        extent = finite_float("extent", extent)
         x = self._floats(images)
         return traverse(self.model, x, num_dimensions=num_dimensions, steps=steps, extent=extent)
 
@@ -178,7 +177,7 @@ class TrainedVAE:
 
         Over every image of the split once, with one sampled z each, as in training.
         """
-        _check_choice("split", split, get_args(SplitName))
+        check_choice("split", split, get_args(SplitName))
         if split == "val" and not self.experiment.data.num_validation:
             raise UserError("split val: this run had no validation split (data.num_validation 0); try test or train")
         group, training, splits = SingleProcess(self.device), self.experiment.training, Splits.open(self.experiment)
@@ -213,7 +212,7 @@ class TrainedVAE:
 
     def test_images(self, num: int) -> Tensor:
         """The first `num` test images of the run's data, `(num, C, H, W)` in [0, 1]; all where there are fewer."""
-        _check_whole("num", num, least=1)
+        check_whole("num", num, least=1)
         test = open_split(self.experiment.data, "test")
         self._check_images(test, "test")
         return scaled(test.pixels[:num])
@@ -245,49 +244,10 @@ def _with_data_elsewhere(experiment: Experiment, places: Mapping[str, Any]) -> E
     return experiment.with_overrides(places)
 
 
-def _existing_device(device: str | int | torch.device) -> torch.device:
-    """The device of that name; raises `UserError` if this machine does not have it."""
-    try:
-        wanted = torch.device(device)
-    except (RuntimeError, TypeError):  # not the name of any
-        wanted = torch.device("meta")
-    if wanted.type == "cpu":
-        return wanted
-    accelerator = torch.accelerator.current_accelerator()
-    count = torch.accelerator.device_count() if accelerator else 0
-    existing = [f"{accelerator}:{index}" for index in range(count)]
-    if f"{wanted.type}:{wanted.index or 0}" not in existing:
-        raise UserError(f"device: got {short_repr(device)}, this machine has {', '.join(['cpu', *existing])}")
-    return wanted
-
-
-def _check_whole(name: str, value: Any, *, least: int) -> None:
-    """Raise `UserError` for what is no whole number from `least` to 2^63 - 1."""
-    is_whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not is_whole or not least <= int(value) < 2**63:
-        raise UserError(f"{name}: got {short_repr(value)}, should be a whole number, at least {least} and below 2**63")
-
-
 def _check_num_images(name: str, num: int) -> None:
     """Raise `UserError` for more images than one call can make."""
     if num > MOST_IMAGES:
         raise UserError(f"{name}: asks for {num} images, should be at most {MOST_IMAGES}: they are in memory together")
-
-
-def _float(name: str, value: Any, *, least: float = -FLOAT32_MAX) -> float:
-    """The number as a float; raises `UserError` for what is none, less than `least`, or not finite in float32."""
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not is_number or not least <= value <= FLOAT32_MAX:
-        allowed = f"from {least:.4g} to {FLOAT32_MAX:.4g}"
-        raise UserError(f"{name}: got {short_repr(value)}, should be a finite number {allowed}; for example 1.0")
-    return float(value)
-
-
-def _check_choice(name: str, value: Any, choices: Collection[str]) -> None:
-    """Raise `UserError` for what is not one of `choices`."""
-    if not isinstance(value, str) or value not in choices:
-        *others, last = choices
-        raise UserError(f"{name}: got {short_repr(value)}, should be {', '.join(others)} or {last}")
 
 
 def meta_model(experiment: Experiment, checkpoint: Checkpoint) -> VAE:
