@@ -1,6 +1,7 @@
 """Fixtures of the unit suite: a cache of its own, the real MNIST where it is, and one small trained run."""
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,10 @@ from vae_ray import Experiment, TrainResult, train
 
 hypothesis.settings.register_profile("any machine", deadline=None)  # a slow moment of a machine is no failure
 hypothesis.settings.load_profile("any machine")
+
+# tests write modules that change within a second, which bytecode would hide, and look at what lies in directories
+sys.dont_write_bytecode = True
+os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 MNIST_ROOT = (REPOSITORY.parent / "shared" / "data").resolve()  # hosts of tests/cluster see no link in /tmp

@@ -87,12 +87,20 @@ MISTAKES: list[tuple[str, list[str], str]] = [
     ("unknown metric", ["sweep", "digits", "--metric", "val/nebo"], "did you mean 'val/nelbo'"),
     ("pbt with workers", ["sweep", "digits", "--scheduler=pbt", "--workers.num=2"], "trials of one worker"),
     ("pbt a few at a time", ["sweep", "digits", "--scheduler=pbt", "--max-concurrent=2"], "not supported with pbt"),
-    ("no trials", ["sweep", "digits", "--num-trials", "0"], "--num-trials: got 0, should be at least 1"),
-    ("none at once", ["sweep", "digits", "--max-concurrent", "0"], "--max-concurrent: got 0, should be at least 1"),
+    (
+        "no trials",
+        ["sweep", "digits", "--num-trials", "0"],
+        "--num-trials: got '0', should be a whole number, at least 1",
+    ),
+    (
+        "none at once",
+        ["sweep", "digits", "--max-concurrent", "0"],
+        "--max-concurrent: got '0', should be a whole number, at least 1",
+    ),
     (
         "fewer than no workers",
         ["sweep", "digits", "--workers-per-trial", "-1"],
-        "--workers-per-trial: got -1, should be at least 1",
+        "--workers-per-trial: got '-1', should be a whole number, at least 1",
     ),
     (
         "more workers than CPUs",

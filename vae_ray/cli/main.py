@@ -35,6 +35,10 @@ def run(argv: Sequence[str] | None = None) -> NoReturn:
     code = main(argv)
     for each in signals.SIGNALS:
         signal.signal(each, signal.SIG_IGN)
+    try:
+        sys.stderr.flush()
+    except OSError:  # nobody reads it any more; the interpreter's own flush would change the exit code
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
     sys.exit(code)
 
 
