@@ -1,6 +1,7 @@
 """Fixtures of the unit suite: a cache of its own, the real MNIST where it is, and one small trained run."""
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,9 @@ hypothesis.settings.load_profile("any machine")
 # tests write modules that change within a second, which bytecode would hide, and look at what lies in directories
 sys.dont_write_bytecode = True
 os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+
+# where the suite runs under nohup, SIGHUP is ignored, here and in the processes that tests start
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 MNIST_ROOT = (REPOSITORY.parent / "shared" / "data").resolve()  # hosts of tests/cluster see no link in /tmp
