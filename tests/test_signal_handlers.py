@@ -33,6 +33,14 @@ def test_a_signal_while_ray_starts_arrives_when_it_has_started(which: signal.Sig
     assert events == ["started"]
 
 
+@pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGHUP], ids=lambda each: each.name)
+def test_a_process_that_ignores_ctrl_c_still_ends_at_other_signals(which: signal.Signals) -> None:
+    """A script's `vae-ray ... &` ignores SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with pytest.raises(KeyboardInterrupt), signals.all_as_ctrl_c():
+        signal.raise_signal(which)
+
+
 def test_the_exit_that_ray_makes_of_a_sigterm_is_an_interrupt() -> None:
     with pytest.raises(KeyboardInterrupt), signals.deferred_while_ray_starts():
         raise SystemExit(15)

@@ -55,6 +55,8 @@ def all_as_ctrl_c() -> contextlib.AbstractContextManager[None]:
     def interrupt(number: int, frame: FrameType | None) -> None:
         if number == signal.SIGHUP:
             signal.signal(number, signal.SIG_IGN)
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell's script starts what ends in `&`
+            raise KeyboardInterrupt
         signal.raise_signal(signal.SIGINT)
 
     return _handlers(dict.fromkeys((signal.SIGTERM, signal.SIGHUP), interrupt))
