@@ -19,8 +19,9 @@ hypothesis.settings.load_profile("any machine")
 sys.dont_write_bytecode = True
 os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
 
-# where the suite runs under nohup, SIGHUP is ignored, here and in the processes that tests start
+# a suite that runs under nohup, or after `&` in a script, ignores these, and so do the processes that tests start
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 MNIST_ROOT = (REPOSITORY.parent / "shared" / "data").resolve()  # hosts of tests/cluster see no link in /tmp

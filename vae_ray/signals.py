@@ -32,10 +32,10 @@ def stopping(run: RunDirectory) -> Iterator[None]:
 
     def request(number: int, frame: FrameType | None) -> None:
         nonlocal is_requested
-        if is_requested and number == signal.SIGHUP:
+        was_requested, is_requested = is_requested, True  # first: another signal may interrupt this very function
+        if was_requested and number == signal.SIGHUP:
             return
-        if not is_requested and _is_training(run):
-            is_requested = True
+        if not was_requested and _is_training(run):
             with contextlib.suppress(OSError):  # then only the second signal helps
                 run.request_stop()
             with contextlib.suppress(OSError):  # after SIGHUP there may be no terminal

@@ -7,6 +7,7 @@ Exit codes: 0 done, 1 failed, 2 a mistake that the user can put right (one line 
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import difflib
 import io
@@ -22,6 +23,7 @@ from vae_ray import signals
 from vae_ray.cli import commands
 from vae_ray.errors import Stopped, TrainingFailed, UserError, one_line
 
+INTERRUPTED = 130
 READER_IS_GONE = 128 + signal.SIGPIPE
 """The exit code that a shell shows for a process whose output nobody reads any more, as in `| head -1`."""
 AXES = "likelihood|objective"
@@ -39,6 +41,11 @@ def run(argv: Sequence[str] | None = None) -> NoReturn:
         sys.stderr.flush()
     except OSError:  # nobody reads it any more; the interpreter's own flush would change the exit code
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+    if code == INTERRUPTED:
+        # A KeyboardInterrupt that passes through exec(), as in an import that defines a dataclass, makes the
+        # interpreter kill itself by SIGINT at its end, although we caught it.
+        atexit._run_exitfuncs()
+        os._exit(code)
     sys.exit(code)
 
 
@@ -80,10 +87,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except TrainingFailed as error:
         return _fail(error, code=1)
     except Stopped as error:
-        return _fail(error, code=130)
+        return _fail(error, code=INTERRUPTED)
     except KeyboardInterrupt:
         return _fail(
-            "interrupted; continue with: vae-ray resume RUN (sweeps: the same command with --resume)", code=130
+            "interrupted; continue with: vae-ray resume RUN (sweeps: the same command with --resume)", code=INTERRUPTED
         )
     return _print(json.dumps(answer, indent=2) if options.json else _readable(answer)) or int(options.exit_code)
 
