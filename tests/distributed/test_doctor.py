@@ -51,7 +51,7 @@ def test_without_the_token_one_line_says_so(head: Head, environment: dict[str, s
 def test_the_address_of_the_gcs_is_answered_with_that_of_the_dashboard(head: Head) -> None:
     code, answer = doctor(head, "--address", head.gcs)
     assert code == 1
-    assert "for example --address http://127.0.0.1:8265" in text(answer, "cluster")
+    assert "try --address http://127.0.0.1:8265" in text(answer, "cluster")
 
 
 def test_a_python_without_the_dependencies_is_named(head: Head) -> None:
