@@ -234,8 +234,8 @@ def _with_data_elsewhere(experiment: Experiment, places: Mapping[str, Any]) -> E
     """The experiment with its images in other places; raises `UserError` for keys that say something else."""
     if not isinstance(places, Mapping):
         raise UserError(f'data: got {short_repr(places)}, should be a mapping, as in {{"data.root": "/data"}}')
-    allowed = [key for key in experiment.flat() if key.startswith("data.") and is_place_key(key)]
     flat = experiment.flat()
+    allowed = [key for key in flat if key.startswith("data.") and is_place_key(key)]
     for key, value in places.items():
         name = str(key).replace("-", "_")
         if name not in allowed and (name not in flat or flat[name] != value):

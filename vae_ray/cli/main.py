@@ -25,7 +25,7 @@ from vae_ray.errors import Stopped, TrainingFailed, UserError, one_line
 
 INTERRUPTED = 130
 READER_IS_GONE = 128 + signal.SIGPIPE
-"""The exit code that a shell shows for a process whose output nobody reads any more, as in `| head -1`."""
+"""The exit code that a shell shows for a process whose output has no reader any more, as in `| head -1`."""
 AXES = "likelihood|objective"
 """Sections that are an axis: `--likelihood gaussian` is short for `--likelihood.name gaussian`."""
 DESCRIPTION = "Train variational autoencoders on Ray: on a laptop, in local processes and on a cluster."
@@ -39,7 +39,7 @@ def run(argv: Sequence[str] | None = None) -> NoReturn:
         signal.signal(each, signal.SIG_IGN)
     try:
         sys.stderr.flush()
-    except OSError:  # nobody reads it any more; the interpreter's own flush would change the exit code
+    except OSError:  # it has no reader any more; the interpreter's own flush would change the exit code
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
     if code == INTERRUPTED:
         # A KeyboardInterrupt that passes through exec(), as in an import that defines a dataclass, makes the
