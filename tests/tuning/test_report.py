@@ -6,6 +6,7 @@ that failed before its first epoch. Every text that a user can set is hostile.
 
 import base64
 import hashlib
+import io
 import json
 import math
 import re
@@ -15,22 +16,26 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from tests.conftest import digits_in_this_process
 from vae_ray import Experiment
 from vae_ray.config.experiment import preset_names
 from vae_ray.errors import UserError
 from vae_ray.parallel.group import SingleProcess
+from vae_ray.run_files.image_grids import png_bytes
 from vae_ray.training.fit import fit_epochs
 from vae_ray.tuning import leaderboard
 from vae_ray.tuning.directory import SweepDirectory
 from vae_ray.tuning.records import TrialRecord, read_trials
 from vae_ray.tuning.report.charts import trimmed
 from vae_ray.tuning.report.page import write_report
+from vae_ray.tuning.report.pictures import data_uri, limit_of
 from vae_ray.tuning.report.trials import reproduction
 
 HOSTILE = "</script><script>alert('text')</script>"
@@ -187,6 +192,52 @@ def test_pictures_are_those_of_the_best_epoch_byte_for_byte(page: Page, records:
     }
     assert len(files) == 12
     assert {content for _, content in page.pictures} == {file.read_bytes() for file in files}
+
+
+def _noise(*, width: int, height: int) -> bytes:
+    """A PNG that nothing compresses."""
+    pixels = np.random.default_rng(5).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return png_bytes(Image.fromarray(pixels))
+
+
+def _opened(uri: str | None) -> tuple[str, int, Image.Image]:
+    """Kind of file, bytes and picture of a data URI."""
+    assert uri is not None
+    kind, _, content = uri.partition(";base64,")
+    file = base64.b64decode(content)
+    return kind, len(file), Image.open(io.BytesIO(file))
+
+
+def test_a_picture_that_is_too_large_is_a_jpeg_of_the_same_size_if_that_is_small_enough() -> None:
+    gradient = np.linspace(0, 255, 400 * 300 * 3).reshape(300, 400, 3)
+    noisy = gradient + np.random.default_rng(6).normal(0, 2, gradient.shape)
+    png = png_bytes(Image.fromarray(noisy.clip(0, 255).astype(np.uint8)))
+    assert len(png) > 100_000
+    kind, size, picture = _opened(data_uri(png, limit=50_000))
+    assert kind == "data:image/jpeg"
+    assert size <= 50_000
+    assert picture.size == (400, 300)
+    assert np.abs(np.asarray(picture) - gradient).mean() < 4
+    assert data_uri(png, limit=len(png)) == f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
+@pytest.mark.parametrize(("width", "height"), [(640, 480), (900, 90), (33, 1000)])
+def test_a_picture_that_is_still_too_large_is_reduced_in_proportion(width: int, height: int) -> None:
+    kind, size, picture = _opened(data_uri(_noise(width=width, height=height), limit=16_000))
+    assert kind == "data:image/jpeg"
+    assert 4_000 < size <= 16_000
+    assert picture.width / picture.height == pytest.approx(width / height, rel=0.1)  # 10 pixels, rounded
+
+
+def test_a_large_picture_that_was_torn_by_a_full_disk_is_left_out() -> None:
+    png = _noise(width=200, height=100)
+    for torn in (png[: len(png) // 2], png[:20], b"x" * 30_000, png[:5000] + b"\0" * 5000 + png[10000:]):
+        assert data_uri(torn, limit=10) is None
+
+
+def test_the_pictures_of_a_hundred_trials_have_eight_megabytes() -> None:
+    assert 300 * limit_of(300) <= 8e6
+    assert limit_of(1) == limit_of(0) == 250_000
 
 
 def test_the_gallery_goes_by_latent_dim_and_then_by_beta(page: Page) -> None:

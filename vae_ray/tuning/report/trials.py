@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import shlex
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from vae_ray.config.keys import flag_of
 from vae_ray.storage.records import read_records
 from vae_ray.tuning.directory import SweepDirectory
 from vae_ray.tuning.records import LINEAGE_FILE, TrialRecord
+from vae_ray.tuning.report.pictures import data_uri, limit_of
 
 PICTURE_KINDS = ("samples", "reconstructions", "traversals")
 
@@ -31,7 +31,7 @@ class ReportTrial:
     lineage: list[dict[str, Any]]
     """The exploits of PBT: epoch, whose weights, new overrides."""
     pictures: dict[str, str]
-    """Data URIs by kind."""
+    """Data URIs by kind: the files of its best epoch, or smaller ones where all are too large for one page."""
     tooltip: dict[str, str]
     """Its tooltip in every chart."""
 
@@ -57,18 +57,22 @@ def report_trials(
 ) -> list[ReportTrial]:
     """All trials in the order of the leaderboard `table`, whose `tooltip_columns` are the tooltip."""
     by_name = {record.name: record for record in records}
+    limit = limit_of(len(PICTURE_KINDS) * sum(record.best is not None for record in records))
     trials = []
     for row in table:
         record = by_name[row["trial"]]
         experiment = record.best.experiment() if record.best else base.with_overrides(record.proposed)
         lineage = read_records(record.run.path / LINEAGE_FILE)
         tooltip = {column: as_text(row.get(column)) for column in ("trial", "state", *tooltip_columns)}
-        trials.append(ReportTrial(record, row, experiment, lineage, _pictures(directory, record, lineage), tooltip))
+        pictures = _pictures(directory, record, lineage, limit=limit)
+        trials.append(ReportTrial(record, row, experiment, lineage, pictures, tooltip))
     return trials
 
 
-def _pictures(directory: SweepDirectory, record: TrialRecord, lineage: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """The pictures of the best epoch."""
+def _pictures(
+    directory: SweepDirectory, record: TrialRecord, lineage: Sequence[dict[str, Any]], *, limit: int
+) -> dict[str, str]:
+    """The pictures of the best epoch, each of at most `limit` bytes."""
     if record.best is None:
         return {}
     run, pictures = record.run, {}
@@ -77,8 +81,9 @@ def _pictures(directory: SweepDirectory, record: TrialRecord, lineage: Sequence[
             run = directory.trial(exploit["weights_of"])
     for kind in PICTURE_KINDS:
         file = run.images / kind / f"{checkpoint_name(record.best.epoch)}.png"
-        if file.exists():  # a full disk ends no run, but loses pictures
-            pictures[kind] = f"data:image/png;base64,{base64.b64encode(file.read_bytes()).decode('ascii')}"
+        # a full disk ends no run, but loses pictures
+        if file.exists() and (uri := data_uri(file.read_bytes(), limit=limit)):
+            pictures[kind] = uri
     return pictures
 
 
