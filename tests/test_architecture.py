@@ -11,7 +11,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = REPOSITORY / "vae_ray"
 LAYERS = [
-    {"errors", "version"},
+    {"errors", "version", "machine"},
     {"storage"},
     {"config"},
     {"seeds", "arguments"},

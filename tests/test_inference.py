@@ -14,7 +14,8 @@ import torch.nn.functional as F
 
 from vae_ray import TrainedVAE, TrainResult, UserError, train
 from vae_ray.config.experiment import Experiment
-from vae_ray.data.sources import SOURCES, Digits, Images
+from vae_ray.data.sources.decoded import Decoded
+from vae_ray.data.sources.digits import Digits
 from vae_ray.data.splits import Splits
 from vae_ray.inference import INTERPOLATIONS, Method
 from vae_ray.models.likelihoods import Bernoulli
@@ -99,7 +100,7 @@ def test_reconstructions_are_nearer_to_their_images_than_to_others(model: Traine
 
 
 def test_bytes_and_floats_of_the_same_image_agree(model: TrainedVAE) -> None:
-    as_bytes = Splits.open(model.experiment).test.pixels[:7]
+    as_bytes = Splits.open(model.experiment).test.first(7)
     as_floats = as_bytes.double() / 255
     torch.testing.assert_close(model.encode(as_bytes), model.encode(as_floats), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(model.reconstruct(as_bytes), model.reconstruct(as_floats), rtol=1e-5, atol=1e-6)
@@ -272,15 +273,14 @@ def test_images_in_another_range_are_refused_with_what_to_try(
 def elsewhere(model: TrainedVAE, cache_dir: Path, monkeypatch: pytest.MonkeyPatch, *, height: int = 8) -> TrainedVAE:
     """The model where the test images of its source are others than it was trained with."""
 
-    class Others(Digits):
-        def fingerprint(self) -> str:
-            return f"others of height {height}"
+    original = Digits.load
 
-        def decode(self, split: str) -> Images:
-            pixels, labels = super().decode(split)
-            return Images(pixels[:, :, :height] if split == "train" else 255 - pixels[:, :, :height], labels)
+    def load(self: Digits, split: str) -> Decoded:
+        pixels, columns = original(self, split)
+        return pixels[:, :, :height] if split == "train" else 255 - pixels[:, :, :height], columns
 
-    monkeypatch.setitem(SOURCES, "digits", lambda config, root: Others())
+    monkeypatch.setattr(Digits, "load", load)
+    monkeypatch.setattr(Digits, "fingerprint", lambda self: f"others of height {height}")
     return TrainedVAE.load(model.checkpoint.path, data={"data.cache_dir": cache_dir})
 
 
@@ -303,7 +303,7 @@ def test_other_images_than_those_of_the_run_are_named(
 def test_the_images_of_a_run_may_lie_elsewhere_and_nothing_else_may_change(model: TrainedVAE, tmp_path: Path) -> None:
     moved = TrainedVAE.load(model.checkpoint.path, data={"data.cache-dir": str(tmp_path), "data.num_validation": 100})
     assert moved.evaluate("val") == model.evaluate("val")
-    assert list(tmp_path.glob("digits-train-*.arrow")) != []
+    assert list(tmp_path.glob("digits-*/train-*.arrow")) != []
     for key, value in {"data.num_validation": 9, "optim.lr": 0.5, "run.seed": 8, "data.source": "mnist"}.items():
         with pytest.raises(UserError, match=f"{key}: got .*, but of digits only data.cache_dir can differ"):
             TrainedVAE.load(model.checkpoint.path, data={key: value})
@@ -315,7 +315,7 @@ def test_a_split_that_does_not_exist_is_refused(model: TrainedVAE) -> None:
 
 
 def test_tensors_arrays_and_lists_of_every_allowed_type_are_the_same_images(model: TrainedVAE) -> None:
-    as_bytes = Splits.open(model.experiment).test.pixels[:4]
+    as_bytes = Splits.open(model.experiment).test.first(4)
     floats = as_bytes.float() / 255
     expected = model.encode(floats)
     same = [

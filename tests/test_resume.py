@@ -162,7 +162,7 @@ def test_resume_needs_nothing_but_the_directory(
     answer = command(capsys, stopped, "--workers.cpus=1", f"--data.cache-dir={cache}")
     assert (Path(answer["last_checkpoint"]) / "weights.safetensors").read_bytes() == last_weights(whole)
     assert computed(stopped) == computed(whole.run_dir)
-    assert list(cache.glob("digits-train-*.arrow")) != []
+    assert list(cache.glob("digits-*/train-*.arrow")) != []
 
 
 @pytest.mark.parametrize("is_finished", [True, False])

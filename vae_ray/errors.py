@@ -33,5 +33,6 @@ class Diverged(TrainingFailed):
 
 
 def one_line(text: object) -> str:
-    """The words of a text or an error on one line, for a message."""
-    return " ".join(str(text).split())
+    """The words of a text or an error on one line, for a message; escapes what a terminal would act on."""
+    line = " ".join(str(text).split())
+    return line if line.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)

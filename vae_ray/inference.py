@@ -15,8 +15,8 @@ from vae_ray.checkpoints.finding import find_checkpoint
 from vae_ray.checkpoints.loading import WEIGHTS, Checkpoint
 from vae_ray.config import user_code
 from vae_ray.config.experiment import Experiment, is_place_key
-from vae_ray.data.arrow_store import Split, open_split
-from vae_ray.data.batches import Loader, scaled
+from vae_ray.data.cache import name_of
+from vae_ray.data.dataset import Split
 from vae_ray.data.images import as_images
 from vae_ray.data.splits import Splits
 from vae_ray.errors import CorruptFile, UserError, one_line
@@ -36,6 +36,11 @@ SplitName = Literal["train", "val", "test"]
 Method = Literal["linear", "spherical"]
 Weights = Literal["averaged", "last"]
 
+BINARIZATIONS = {
+    "none": "none (grey levels)",
+    "dynamic": "dynamic (drawn anew in every epoch of training, once in evaluation)",
+    "fixed": "fixed (drawn once, by run.seed)",
+}
 MOST_IMAGES = 1_000_000
 """Of one call that makes images: they are decoded together, and all are in memory."""
 
@@ -181,9 +186,8 @@ class TrainedVAE:
         if split == "val" and not self.experiment.data.num_validation:
             raise UserError("split val: this run had no validation split (data.num_validation 0); try test or train")
         group, training, splits = SingleProcess(self.device), self.experiment.training, Splits.open(self.experiment)
-        self._check_images(splits.test if split == "test" else splits.train, "test" if split == "test" else "train")
-        pixels, indices = splits.select(split)
-        loader = Loader(pixels, indices, seed=self.experiment.run.seed, shards=shards_of(group))
+        loader = splits.loader(split, self.experiment, shards_of(group))
+        self._check_images(loader.split)
         size, precision = training.evaluation_batch_size, training.precision
         return evaluate_split(self.model, loader, split, group, batch_size=size, precision=precision)
 
@@ -191,16 +195,16 @@ class TrainedVAE:
     def failures(self) -> list[str]:
         """A line if the model is useless: no informative latent dimension, or not better than the mean image."""
         splits = Splits.open(self.experiment)
-        self._check_images(splits.test, "test")
-        x = scaled(splits.test.pixels[:NUM_IMAGES]).to(self.device)
+        self._check_images(splits.test)
+        x = self._images_of(splits, "test", NUM_IMAGES)
         return find_failures(self.model, x, splits.mean_training_image(), self.experiment)
 
     def labels(self, split: SplitName = "test") -> dict[str, Any]:
         """What must be equal for two systems' numbers to be comparable."""
         return {
-            "data": self.experiment.data.source,
+            "data": name_of(self.experiment.data),
             "split": split,
-            "binarization": "none (grey levels)",
+            "binarization": BINARIZATIONS[self.experiment.data.binarize],
             "likelihood": self.experiment.likelihood.name,
             "support": self.model.likelihood.support,
             "objective": self.experiment.objective.name,
@@ -210,18 +214,37 @@ class TrainedVAE:
             "epoch": self.checkpoint.epoch,
         }
 
-    def test_images(self, num: int) -> Tensor:
-        """The first `num` test images of the run's data, `(num, C, H, W)` in [0, 1]; all where there are fewer."""
-        check_whole("num", num, least=1)
-        test = open_split(self.experiment.data, "test")
-        self._check_images(test, "test")
-        return scaled(test.pixels[:num])
+    def test_images(self, num: int, *, spread: bool = False) -> Tensor:
+        """The first `num` test images of the run's data, `(num, C, H, W)` in [0, 1]; all where there are fewer.
 
-    def _check_images(self, images: Split, file: str) -> None:
+        With `spread` as many from all over the split, which may be sorted by class.
+        """
+        check_whole("num", num, least=1)
+        splits = Splits.open(self.experiment)
+        self._check_images(splits.test)
+        return self._images_of(splits, "test", num, spread=spread).cpu()
+
+    def targets(self, split: SplitName = "test") -> dict[str, Tensor]:
+        """Labels and factors of the images of a split by name, int64 or float64 `(N,)`, in the order of the images."""
+        check_choice("split", split, get_args(SplitName))
+        images, indices = Splits.open(self.experiment).select(split)
+        return {name: values[indices] for name, values in images.columns.items()}
+
+    @property
+    def target_names(self) -> dict[str, list[str]]:
+        """What the values 0, 1, ... of labels mean, by the labels' name; of those that have names."""
+        return Splits.open(self.experiment).dataset.description.names
+
+    def _images_of(self, splits: Splits, split: SplitName, num: int, *, spread: bool = False) -> Tensor:
+        """Images of a split as the model sees them in evaluation, on its device."""
+        loader = splits.loader(split, self.experiment, shards_of(SingleProcess(self.device)))
+        return loader.sample(num) if spread else loader.images(loader.indices[:num])
+
+    def _check_images(self, images: Split) -> None:
         """Raise `UserError` for images of another shape than the model's; warn of others than the run had."""
-        if not (other := self.checkpoint.other_images(images.image_shape, {file: images.fingerprint})):
+        if not (other := self.checkpoint.other_images(images.image_shape, {images.name: images.fingerprint})):
             return
-        message = f"data.source: {self.experiment.data.source} has {other}"
+        message = f"data.source: {name_of(self.experiment.data)} has {other}"
         if images.image_shape != self.image_shape:
             raise UserError(f"{message}; use the run's images, for example with --data.root DIR")
         logger.warning("%s; these numbers and pictures do not compare with the run's", message)

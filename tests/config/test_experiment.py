@@ -15,7 +15,6 @@ from vae_ray import Experiment, UserError
 from vae_ray.config.experiment import PRESET_DIR, differing_fields, field_docs, is_place_key, preset_names
 from vae_ray.config.keys import FieldDoc
 from vae_ray.config.sections import NAME_PATTERN
-from vae_ray.data.sources import SOURCES
 from vae_ray.models.initialization import INITIALIZATIONS
 from vae_ray.models.likelihoods import LIKELIHOODS
 from vae_ray.models.networks import NETWORKS
@@ -44,7 +43,6 @@ def test_every_field_is_documented_with_a_sentence(field: FieldDoc) -> None:
 @pytest.mark.parametrize(
     ("key", "table"),
     [
-        ("data.source", SOURCES),
         ("model.network", NETWORKS),
         ("model.prior", PRIORS),
         ("likelihood", LIKELIHOODS),
@@ -97,9 +95,10 @@ def test_notebook_preset_is_what_the_notebook_was() -> None:
 
 
 def test_presets_train_the_data_set_they_are_named_after() -> None:
-    assert set(preset_names()) == {"digits", "mnist", "notebook"}
-    assert {name: Experiment.preset(name).data.source for name in ("digits", "mnist")} == {
+    assert set(preset_names()) == {"digits", "images", "mnist", "notebook"}
+    assert {name: Experiment.preset(name).data.source for name in ("digits", "images", "mnist")} == {
         "digits": "digits",
+        "images": "auto",
         "mnist": "mnist",
     }
 

@@ -182,7 +182,11 @@ def test_settings_of_own_code_are_read_as_yaml() -> None:
         ("training.nonfinite", "a:b", "training.nonfinite: got 'a:b', should be one of stop, skip, rollback$"),
         ("likelihood", {"name": "gaussian", "scale": 1e-12}, "at least 0.001: rounding to 256 levels alone"),
         ("likelihood.scale", 0.2, "likelihood.scale: the likelihood 'bernoulli' has no field 'scale', gaussian has; "),
-        ("data.root", "/x", "data.root: the data source 'digits' has no field 'root', mnist .*--data.source mnist"),
+        (
+            "data.root",
+            "/x",
+            "data.root: the data source 'digits' has no field 'root', mnist, .* have; for example --data.source auto",
+        ),
         ("model.hidden", 8, "key 'model.hidden' does not exist any more; use 'model.network.hidden'"),
         ("training.nonfinite_limit", 8, "use 'training.nonfinite.limit'"),
         ("model", 8, "model: is a section; set one of model.latent_dim, model.network"),
@@ -198,5 +202,7 @@ def test_types_in_the_help_are_those_of_the_fields() -> None:
     by_type = {type_: [f.key for f in FIELDS if f.type == type_] for type_ in {f.type for f in FIELDS}}
     assert set(by_type) - {t for t in by_type if t.startswith("{")} == {
         "INT", "INT|auto", "FLOAT", "BOOL", "TEXT", "TEXT,TEXT,...", "PATH", "INT,INT,...",
+        "INT|HEIGHT,WIDTH", "auto|LOW,HIGH", "flip,shift:INT", "white|black|#RRGGBB",
     }  # fmt: skip
+    assert by_type["INT|HEIGHT,WIDTH"] == ["data.image_size"]
     assert by_type["INT,INT,..."] == ["model.network.hidden"] * 2

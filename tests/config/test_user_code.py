@@ -17,6 +17,7 @@ from tests.conftest import digits_in_this_process
 from vae_ray import Experiment, TrainedVAE, TrainingFailed, TrainResult, UserError, train
 from vae_ray.cli.main import main
 from vae_ray.config import user_code
+from vae_ray.data.splits import Splits
 from vae_ray.runs import preflight
 from vae_ray.runs.train import resume
 
@@ -98,6 +99,23 @@ def test_a_data_source_is_decoded_once_and_again_when_its_code_changes(
     assert train(own).metrics["test/nelbo"] != result.metrics["test/nelbo"]
 
 
+def test_blocks_of_a_generator_are_split_by_their_content_and_keep_their_labels(one_epoch: Experiment) -> None:
+    result = train(one_epoch.with_overrides({"data.source": "own_code:in_blocks", "data.num_validation": 7}))
+    model = TrainedVAE.load(result.run_dir, trust_code=True)
+    splits = Splits.open(model.experiment)
+    images = {name: splits.dataset.splits[name].first(999) for name in ("train", "test")}
+    assert len(images["train"]) + len(images["test"]) == 4 * 30
+    assert 0 < len(images["test"]) < 40  # about a tenth
+    for name, pixels in images.items():
+        rows = pixels[:, 0, 0, 0].long()
+        assert torch.equal(splits.dataset.splits[name].columns["label"], rows % 3)
+    more = one_epoch.with_overrides({"data.source": "own_code:in_blocks", "data.num": 6, "run.name": "more"})
+    after = Splits.open(more).dataset.splits
+    for name, pixels in images.items():
+        known = {image.numpy().tobytes() for image in pixels}
+        assert known <= {image.numpy().tobytes() for image in after[name].first(999)}
+
+
 def test_a_callback_is_called_as_the_run_and_its_epochs_begin_and_end(quick: Experiment) -> None:
     run = train(quick.with_overrides({"training.epochs": 2, "run.callbacks": "own_code:Diary"})).run_dir
     assert (Path(run) / "diary.txt").read_text().splitlines() == [
@@ -156,7 +174,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"objective": "own_code:Diary"}, r"objective: .* returned a Diary, should return a vae_ray"),
     (
         {"data.source": "own_code:Diary"},
-        r"data\.source: own_code:Diary returned a Diary, should return a source or a dict",
+        r"data\.source: own_code:Diary returned a Diary, should return images, yield blocks of them, or return a dict",
     ),
     ({"objective": "mmd", "model.prior": "own_code:Moving"}, r"objective: mmd needs --model\.prior standard"),
     ({"objective": "own_code:ByRow"}, r"own_code:ByRow fails .* the loss of 'model' has shape \(3\), should be \(\)"),
@@ -173,14 +191,21 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"data.source": "own_code:on_fire"}, r"data\.source: own_code:on_fire fails in .*own_code\.py, .*disk on fire"),
     (
         {"data.source": "own_code:two_sizes"},
-        r"training images of shape \(1, 6, 8\) and test images of shape \(1, 6, 9\)",
+        r"data\.source: own_code:two_sizes has images of several sizes.*: 6x8 \(90\), 6x9 \(9\); should be of one size",
     ),
     ({"run.callbacks": "own_code:that_fails"}, r"run\.callbacks: own_code:that_fails fails in"),
     ({"data.source": "own_code:floats"}, r"gave float64 of shape \(9, 1, 6, 8\) for 'train', should be uint8"),
-    ({"data.source": "own_code:ragged"}, r"data\.source: own_code:ragged: got a list that is no array of numbers"),
     (
-        {"data.source": "own_code:TooFewLabels"},
-        r"gave labels of shape \(2,\) for 90 images of 'train', should be one whole number an image, or None",
+        {"data.source": "own_code:ragged"},
+        r"data\.source: own_code:ragged gave uint8 of shape \(1, 6, 8\) for 'train', should be .* \(N, C, H, W\)",
+    ),
+    (
+        {"data.source": "own_code:too_few_labels"},
+        r"gave labels of shape \(2,\) for 90 images for 'train', should be one whole number an image, or None",
+    ),
+    (
+        {"data.source": "own_code:without_test"},
+        r"data\.source: own_code:without_test returned a dict with the keys \['train'\], should have 'train', 'test'",
     ),
     ({"model.network": "no_code:tiny"}, r"model\.network: got 'no_code:tiny', there is no module 'no_code'"),
     ({"run.callbacks": "own_code:Nothing"}, r"run\.callbacks: .* the module 'own_code' has no 'Nothing'"),

@@ -216,9 +216,19 @@ def ragged():
     return {"train": [np.zeros((1, 6, 8), np.uint8), np.zeros((1, 6, 9), np.uint8)], "test": []}
 
 
-class TooFewLabels:
-    def decode(self, split):
-        return np.zeros((90, 1, 6, 8), np.uint8), [1, 2]
+def too_few_labels():
+    return {split: (np.zeros((90, 1, 6, 8), np.uint8), [1, 2]) for split in ("train", "test")}
+
+
+def in_blocks(num=4, rows=30):
+    for number in range(num):
+        pixels = np.full((rows, 1, 6, 8), 9 * number, np.uint8)
+        pixels[:, 0, 0, 0] = np.arange(rows)
+        yield pixels, np.arange(rows) % 3
+
+
+def without_test():
+    return {"train": np.zeros((90, 1, 6, 8), np.uint8)}
 
 
 class Diary:

@@ -12,6 +12,7 @@ from torch.distributions import Normal, kl_divergence
 from tests.thread_workers import results_on_threads
 from tests.training.small import ALONE, CPU, NETWORKS, NUM_IMAGES, SEED, SHAPE, experiment, parameters, pixels
 from vae_ray.data.batches import Loader
+from vae_ray.data.dataset import Split
 from vae_ray.evaluation.elbo import evaluate_split
 from vae_ray.evaluation.metrics import TermSums
 from vae_ray.models.noise import latent_noise
@@ -29,7 +30,9 @@ def evaluated(
     model: VAE, group: WorkerGroup = ALONE, *, batch_size: int = 9, num_repeats: int = 4, seed: int = SEED
 ) -> dict[str, float]:
     """The metrics of 92 images, which are more than a block of noise."""
-    loader = Loader(pixels(), torch.arange(NUM_IMAGES).repeat(num_repeats), seed=seed, shards=shards_of(group))
+    loader = Loader(
+        Split.in_memory(pixels()), torch.arange(NUM_IMAGES).repeat(num_repeats), seed=seed, shards=shards_of(group)
+    )
     return evaluate_split(model, loader, "test", group, batch_size=batch_size)
 
 

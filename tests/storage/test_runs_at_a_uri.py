@@ -13,9 +13,11 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import digits_in_this_process
+from tests.data_layer.stored import open_split
 from tests.storage.servers import ObjectStore, filesystem
 from vae_ray import Experiment, TrainedVAE, TrainResult, UserError, train
 from vae_ray.cli.main import main
+from vae_ray.config.sections import PublishedData
 from vae_ray.errors import Stopped
 from vae_ray.run_files.run_directory import RunDirectory
 
@@ -172,22 +174,19 @@ def test_a_store_that_is_not_there_is_refused_within_seconds(
 def test_raw_data_at_a_uri_are_copied_once_to_this_node(
     store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mnist_root: Path
 ) -> None:
-    from vae_ray.config.sections import MnistData
-    from vae_ray.data.arrow_store import open_split
-
     raw = mnist_root / "MNIST" / "raw"
     for file in raw.glob("*-ubyte"):
         with filesystem().open_output_stream(f"models/data/MNIST/raw/{file.name}") as stream:
             stream.write(file.read_bytes())
     monkeypatch.setenv("VAE_RAY_CACHE", str(tmp_path))
-    config = MnistData(root="s3://models/data")
+    config = PublishedData(root="s3://models/data")
     assert len(open_split(config, "test")) == 10_000
     copies = {p: p.stat().st_ino for p in tmp_path.rglob("*-ubyte")}
     assert len(copies) == 4
     assert len(open_split(config, "train")) == 60_000
     assert {p: p.stat().st_ino for p in tmp_path.rglob("*-ubyte")} == copies
     with pytest.raises(UserError, match=r"data\.root: got 's3://models/none', which lacks MNIST/raw/"):
-        open_split(MnistData(root="s3://models/none"), "test")
+        open_split(PublishedData(root="s3://models/none"), "test")
 
 
 def test_two_drivers_of_one_run_at_a_uri_exclude_each_other(store: ObjectStore) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vae_ray import Experiment
 from vae_ray.data.batches import Batch, Loader
+from vae_ray.data.dataset import Split
 from vae_ray.evaluation.metrics import ELBO_TERMS, TermSums
 from vae_ray.models.vae import build_vae
 from vae_ray.objectives import Objective, build_objective
@@ -48,9 +49,9 @@ def batches(
     epoch: int = 1, group: WorkerGroup = ALONE, *, global_batch_size: int = BATCH, dtype: torch.dtype = torch.float64
 ) -> Iterator[Batch]:
     """A worker's batches of an epoch: 5 + 5 + 5 + 5 + 3 images."""
-    loader = Loader(pixels(), torch.arange(NUM_IMAGES), seed=SEED, shards=shards_of(group))
-    for x, rows, global_size in loader.training(epoch, global_batch_size=global_batch_size):
-        yield Batch(x.to(dtype), rows, global_size)
+    loader = Loader(Split.in_memory(pixels()), torch.arange(NUM_IMAGES), seed=SEED, shards=shards_of(group))
+    for batch in loader.training(epoch, global_batch_size=global_batch_size):
+        yield batch._replace(x=batch.x.to(dtype))
 
 
 def run_epoch(

@@ -83,7 +83,7 @@ def reference_epochs(weights: dict[str, Tensor], num_epochs: int) -> tuple[dict[
     losses = []
     for epoch in range(1, num_epochs + 1):
         total = 0.0
-        for step, (x, rows, _) in enumerate(batches(epoch)):
+        for step, (x, rows, *_) in enumerate(batches(epoch)):
             target, eps = x.reshape(len(x), -1), noise_of_step(rows, epoch, step)
             mu, logvar = F.linear(F.relu(F.linear(2 * target - 1, w1, b1)), w2, b2).split(2, dim=1)
             q = Normal(mu, logvar.exp().sqrt())
@@ -125,7 +125,7 @@ def test_learning_rate_and_beta_of_every_step_are_those_of_its_settings() -> Non
             sums=TermSums(("loss", "distortion", "rate"), CPU),
         )
     assert torch.equal(parameters(frozen.model), start)
-    x, rows, _ = list(batches())[1]
+    x, rows, *_ = list(batches())[1]
     output = frozen.model(x, (noise_of_step(rows, 1, 1),))
     distortion = F.binary_cross_entropy_with_logits(output.params, x, reduction="sum") / len(x)
     gradient = torch.autograd.grad(distortion, list(frozen.model.parameters()))

@@ -93,7 +93,7 @@ def test_a_loss_that_is_not_finite_makes_every_gradient_nan(loss: float) -> None
 def plain_epoch(state: TrainState, optimizer: torch.optim.Optimizer, precision: str, grad_clip: float | None) -> float:
     """Three steps by `backward` and torch's optimizer; the mean loss before them."""
     total = 0.0
-    for step, (x, rows, _) in enumerate(batches(1, global_batch_size=8, dtype=torch.float32)):
+    for step, (x, rows, *_) in enumerate(batches(1, global_batch_size=8, dtype=torch.float32)):
         noise = latent_noise(((2,),), rows, SEED, "training noise", 1, step)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bfloat16"):
             output = state.model(x, noise)

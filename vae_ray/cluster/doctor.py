@@ -19,6 +19,7 @@ from vae_ray.cluster.dashboard import connect
 from vae_ray.cluster.node_info import ANSWER, collect_node_info, storage_problem
 from vae_ray.cluster.submission import ENDED, check_place, send
 from vae_ray.errors import TrainingFailed, UserError, one_line
+from vae_ray.machine import num_local_cpus
 
 GIB = 2**30
 JOB_SECONDS = 180.0
@@ -81,8 +82,6 @@ def examine(address: str | None, *, storage: str | None = None, python: str = "p
 
 
 def _this_machine(storage: str) -> Diagnosis:
-    from vae_ray.training.placement import num_local_cpus  # here, because it imports torch
-
     facts = collect_node_info()
     resources = {"CPU": num_local_cpus(), "GPU": len(glob.glob("/dev/nvidia[0-9]*"))}
     node = {"node_id": "", "address": facts["host"], "resources": resources, **facts}

@@ -6,6 +6,7 @@ computed. Resume, sweeps, TensorBoard's hparams and the report read that mark (`
 
 from __future__ import annotations
 
+import math
 import re
 import typing
 from collections.abc import Mapping
@@ -31,6 +32,9 @@ from vae_ray.storage.locations import parse_location, parse_path
 
 MAX_WORKERS = 4096
 MIN_PIXEL_SCALE = 0.001
+MAX_IMAGE_SIDE = 8192
+AUGMENTATION = "flip|shift:[1-9][0-9]{0,2}"
+COLOUR = "white|black|#[0-9A-Fa-f]{6}"
 IMPORT_PATH = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$"
 """`package.module:name`, a user's own code."""
 
@@ -39,6 +43,13 @@ class Section(BaseModel):
     """Base of all sections and entries: frozen, and no other keys than the declared ones."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """Marks a field whose values have a form of their own in help and reference."""
+
+    text: str
 
 
 def place(default: Any, **options: Any) -> Any:
@@ -95,6 +106,57 @@ def _worker_count(value: object) -> int | tuple[int, int] | str:
     return low if low == high else (low, high)
 
 
+def _image_size(value: object) -> object:
+    """64 or (height, width), of a text such as "64" or "48,64"; or None."""
+    if value is None:
+        return None
+    parts = value.strip("[]() ").split(",") if isinstance(value, str) else value
+    parts = [parts] if isinstance(parts, int) else parts
+    if not isinstance(parts, list | tuple) or len(parts) not in (1, 2):
+        raise ValueError("should be one side such as 64, height and width such as 48,64, or null")
+    sides = [int(part) if re.fullmatch(r"\s*\d{1,5}\s*", str(part), re.ASCII) else 0 for part in parts]
+    if not all(1 <= side <= MAX_IMAGE_SIDE for side in sides):
+        raise ValueError(f"should be sides from 1 to {MAX_IMAGE_SIDE} pixels, such as 64 or 48,64, or null")
+    return sides[0] if len(set(sides)) == 1 else tuple(sides)
+
+
+def _value_range(value: object) -> object:
+    """`(low, high)`, or "auto"."""
+    if value == "auto":
+        return value
+    parts = value.strip("[]() ").split(",") if isinstance(value, str) else value
+    try:
+        low, high = map(float, parts if isinstance(parts, list | tuple) else ())
+    except (TypeError, ValueError):
+        low = high = math.nan
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise ValueError("should be auto, or two numbers, black first, such as 0,4095")
+    return (low, high)
+
+
+def _printable(value: str) -> str:
+    if not value.isprintable():
+        raise ValueError("should be printable characters")
+    return value
+
+
+def _channels(value: object) -> object:
+    return {"1": 1, "3": 3}.get(value, value) if isinstance(value, str) else _refuse_bool(value)
+
+
+def _augmentations(value: object) -> object:
+    steps = _split_list(value)
+    if isinstance(steps, list | tuple) and all(re.fullmatch(AUGMENTATION, str(step), re.ASCII) for step in steps):
+        return steps
+    raise ValueError("should be flip, shift:PIXELS or both, such as flip,shift:4")
+
+
+def _colour(value: object) -> object:
+    if isinstance(value, str) and re.fullmatch(COLOUR, value, re.ASCII):
+        return value.lower()
+    raise ValueError("should be white, black, or a colour such as '#ff8000'")
+
+
 def _count_text(value: int | tuple[int, int] | str) -> int | str:
     return f"{value[0]}..{value[1]}" if isinstance(value, tuple) else value
 
@@ -121,6 +183,12 @@ Location = Annotated[
 Widths = Annotated[
     tuple[Annotated[Int, Field(ge=1, le=65536)], ...], Field(max_length=256), BeforeValidator(_split_list)
 ]
+ImageSize = Annotated[int | tuple[int, int] | None, BeforeValidator(_image_size), Shown("INT|HEIGHT,WIDTH")]
+ValueRange = Annotated[tuple[float, float] | Literal["auto"], BeforeValidator(_value_range), Shown("auto|LOW,HIGH")]
+Channels = Annotated[Literal["auto", 1, 3], BeforeValidator(_channels), Shown("{auto,1,3}")]
+Augmentations = Annotated[tuple[str, ...], BeforeValidator(_augmentations), Shown("flip,shift:INT")]
+Name = Annotated[str, Field(min_length=1), AfterValidator(_printable)]
+Colour = Annotated[str, BeforeValidator(_colour), Shown("white|black|#RRGGBB")]
 ImportPath = Annotated[str, StringConstraints(pattern=IMPORT_PATH)]
 ImportPaths = Annotated[tuple[ImportPath, ...], Field(max_length=64), BeforeValidator(_split_list)]
 

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from vae_ray.config.fields import Choice, Section, choice_of, literal_values
+from vae_ray.config.fields import Choice, Section, Shown, choice_of, literal_values
 from vae_ray.config.migration import renamed_key
 from vae_ray.config.sections import NAME_RULE
 from vae_ray.errors import UserError
@@ -50,7 +50,9 @@ def field_docs(model: type[BaseModel], prefix: str = "", entry: str = "", is_pla
         elif (section := _section(field)) is not None:
             yield from field_docs(section, f"{key}.", entry, place)
         else:
-            yield FieldDoc(key, key, _type_name(field.annotation), field.default, field.description or "", entry, place)
+            shown = next((mark.text for mark in field.metadata if isinstance(mark, Shown)), None)
+            kind = shown or _type_name(field.annotation)
+            yield FieldDoc(key, key, kind, field.default, field.description or "", entry, place)
 
 
 def _axis_docs(key: str, axis: Choice, field: FieldInfo, is_place: bool) -> Iterator[FieldDoc]:
@@ -159,7 +161,8 @@ def _write(model: type[BaseModel], tree: dict[str, Any], key: str, value: Any, *
         elif rest:
             raise UnknownKey
         else:
-            text_means_null = isinstance(value, str) and value.lower() in ("null", "none", "~")
+            is_text = isinstance(value, str) and value not in literal_values(field.annotation)
+            text_means_null = is_text and value.lower() in ("null", "none", "~")
             node[part] = None if text_means_null else value
 
 
@@ -172,7 +175,7 @@ def _setting(key: str, text: str) -> Any:
 
 
 def _choose(axis: Choice, field: FieldInfo, node: dict[str, Any], part: str, value: Any, *, key: str) -> None:
-    """Choose an entry: with its defaults, and with what all entries have in common left as it is."""
+    """Choose an entry with its defaults; what all entries have in common, and content that it shares, is kept."""
     cls = axis.entry(field.annotation, value)
     names = list(axis.entries(field.annotation))
     if cls is None:
@@ -184,6 +187,8 @@ def _choose(axis: Choice, field: FieldInfo, node: dict[str, Any], part: str, val
     if node[part][axis.tag] == value:
         return
     common = _common_fields(axis.entries(field.annotation).values())
+    if axis.entry(field.annotation, node[part][axis.tag]) is cls:  # as for the sources folder and arrays
+        common |= {name for name, shared in cls.model_fields.items() if not _is_marked_place(shared)} - {axis.tag}
     node[part] = {axis.tag: value, **{name: kept for name, kept in node[part].items() if name in common}}
 
 
@@ -201,9 +206,10 @@ def _field_of_another_entry(axis: Choice, field: FieldInfo, entry: str, key: str
     parent = key.rpartition(".")[0]
     if owners:
         flag = parent if axis.tag == "name" else f"{parent}.{axis.tag}"
+        example = "auto" if "auto" in owners else owners[0]  # a user's own images
         return UserError(
-            f"{key}: the {axis.axis} {entry!r} has no field {name!r}, {' and '.join(owners)} has; "
-            f"for example --{flag.replace('_', '-')} {owners[0]}"
+            f"{key}: the {axis.axis} {entry!r} has no field {name!r}, {', '.join(owners)} "
+            f"{'have' if len(owners) > 1 else 'has'}; for example --{flag.replace('_', '-')} {example}"
         )
     raise UnknownKey
 
@@ -240,7 +246,8 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
 
 
 def _example(doc: FieldDoc) -> str:
-    default = {"run.name": "my-run", "run.callbacks": "my_callbacks:Log"}.get(doc.key, doc.default)
+    examples = {"run.name": "my-run", "run.callbacks": "my_callbacks:Log", "data.augment": "flip"}
+    default = examples.get(doc.key, doc.default)
     text = ",".join(map(str, default)) if isinstance(default, tuple) else "null" if default is None else str(default)
     return f"{flag_of(doc.key)} {text}".rstrip()
 

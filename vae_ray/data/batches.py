@@ -6,13 +6,19 @@ worker can compute its part alone, resume anywhere, and together they see every 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from vae_ray.data.dataset import Split, read_ahead
+from vae_ray.data.transforms import Binarization, augment, binarize, parse_augmentation
 from vae_ray.seeds import generator
+
+WHOLE_WINDOWS = 4
+"""Images of at most so many windows are shuffled as a whole."""
 
 
 class Shards(NamedTuple):
@@ -41,40 +47,128 @@ class Batch(NamedTuple):
     """Which rows of the global batch they are; of an evaluation, which rows of the split."""
     global_size: int
     """Images in the global batch, over all workers."""
+    labels: dict[str, Tensor]
+    """Labels and factors by name, int64 or float64 `(shard,)`, on the CPU; empty where the data set has none."""
 
 
 class Loader:
-    """The images of one split, batch by batch. `shards` says which rows this worker computes."""
+    """The images of one split, batch by batch.
 
-    def __init__(self, pixels: Tensor, indices: Tensor, *, seed: int, shards: Shards) -> None:
-        self.pixels, self.indices, self.seed, self.shards = pixels, indices, seed, shards
+    Args:
+        split: where they lie.
+        indices: which images of it, sorted.
+        seed: of the order and of all random changes.
+        shards: which rows this worker computes.
+        augment: changes of training images, as `data.augment` has them.
+        binarize: `data.binarize`.
+        window_bytes: images of more than four windows are read and shuffled window by window; None: never.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        indices: Tensor,
+        *,
+        seed: int,
+        shards: Shards,
+        augment: Sequence[str] = (),
+        binarize: Binarization = "none",
+        window_bytes: int | None = None,
+    ) -> None:
+        self.split, self.indices, self.seed, self.shards = split, indices, seed, shards
+        self._augmentations = [parse_augmentation(text) for text in augment]
+        self._binarization = binarize
+        num_bytes = len(indices) * math.prod(split.image_shape)
+        is_windowed = window_bytes is not None and num_bytes > WHOLE_WINDOWS * window_bytes
+        self._window_bytes = window_bytes if is_windowed else None
 
     def training(self, epoch: int, *, global_batch_size: int, first_step: int = 0) -> Iterator[Batch]:
         """Every image once, in an order that differs every epoch; the last batch may be smaller.
 
-        From `first_step` (0-based) on: the steps before it are not computed.
+        From `first_step` (0-based) on: the images of the steps before it are not read.
         """
-        order = self.order(epoch)
-        for start in range(first_step * global_batch_size, len(order), global_batch_size):
-            stop = min(start + global_batch_size, len(order))
-            part = self.shards.slice_of(start, stop)
-            yield Batch(self.images(order[part]), slice(part.start - start, part.stop - start), stop - start)
+        for indices in self.steps(epoch, global_batch_size=global_batch_size, first_step=first_step):
+            rows = self.shards.slice_of(0, len(indices))
+            yield self._batch(indices[rows], rows, len(indices), epoch=epoch)
 
     def evaluation(self, *, batch_size: int) -> Iterator[Batch]:
         """Every image once, in order."""
         for start in range(0, len(self.indices), batch_size):
             stop = min(start + batch_size, len(self.indices))
-            part = self.shards.slice_of(start, stop)
-            yield Batch(self.images(self.indices[part]), part, stop - start)
+            rows = self.shards.slice_of(start, stop)
+            yield self._batch(self.indices[rows], rows, stop - start, epoch=None)
+            if self._window_bytes is not None:
+                self.split.release(before=int(self.indices[start]))
 
-    def order(self, epoch: int) -> Tensor:
-        """The images' indices in the order in which the epoch visits them."""
-        return self.indices[torch.randperm(len(self.indices), generator=generator(self.seed, "order", epoch))]
+    def steps(self, epoch: int, *, global_batch_size: int, first_step: int = 0) -> Iterator[Tensor]:
+        """The indices of the global batch of each step, from `first_step` on: a function of (seed, epoch) alone."""
+        num_before, rest = first_step * global_batch_size, torch.empty(0, dtype=torch.int64)
+        behind: list[int] = []
+        windows = self._windows(epoch)
+        for number, window in enumerate(windows):
+            indices = self._order(window, epoch, number)
+            if num_before >= len(indices):
+                num_before -= len(indices)
+                continue
+            if window is not None:
+                following = windows[number + 1] if number + 1 < len(windows) else []
+                read_ahead(self.split.shards[shard] for shard in [*window, *(following or [])])
+            rest, num_before = torch.cat([rest, indices[num_before:]]), 0
+            num_whole = len(rest) // global_batch_size * global_batch_size
+            for start in range(0, num_whole, global_batch_size):
+                yield rest[start : start + global_batch_size]
+                self._release(behind)
+                behind = []
+            rest, behind = rest[num_whole:], [*behind, *(window or ())]
+        if len(rest):
+            yield rest
+        self._release(behind)
 
-    def images(self, indices: Tensor) -> Tensor:
-        """Floats in [0, 1], `(n, C, H, W)`, on this worker's device."""
-        # index_select is 20x faster than pixels[indices] for uint8 rows
-        return scaled(self.pixels.index_select(0, indices).to(self.shards.device))
+    def _release(self, shards: list[int]) -> None:
+        for shard in shards:
+            self.split.shards[shard].release()
+
+    def _windows(self, epoch: int) -> list[list[int] | None]:
+        """The shards of each window of an epoch; one None: all images are one window."""
+        if self._window_bytes is None:
+            return [None]
+        sizes = self.split.starts.diff() * math.prod(self.split.image_shape)
+        windows: list[list[int]] = [[]]
+        num_bytes = 0
+        for shard in torch.randperm(len(sizes), generator=generator(self.seed, "shards", epoch)).tolist():
+            if windows[-1] and num_bytes + int(sizes[shard]) > self._window_bytes:
+                windows.append([])
+                num_bytes = 0
+            windows[-1].append(shard)
+            num_bytes += int(sizes[shard])
+        return [*windows]
+
+    def _order(self, window: list[int] | None, epoch: int, number: int) -> Tensor:
+        """The indices of a window's images in the order in which the epoch visits them."""
+        if window is None:
+            return self.indices[torch.randperm(len(self.indices), generator=generator(self.seed, "order", epoch))]
+        bounds = torch.searchsorted(self.indices, self.split.starts).tolist()
+        indices = torch.cat([self.indices[bounds[shard] : bounds[shard + 1]] for shard in window])
+        return indices[torch.randperm(len(indices), generator=generator(self.seed, "order", epoch, number))]
+
+    def _batch(self, indices: Tensor, rows: slice, global_size: int, *, epoch: int | None) -> Batch:
+        labels = {name: values.index_select(0, indices) for name, values in self.split.columns.items()}
+        return Batch(self.images(indices, epoch=epoch), rows, global_size, labels)
+
+    def sample(self, num: int) -> Tensor:
+        """`num` images from all over the split, as evaluation sees them; all where there are fewer."""
+        num = min(num, len(self.indices))
+        return self.images(self.indices[torch.arange(num) * len(self.indices) // max(1, num)])
+
+    def images(self, indices: Tensor, *, epoch: int | None = None) -> Tensor:
+        """Floats in [0, 1], `(n, C, H, W)`, on this worker's device; augmented as in the training of an epoch."""
+        pixels = self.split.gather(indices).to(self.shards.device)
+        if self._binarization == "none" and not self._augmentations:
+            return scaled(pixels)
+        numbers, split = indices.to(self.shards.device), self.split.name
+        if epoch is not None:
+            pixels = augment(pixels, numbers, self._augmentations, seed=self.seed, epoch=epoch, split=split)
+        return binarize(pixels, numbers, self._binarization, seed=self.seed, epoch=epoch, split=split)
 
 
 def scaled(pixels: Tensor) -> Tensor:

@@ -8,33 +8,34 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
+from vae_ray.data.decoding import ImageRules, Unusable, decode_image
 from vae_ray.data.images import as_images
+from vae_ray.data.sources.folder import SUFFIXES
 from vae_ray.errors import UserError, one_line
 
 
-def read_images(path: Path, image_shape: tuple[int, int, int], *, num: int) -> Tensor:
+def read_images(path: Path, image_shape: tuple[int, int, int], *, num: int, rules: ImageRules | None = None) -> Tensor:
     """The first `num` images of a directory (by name), a picture, or a .npy or .npz file: `(n, C, H, W)` in [0, 1].
 
-    Nothing is resized or converted: raises `UserError`, naming the file, for what does not have the `image_shape`.
+    Pictures are decoded by `rules`, those of the model's run; arrays are taken as they are. Raises `UserError`, naming
+    the file, for what then does not have the `image_shape`.
     """
     if path.suffix.lower() in (".npy", ".npz"):
         array = _channels_first(_read_array(path), image_shape)
         return as_images(array[:num] if array.ndim else array, image_shape)
-    Image.init()
     try:
         is_directory = path.is_dir()
         files = sorted(path.iterdir()) if is_directory else [path]
     except OSError as error:
         raise UserError(f"images: {path} cannot be read ({_reason(error)})") from None
     if is_directory:
-        pictures = [file for file in files if file.suffix.lower() in Image.EXTENSION]
+        pictures = [file for file in files if file.suffix.lower() in SUFFIXES]
         files = [file for file in pictures if not file.name.startswith(".")][:num]
     if not files:
         raise UserError(f"images: {path} has no pictures; should be a directory of pictures, a .npy or a .npz file")
-    return as_images(np.stack([_read_picture(file, image_shape) for file in files]), image_shape)
+    return as_images(np.stack([_read_picture(file, image_shape, rules or ImageRules()) for file in files]), image_shape)
 
 
 def _read_array(file: Path) -> NDArray[np.generic]:
@@ -63,27 +64,21 @@ def _channels_first(images: NDArray[np.generic], image_shape: tuple[int, int, in
     return images
 
 
-def _read_picture(file: Path, image_shape: tuple[int, int, int]) -> NDArray[np.uint8]:
+def _read_picture(file: Path, image_shape: tuple[int, int, int], rules: ImageRules) -> NDArray[np.uint8]:
     """uint8 `(C, H, W)`."""
     channels, height, width = image_shape
-    try:
-        with Image.open(_no_pipe(file)) as picture:
-            size, mode = picture.size, picture.mode
-            pixels = np.asarray(picture.convert("RGBA")) if size == (width, height) else None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"images: {file} cannot be read as a picture ({_reason(error)})") from None
-    if pixels is None:
-        raise UserError(f"images: {file} has {size[0]}x{size[1]} pixels, the model's have {width}x{height}; resize it")
-    if mode.startswith(("I", "F")):  # Pillow would cut the values off
-        raise UserError(f"images: {file} has more than 8 bits a pixel; convert it to 8 bits, or give a .npy file")
-    colour, alpha = pixels[..., :3], pixels[..., 3]
-    if channels < 4 and alpha.min() < 255:
-        raise UserError(f"images: {file} has transparent pixels, the model's images have none; remove them")
-    if channels == 1 and (colour != colour[..., :1]).any():
-        raise UserError(f"images: {file} is in colour, the model's images are grey; convert it to grey")
-    if channels not in (1, 3, 4):
+    if channels not in (1, 3):
         raise UserError(f"images: {file} is a picture, the model's images have {channels} channels; give a .npy file")
-    return np.moveaxis(pixels[..., :channels], 2, 0)
+    try:
+        pixels = decode_image(file, rules)
+    except Unusable as error:
+        raise UserError(f"images: {file} {error}") from None
+    if pixels.shape[1:] != (height, width):
+        size = f"{pixels.shape[2]}x{pixels.shape[1]}"
+        raise UserError(f"images: {file} has {size} pixels, the model's have {width}x{height}; resize it")
+    if len(pixels) > channels:
+        raise UserError(f"images: {file} is in colour, the model's images are grey; convert it to grey")
+    return pixels.repeat(channels // len(pixels), axis=0)
 
 
 def _no_pipe(file: Path) -> Path:

@@ -17,8 +17,11 @@ from vae_ray.distributed.nodes import check_shared_storage
 from vae_ray.distributed.ray_temp_dir import check_temp_dir
 from vae_ray.distributed.resources import alive_resources, check_workers_fit, max_workers_fitting
 from vae_ray.errors import UserError, one_line
+from vae_ray.machine import num_local_cpus
 from vae_ray.storage.locations import is_uri, local_path
-from vae_ray.training.placement import num_local_cpus, resolve_on_cluster
+from vae_ray.training.placement import resolve_on_cluster
+
+WITHOUT_CLUSTER = "unset RAY_ADDRESS to start a local one; train with --workers.num 0 needs no Ray"
 
 
 def check_local_resources(experiment: Experiment) -> None:
@@ -39,10 +42,7 @@ def connect(experiment: Experiment, *, dashboard: bool = False) -> Iterator[tupl
     requested. Raises `UserError` if the cluster cannot be reached, or has too few resources and cannot grow: Ray itself
     would wait indefinitely.
     """
-    connects_here = not ray.is_initialized()
-    if connects_here:
-        _init(is_local=_starts_local_ray(), dashboard=dashboard)
-    try:
+    with connected(dashboard=dashboard):
         nodes = ray.nodes()
         resources = alive_resources(nodes)
         experiment = resolve_on_cluster(experiment, resources)
@@ -54,6 +54,19 @@ def connect(experiment: Experiment, *, dashboard: bool = False) -> Iterator[tupl
             workers.device == "auto" and max_workers_fitting(resources, {"GPU": workers.gpus}) >= workers.max
         )
         yield experiment, torch.device("cuda" if uses_gpu else "cpu")
+
+
+@contextlib.contextmanager
+def connected(*, dashboard: bool = False, advice: str = WITHOUT_CLUSTER) -> Iterator[None]:
+    """In its body this process is connected to Ray, as by `connect`; raises `UserError` if that is not possible.
+
+    `advice` says what to do without the cluster, if it is the one in `RAY_ADDRESS` that cannot be reached.
+    """
+    connects_here = not ray.is_initialized()
+    if connects_here:
+        _init(is_local=_starts_local_ray(), dashboard=dashboard, advice=advice)
+    try:
+        yield
     finally:
         if connects_here:
             ray.shutdown()
@@ -63,7 +76,7 @@ def _starts_local_ray() -> bool:
     return not ray.is_initialized() and not os.environ.get("RAY_ADDRESS")
 
 
-def _init(*, is_local: bool, dashboard: bool) -> None:
+def _init(*, is_local: bool, dashboard: bool, advice: str) -> None:
     local: dict[str, Any] = {}  # without an address Ray reads RAY_ADDRESS
     if is_local:
         local = {"address": "local", "num_cpus": num_local_cpus(), "include_dashboard": dashboard}
@@ -78,6 +91,5 @@ def _init(*, is_local: bool, dashboard: bool) -> None:
             advice = "`vae-ray doctor` looks for the cause; train with --workers.num 0 needs no Ray"
             raise UserError(f"a local Ray does not start {reason}; {advice}") from None
         raise UserError(
-            f"RAY_ADDRESS: Ray at {os.environ.get('RAY_ADDRESS')!r} cannot be reached {reason}; unset RAY_ADDRESS to "
-            "start a local one; train with --workers.num 0 needs no Ray"
+            f"RAY_ADDRESS: Ray at {os.environ.get('RAY_ADDRESS')!r} cannot be reached {reason}; {advice}"
         ) from None

@@ -34,7 +34,7 @@ def evaluate_split(
     """
     model.eval()
     sums = TermSums(ELBO_TERMS, group.device)
-    for x, rows, _ in loader.evaluation(batch_size=batch_size):
+    for x, rows, *_ in loader.evaluation(batch_size=batch_size):
         noise = latent_noise(model.latent_shapes, rows, loader.seed, NOISE, device=x.device)
         with autocast(precision, x.device):
             output = model(x, noise)

@@ -9,6 +9,7 @@ import contextlib
 import json
 import threading
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from rich.console import Console
@@ -19,6 +20,8 @@ from vae_ray.errors import UserError
 from vae_ray.run_files.run_directory import RunDirectory
 
 POLL_SECONDS = 0.25
+LINE_SECONDS = 10.0
+"""Between lines about the preparation of images where there is no terminal."""
 PULL_SECONDS = 2.0
 
 
@@ -33,12 +36,47 @@ class StderrConsole(Console):
         self.quiet = True
 
 
-class ProgressView:
-    """Prints each epoch when it ends and, on a terminal, shows the position in the current one, until it is closed."""
+@contextlib.contextmanager
+def preparation_view(*, quiet: bool) -> Iterator[Callable[[int, int | None], None]]:
+    """A function that shows how many images are prepared: on a terminal as a bar, elsewhere as a line at times."""
+    console, started, told = StderrConsole(quiet=quiet), time.monotonic(), time.monotonic()
+    bar = Progress(
+        TextColumn("preparing images"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.fields[terms]}"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=quiet or not console.is_terminal,
+    )
+    task = bar.add_task("", total=None, terms="")
 
-    def __init__(self, run: RunDirectory, experiment: Experiment) -> None:
+    def show(num_done: int, num_images: int | None) -> None:
+        nonlocal told
+        speed = num_done / max(time.monotonic() - started, 1e-3)
+        of_all = f" of {num_images:,}" if num_images else ""
+        terms = f"{num_done:,}{of_all} images, {speed:,.{0 if speed >= 10 else 1}f}/s"
+        bar.update(task, completed=num_done, total=num_images, terms=terms)
+        if not console.is_terminal and time.monotonic() - told > LINE_SECONDS:
+            told = time.monotonic()
+            left = f", {(num_images - num_done) / speed:.0f} s left" if num_images else ""
+            console.print(f"preparing images: {terms}{left}", soft_wrap=True)
+
+    with bar:
+        yield show
+
+
+class ProgressView:
+    """Prints each epoch when it ends and, on a terminal, shows the position in the current one, until it is closed.
+
+    `images` is a line about what is trained on, which is printed first.
+    """
+
+    def __init__(self, run: RunDirectory, experiment: Experiment, *, images: str) -> None:
         self._run, self._epochs = run, experiment.training.epochs
         self._console = StderrConsole()
+        with contextlib.suppress(OSError):
+            self._console.print(images, soft_wrap=True, markup=False, emoji=False)
         self._last_epoch = max((record["epoch"] for record in run.records.history()), default=0)
         self._num_attempts, self._num_warnings = len(run.records.attempts()), len(run.records.warnings())
         self._num_bytes = 0

@@ -11,6 +11,7 @@ import filelock
 
 from vae_ray.checkpoints.listing import all_checkpoints
 from vae_ray.config.experiment import Experiment, differing_fields
+from vae_ray.data.cache import name_of
 from vae_ray.data.splits import Splits
 from vae_ray.errors import CorruptFile, UserError
 from vae_ray.run_files.run_directory import WRITER_LOCK_SECONDS, RunDirectory
@@ -89,7 +90,7 @@ def _refuse_other_uses(run: RunDirectory, experiment: Experiment, splits: Splits
     if difference:
         raise UserError(f"run {name!r}: cannot be resumed with a different experiment: {'; '.join(difference)}")
     for checkpoint in all_checkpoints(run.checkpoints)[-1:]:
-        checkpoint.check_images(experiment.data.source, splits.train.image_shape, splits.fingerprints)
+        checkpoint.check_images(name_of(experiment.data), splits.train.image_shape, splits.fingerprints)
 
 
 def _refuse_changed_experiment(run: RunDirectory, stored: Experiment) -> None:

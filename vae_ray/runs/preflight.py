@@ -12,8 +12,8 @@ from torch import nn
 
 from vae_ray.config import user_code
 from vae_ray.config.experiment import Experiment
-from vae_ray.config.sections import MnistData
-from vae_ray.data.arrow_store import file_name
+from vae_ray.config.sections import UserData
+from vae_ray.data.cache import Progress, name_of
 from vae_ray.data.splits import Splits
 from vae_ray.errors import UserError, one_line
 from vae_ray.evaluation.metrics import ELBO_TERMS
@@ -34,25 +34,27 @@ def with_absolute_paths(experiment: Experiment) -> Experiment:
     overrides: dict[str, Any] = {}
     flat = experiment.flat()
     # a user's own source may take a `root` that is no path
-    root = ["data.root"] if isinstance(experiment.data, MnistData) else []
+    root = [] if isinstance(experiment.data, UserData) else ["data.root"]
     for key in (*root, "data.cache_dir", "run.initial_weights"):
         if flat.get(key) is not None:
             overrides[key] = absolute(flat[key], key=key)
     if experiment.run.name is None:
-        overrides["run.name"] = f"{file_name(experiment.data)}-{datetime.now():%Y%m%d-%H%M%S-%f}"[:-3]
+        overrides["run.name"] = f"{name_of(experiment.data)}-{datetime.now():%Y%m%d-%H%M%S-%f}"[:-3]
     return experiment.with_overrides(overrides)
 
 
 class Checked(NamedTuple):
     """What preflight found to be in order."""
 
+    requested: Experiment
+    """What was checked, with the size of the validation split that its images have."""
     experiment: Experiment
-    """With `auto` resolved, as far as it can be here."""
+    """The same with `auto` resolved, as far as it can be here."""
     splits: Splits
     """The images."""
 
 
-def preflight(experiment: Experiment) -> Checked:
+def preflight(experiment: Experiment, *, progress: Progress | None = None) -> Checked:
     """Check, without starting anything, all that can be known beforehand; the experiment with `auto` resolved.
 
     On a cluster most of `workers` is resolved later, once it is connected. Raises `UserError` for a storage that cannot
@@ -60,7 +62,8 @@ def preflight(experiment: Experiment) -> Checked:
     fit, and workers, CPUs or GPUs that do not exist.
     """
     check_writable(experiment.run.storage)
-    splits = Splits.open(experiment)
+    splits = Splits.open(experiment, progress=progress)
+    requested = experiment = experiment.with_overrides({"data.num_validation": splits.num_validation})
     num_training = len(splits.train_indices)
     batch = experiment.training.global_batch_size
     if batch > num_training:
@@ -72,7 +75,7 @@ def preflight(experiment: Experiment) -> Checked:
     for path in experiment.run.callbacks:
         user_code.call(path, {}, key="run.callbacks")
     if placement.uses_cluster() and experiment.workers.num != 0:
-        return Checked(placement.with_one_thread_if_small(experiment, model), splits)
+        return Checked(requested, placement.with_one_thread_if_small(experiment, model), splits)
     experiment = placement.resolve_local(experiment, model)
     check_workers(experiment, model)
     if experiment.workers.num == 0:
@@ -81,7 +84,7 @@ def preflight(experiment: Experiment) -> Checked:
         from vae_ray.distributed.connection import check_local_resources  # a run without workers needs no Ray
 
         check_local_resources(experiment)
-    return Checked(experiment, splits)
+    return Checked(requested, experiment, splits)
 
 
 def check_workers(experiment: Experiment, model: VAE) -> None:

@@ -23,7 +23,7 @@ from vae_ray.config.experiment import Experiment
 from vae_ray.config.sections import NAME_PATTERN, NAME_RULE
 from vae_ray.errors import CorruptFile, TrainingFailed, UserError, WorkersFailed
 from vae_ray.parallel.group import SingleProcess
-from vae_ray.run_files.progress import ProgressView
+from vae_ray.run_files.progress import ProgressView, preparation_view
 from vae_ray.run_files.run_directory import SWEEP_FILE, RunDirectory
 from vae_ray.runs.exclusive import as_user_error, discard_stale_results, open_run, run_location
 from vae_ray.runs.preflight import local_device, preflight, with_absolute_paths
@@ -56,8 +56,9 @@ def train(experiment: Experiment, *, resume: bool = False, quiet: bool = True) -
     started_at = time.time()
     if resume and experiment.run.name is None:
         raise UserError("run.name: --resume needs the name of a run; for example --name my-run --resume")
-    requested = with_absolute_paths(experiment)
-    checked = preflight(requested)
+    with preparation_view(quiet=quiet) as progress:
+        checked = preflight(with_absolute_paths(experiment), progress=progress)
+    requested = checked.requested
     with open_run(requested, checked.splits, resume=resume) as run:
         if resume and (summary := run.records.summary()):
             if run.experiment().training.epochs < requested.training.epochs:
@@ -68,11 +69,14 @@ def train(experiment: Experiment, *, resume: bool = False, quiet: bool = True) -
         num_attempts = len(run.records.attempts())
         with as_user_error(run):
             discard_stale_results(run)
+        for line in checked.splits.dataset.warnings:
+            logger.warning("data: %s", line)
         with _execution(checked.experiment) as (resolved, device, execute):
             with as_user_error(run):
                 run.write_experiment(requested)
             run.push(run.experiment_file)
-            view = contextlib.nullcontext() if quiet else contextlib.closing(ProgressView(run, resolved))
+            images = checked.splits.dataset.describe()
+            view = contextlib.nullcontext() if quiet else contextlib.closing(ProgressView(run, resolved, images=images))
             with signals.stopping(run), view:
                 execute(resolved, run.location, device)
             run.pull()

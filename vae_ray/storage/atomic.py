@@ -27,9 +27,9 @@ def atomic_write(file: Path, content: bytes) -> None:
     os.replace(partial, file)
 
 
-def sync_directory(directory: Path) -> None:
-    """Make renames inside `directory` survive a power cut."""
-    descriptor = os.open(directory, os.O_RDONLY)
+def sync_directory(path: Path) -> None:
+    """Make renames inside a directory, or the content of a file, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

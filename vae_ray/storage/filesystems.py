@@ -17,6 +17,8 @@ from vae_ray.storage.locations import is_uri, local_path
 TIMEOUT_SECONDS = 10.0
 """A storage that does not answer for so long counts as unreachable."""
 
+BUCKET_SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss")
+
 T = TypeVar("T")
 
 
@@ -27,6 +29,9 @@ def open_filesystem(uri: str, *, key: str) -> tuple[pyarrow.fs.FileSystem, str]:
     inside one: an Experiment is saved beside the results.
     """
     parts = urlsplit(uri)
+    name = "runs" if key == "run.storage" else "images"
+    if parts.scheme in BUCKET_SCHEMES and not parts.netloc:
+        raise UserError(f"{key}: got {uri!r}, which names no bucket; should be for example s3://BUCKET/{name}")
     if parts.username or parts.password or "secret_key" in parts.query:
         raise UserError(
             f"{key}: the URI contains credentials, which would be saved beside the results; leave them out and set "
@@ -37,7 +42,7 @@ def open_filesystem(uri: str, *, key: str) -> tuple[pyarrow.fs.FileSystem, str]:
     except (OSError, ValueError, NotImplementedError) as error:  # pyarrow's ArrowInvalid is a ValueError
         raise UserError(
             f"{key}: got {uri!r}, which cannot be used ({one_line(error)[:200]}); should be a directory "
-            "that all nodes see, or for example s3://BUCKET/runs or gs://BUCKET/runs"
+            f"that all nodes see, or for example s3://BUCKET/{name} or gs://BUCKET/{name}"
         ) from None
     return filesystem, path.rstrip("/")
 
@@ -52,9 +57,9 @@ def check_writable(location: str, *, key: str = "run.storage") -> None:
             (directory / name).write_bytes(b"")
             (directory / name).unlink()
         except OSError as error:
+            remedy = "start new runs with another --storage" if key == "run.storage" else "choose another directory"
             raise UserError(
-                f"{key}: got {location!r}, cannot be written ({error.strerror}); make it writable, or start new runs "
-                "with another --storage"
+                f"{key}: got {location!r}, cannot be written ({error.strerror}); make it writable, or {remedy}"
             ) from None
         return
     filesystem, path = open_filesystem(location, key=key)

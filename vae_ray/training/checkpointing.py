@@ -12,6 +12,7 @@ from vae_ray.checkpoints.loading import TRAINING_STATE, Checkpoint
 from vae_ray.checkpoints.quarantine import load_newest
 from vae_ray.checkpoints.saving import NotSaved, prune_checkpoints, save_checkpoint
 from vae_ray.config.experiment import Experiment
+from vae_ray.data.cache import name_of
 from vae_ray.errors import CorruptFile, TrainingFailed, UserError
 from vae_ray.parallel.group import WorkerGroup, raise_on_all_ranks
 from vae_ray.run_files.run_directory import RunDirectory
@@ -46,7 +47,7 @@ class Checkpointing:
 
     def restore(self, checkpoint: Checkpoint, state: TrainState) -> None:
         """Bring a new state to where the checkpoint was written; raises `UserError` for other images than its run's."""
-        checkpoint.check_images(self._experiment.data.source, state.model.image_shape, self._fingerprints)
+        checkpoint.check_images(name_of(self._experiment.data), state.model.image_shape, self._fingerprints)
         state.model.load_state_dict(checkpoint.weights(state.model.state_dict()))
         if state.averaged is not None:
             averaged = checkpoint.has_averaged_weights  # without, training continues with an average from here on

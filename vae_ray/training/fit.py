@@ -98,7 +98,7 @@ def fit_epochs(
 
 
 def _recorder(trainer: Trainer) -> Recorder:
-    images = trainer.splits.test.pixels[:NUM_RECONSTRUCTIONS].float() / 255
+    images = trainer.loader("test").sample(NUM_RECONSTRUCTIONS)
     return Recorder(trainer.run, trainer.experiment, first_epoch=trainer.epochs_done + 1, test_images=images)
 
 

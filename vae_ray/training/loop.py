@@ -75,7 +75,7 @@ def train_epoch(
     model, objective = state.model, state.objective
     model.train()
     sets = objective.parameter_sets(model)
-    for index, (x, rows, global_size) in enumerate(batches, first_step):
+    for index, (x, rows, global_size, _) in enumerate(batches, first_step):
         lr, settings = step_settings(index)
         num_samples = objective.num_samples
         noise = latent_noise(

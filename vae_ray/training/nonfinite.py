@@ -133,13 +133,13 @@ def save_batch(
     file.parent.mkdir(exist_ok=True)
     if not file.exists() and len(list(file.parent.glob("*.safetensors"))) >= MAX_FILES:
         return
-    indices = loader.order(epoch)[(step - 1) * global_batch_size : step * global_batch_size].clone()
+    indices = next(loader.steps(epoch, global_batch_size=global_batch_size, first_step=step - 1)).clone()
     shapes, num_samples = state.model.latent_shapes, state.objective.num_samples
     address = (NOISE, epoch, step - 1)
     noise = latent_noise(shapes, slice(0, len(indices)), loader.seed, *address, num_samples=num_samples)
     content = safetensors.torch.save(
         {
-            "pixels": loader.pixels.index_select(0, indices),
+            "pixels": loader.split.gather(indices),
             "indices": indices,
             **{f"eps.{group}": eps.contiguous() for group, eps in enumerate(noise)},
         },

@@ -14,17 +14,11 @@ import torch
 
 from vae_ray.config.experiment import Experiment
 from vae_ray.errors import UserError
+from vae_ray.machine import num_local_cpus
 from vae_ray.models.vae import VAE
 
 SMALL_STEP_FLOPS = 100e6
 """A step below so many operations is faster on one thread than on several (docs/performance.md)."""
-
-
-def num_local_cpus() -> int:
-    """CPU cores that this process may use: those of its affinity, at most the quota of its container."""
-    import joblib  # reads both, cgroup v1 and v2; here, because its import takes 50 ms
-
-    return int(joblib.cpu_count())
 
 
 def uses_cluster() -> bool:

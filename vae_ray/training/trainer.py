@@ -105,8 +105,7 @@ class Trainer:
 
     def loader(self, split: str) -> Loader:
         """The images of "train", "val" or "test", and which of them this worker computes."""
-        pixels, indices = self.splits.select(split)
-        return Loader(pixels, indices, seed=self.experiment.run.seed, shards=shards_of(self.group))
+        return self.splits.loader(split, self.experiment, shards_of(self.group))
 
     def run_epoch(self, recorder: Recorder | None) -> dict[str, Any]:
         """Train the rest of the next epoch and evaluate it; its record, the same on every rank.
@@ -252,7 +251,7 @@ class Trainer:
 
     def _evaluations(self, epoch: int) -> dict[str, float]:
         training = self.experiment.training
-        splits = ["val"] if self.experiment.data.num_validation else []
+        splits = ["val"] if self.splits.num_validation else []
         every = training.test_every_epochs
         if every and (epoch % every == 0 or epoch == training.epochs):
             splits.append("test")

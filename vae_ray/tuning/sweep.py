@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from vae_ray.config.experiment import Experiment, differing_fields
-from vae_ray.data.arrow_store import open_split
+from vae_ray.data.cache import name_of
+from vae_ray.data.splits import Splits
 from vae_ray.distributed.connection import connect
 from vae_ray.errors import UserError
 from vae_ray.runs.exclusive import exclusive_run, is_taken, run_location
@@ -93,7 +94,7 @@ def _base_experiment(experiment: Experiment, workers_per_trial: int | None) -> E
     workers = given if workers_per_trial is None else workers_per_trial
     if workers < 0:
         raise UserError(f"workers_per_trial: got {workers}, should be at least 1; for example --workers-per-trial 1")
-    name = experiment.run.name or f"sweep-{experiment.data.source}-{datetime.now():%Y%m%d-%H%M%S-%f}"[:-3]
+    name = experiment.run.name or f"sweep-{name_of(experiment.data)}-{datetime.now():%Y%m%d-%H%M%S-%f}"[:-3]
     cpus = 1 if experiment.workers.cpus == "auto" else experiment.workers.cpus  # one core a trial
     overrides = {"workers.num": max(1, workers), "workers.cpus": cpus, "run.name": name}
     return with_absolute_paths(experiment.with_overrides(overrides))
@@ -107,8 +108,9 @@ def preflighted(checked: SweepSettings, experiment: Experiment) -> tuple[SweepSe
     Where trials are compared on a validation split and there is none, a tenth of the training images (1 to
     2,000) becomes one. Raises `UserError` for a key or a value of the space that is no valid Experiment.
     """
-    if any(metric.startswith("val/") for metric in checked.metrics) and not experiment.data.num_validation:
-        num_images = len(open_split(experiment.data, "train"))
+    splits = Splits.open(experiment)
+    if any(metric.startswith("val/") for metric in checked.metrics) and not splits.num_validation:
+        num_images = len(splits.train)
         if num_images < 2:
             raise UserError(
                 f"metric: got {checked.metrics[0]!r}, but {experiment.data.source} has one training image, none to set "
@@ -116,6 +118,8 @@ def preflighted(checked: SweepSettings, experiment: Experiment) -> tuple[SweepSe
             )
         num_validation = max(1, min(MAX_VALIDATION_IMAGES, num_images // 10))
         experiment = experiment.with_overrides({"data.num_validation": num_validation})
+    elif splits.num_validation:
+        experiment = experiment.with_overrides({"data.num_validation": splits.num_validation})
     split = selection_metric(experiment).partition("/")[0]
     for metric in checked.metrics:
         if not metric.startswith(f"{split}/"):
