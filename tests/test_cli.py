@@ -31,6 +31,9 @@ def experiment_file(experiment: Experiment, tmp_path: Path) -> str:
 # --- train ----------------------------------------------------------------------------------------------
 
 
+IMAGES = "digits: 8x8 grey; 1,438 train, 359 test"
+
+
 def test_train_prints_its_result_as_one_object_and_its_progress_elsewhere(
     quick: Experiment, trained_run: TrainResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -40,7 +43,9 @@ def test_train_prints_its_result_as_one_object_and_its_progress_elsewhere(
     answer = one_object(out)
     assert answer["run_dir"] == str(Path(quick.run.storage) / "mine")
     assert answer["metrics"] == trained_run.metrics
-    assert [line.split("  ")[0] for line in err.splitlines()] == ["epoch 1/3", "epoch 2/3", "epoch 3/3"]
+    images, *epochs = err.splitlines()
+    assert images == IMAGES
+    assert [line.split("  ")[0] for line in epochs] == ["epoch 1/3", "epoch 2/3", "epoch 3/3"]
     assert f"test nelbo {trained_run.metrics['test/nelbo']:.2f} = " in err
     assert main([*arguments, "--resume"]) == 0
     assert one_object(capsys.readouterr().out) == answer
@@ -57,7 +62,8 @@ def test_progress_of_a_resumed_run_shows_the_epochs_that_it_trains(
     (run / "summary.json").unlink()
     shutil.rmtree(run / "checkpoints" / "epoch=0003")
     assert main(arguments) == 0
-    again, *epochs = capsys.readouterr().err.splitlines()
+    images, again, *epochs = capsys.readouterr().err.splitlines()
+    assert images == IMAGES
     assert again.startswith("started again from the end of epoch 2: 1 worker on ")
     assert [line.split("  ")[0] for line in epochs] == ["epoch 3/3"]
 
@@ -160,7 +166,7 @@ def test_an_empty_name_of_images_is_refused(trained_run: TrainResult, capsys: py
 def test_presets_lists_every_preset_with_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["presets", "--json"]) == 0
     answer = one_object(capsys.readouterr().out)
-    assert set(answer) == {"digits", "mnist", "notebook"}
+    assert set(answer) == {"digits", "images", "mnist", "notebook"}
     assert all(text.endswith(".") for text in answer.values())
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from vae_ray.errors import TrainingFailed as TrainingFailed
     from vae_ray.errors import UserError as UserError
     from vae_ray.inference import TrainedVAE as TrainedVAE
+    from vae_ray.runs.prepare import prepare as prepare
     from vae_ray.runs.results import TrainResult as TrainResult
     from vae_ray.runs.train import train as train
     from vae_ray.tuning.summary import SweepResult as SweepResult
@@ -30,13 +31,14 @@ _HOME_OF = {
     "Stopped": "vae_ray.errors",
     "TrainingFailed": "vae_ray.errors",
     "UserError": "vae_ray.errors",
+    "prepare": "vae_ray.runs.prepare",
     "sweep": "vae_ray.tuning.sweep",
     "train": "vae_ray.runs.train",
 }
 
 __all__ = [
     *("Experiment", "SweepResult", "TrainResult", "TrainedVAE"),
-    *("Stopped", "TrainingFailed", "UserError", "sweep", "train"),
+    *("Stopped", "TrainingFailed", "UserError", "prepare", "sweep", "train"),
 ]
 
 

@@ -13,16 +13,12 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from vae_ray import signals
+from vae_ray.cli.data import experiment_of
+from vae_ray.cli.pictures import load_model
 from vae_ray.errors import UserError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    from PIL.Image import Image
-    from torch import Tensor
-
     from vae_ray.config.experiment import Experiment
-    from vae_ray.inference import TrainedVAE
     from vae_ray.runs.results import TrainResult
     from vae_ray.tuning.summary import SweepResult
 
@@ -34,6 +30,8 @@ def _read_experiment(options: argparse.Namespace) -> Experiment:
 
     name = options.experiment
     looks_like_file = name.endswith((".yaml", ".yml")) or "/" in name or os.path.isfile(name)
+    if os.path.isdir(name) and name not in preset_names():
+        raise UserError(f"experiment {name!r}: is a directory; for images there, use images --data.root {name}")
     if name in preset_names() or not looks_like_file:
         return Experiment.preset(name)
     experiment = Experiment.from_file(name)
@@ -185,103 +183,11 @@ def _readable_sweep(result: SweepResult) -> dict[str, Any]:
     return answer | {"leaderboard": str(result.leaderboard), "report": str(result.report)}
 
 
-def _load(options: argparse.Namespace) -> TrainedVAE:
-    if "out" in options:
-        _out_file(options)  # before anything is read
-    if getattr(options, "images", None) == "":
-        raise UserError("--images: got '', should be a directory of pictures, a picture, a .npy or a .npz file")
-    with signals.deferred():
-        from vae_ray.inference import TrainedVAE
-
-    return TrainedVAE.load(options.checkpoint, trust_code=options.trust_code, data=options.overrides)
-
-
-def _images(options: argparse.Namespace, model: TrainedVAE, num: int) -> Tensor:
-    """The first `num` images of `--images`, else of the test split."""
-    if options.images is None:
-        return model.test_images(num)
-    from vae_ray.data.image_files import read_images
-    from vae_ray.storage.locations import local_path
-
-    return read_images(local_path(options.images, key="--images"), model.image_shape, num=num)
-
-
-def _name_of_images(options: argparse.Namespace) -> str:
-    return "test images" if options.images is None else f"images of {os.path.basename(options.images.rstrip(os.sep))}"
-
-
-def _out_file(options: argparse.Namespace) -> Path:
-    from vae_ray.storage.locations import local_path
-
-    out = local_path(options.out, key="--out")
-    if out.suffix.lower() != ".png":
-        raise UserError(f"--out: got {options.out!r}, should end in .png: pictures are PNG files")
-    return out
-
-
-def _write(picture: Image, options: argparse.Namespace, model: TrainedVAE) -> dict[str, Any]:
-    from vae_ray.run_files.image_grids import png_bytes
-
-    out = _out_file(options)
-    try:
-        out.write_bytes(png_bytes(picture))
-    except OSError as error:
-        raise UserError(f"--out: got {options.out!r}, cannot be written ({error.strerror})") from None
-    return {"out": str(out), "checkpoint": str(model.checkpoint.path), "epoch": model.checkpoint.epoch}
-
-
-def _title(model: TrainedVAE, what: str) -> str:
-    return f"{model.experiment.data.source} · {what} · epoch {model.checkpoint.epoch}"
-
-
-def generate(options: argparse.Namespace) -> dict[str, Any]:
-    """new images, decoded from z ~ p(z), the prior"""
-    from vae_ray.run_files.image_grids import square_grid
-
-    model = _load(options)
-    images = model.generate(options.num, seed=options.seed)
-    return _write(square_grid(images, title=_title(model, "samples, z ~ p(z)")), options, model)
-
-
-def reconstruct(options: argparse.Namespace) -> dict[str, Any]:
-    """test images, or your own, and their reconstructions"""
-    from vae_ray.run_files.image_grids import pairs_grid
-
-    model = _load(options)
-    images = _images(options, model, options.num)
-    title = _title(model, f"{_name_of_images(options)}, z = posterior mean")
-    return _write(pairs_grid(images, model.reconstruct(images), title=title), options, model)
-
-
-def interpolate(options: argparse.Namespace) -> dict[str, Any]:
-    """paths in latent space between pairs of test images, or of your own"""
-    from vae_ray.run_files.image_grids import grid
-
-    model = _load(options)
-    images = _images(options, model, 2 * options.num)
-    if len(images) < 2:
-        raise UserError(f"images: got {len(images)}, should be at least two, the ends of a path; give more by --images")
-    start, end = images[0::2], images[1::2]
-    paths = model.interpolate(start[: len(end)], end, steps=options.steps, method=options.method)
-    title = _title(model, f"{options.method} interpolation between pairs of {_name_of_images(options)}")
-    return _write(grid(list(paths), title=title), options, model)
-
-
-def traverse(options: argparse.Namespace) -> dict[str, Any]:
-    """what each latent dimension does to an image"""
-    from vae_ray.run_files.image_grids import grid
-
-    model = _load(options)
-    traversal = model.traverse(_images(options, model, 1000), num_dimensions=options.num, steps=options.steps)
-    title = _title(model, "one latent dimension at a time, -3 to 3")
-    return _write(grid(list(traversal.images), title=title, row_labels=traversal.row_labels()), options, model)
-
-
 def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     """exact metrics of a whole split, in nats"""
     from vae_ray.run_files.progress import format_nats
 
-    model = _load(options)
+    model = load_model(options)
     metrics = model.evaluate(options.split)
     labels = model.labels(options.split)
     if options.json:
@@ -302,10 +208,12 @@ def presets(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def submit(options: argparse.Namespace) -> dict[str, Any]:
-    """run train, sweep or evaluate as a job of a Ray cluster, and follow it"""
+    """run train, sweep, evaluate or data prepare as a job of a Ray cluster, and follow it"""
     inner = options.inner
     inner.overrides = options.overrides
-    experiment = None if options.job == "evaluate" else _experiment(inner)  # a typing mistake is answered at once
+    experiment = _experiment(inner) if options.job in ("train", "sweep") else None  # a mistake is answered at once
+    if options.job == "data":
+        experiment_of(inner)
     for setting in options.env:
         if not setting.partition("=")[0].isidentifier() or "=" not in setting:
             raise UserError(f"--env: got {setting!r}, should be KEY=VALUE")
@@ -316,7 +224,8 @@ def submit(options: argparse.Namespace) -> dict[str, Any]:
 
     workers, code = None, {}
     if experiment is None:
-        submission.check_place("CHECKPOINT", inner.checkpoint, flag="evaluate")
+        for key, place, flag in _places_of(inner):
+            submission.check_place(key, place, flag=flag)
         submission.check_places(options.overrides)
     else:
         submission.check_places(experiment.flat())
@@ -348,6 +257,16 @@ def submit(options: argparse.Namespace) -> dict[str, Any]:
         sys.stderr.write(f"vae-ray: {detached}\n")
         job, options.exit_code = detached.job, 130
     return asdict(job)
+
+
+def _places_of(inner: argparse.Namespace) -> list[tuple[str, str, str]]:
+    """Arguments of `evaluate` or `data prepare` that are places: key, value, and how an example begins."""
+    if inner.command == "evaluate":
+        return [("CHECKPOINT", inner.checkpoint, "evaluate")]
+    if inner.action != "prepare" or inner.out is None:
+        raise UserError("submit: of vae-ray data a job can prepare images; for example data prepare ROOT --out OUT")
+    root = [] if inner.root is None else [("ROOT", inner.root, "data prepare")]
+    return [*root, ("--out", inner.out, "--out")]
 
 
 def _renamed(argument: str, names: dict[str, str]) -> str:

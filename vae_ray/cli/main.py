@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from vae_ray import signals
-from vae_ray.cli import commands
+from vae_ray.cli import commands, data, pictures
 from vae_ray.errors import Stopped, TrainingFailed, UserError, one_line
 
 INTERRUPTED = 130
@@ -73,7 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = _parse(rest)
         command = options.job if options.command == "submit" else options.command
         for key in overrides:
-            if command not in OVERRIDABLE and not (command in READ_IMAGES and key.startswith("data.")):
+            if command == "data" and not key.startswith("data."):
+                raise UserError(f"--{key}: vae-ray data takes the keys --data.KEY, as in --data.image-size 64")
+            if command not in (*OVERRIDABLE, "data") and not (command in READ_IMAGES and key.startswith("data.")):
                 raise UserError(
                     f"--{key}: only {', '.join(OVERRIDABLE)} take the Experiment's keys, and {', '.join(READ_IMAGES)} "
                     "those that say where images are: --data.root, --data.cache-dir, --data.download"
@@ -89,9 +91,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Stopped as error:
         return _fail(error, code=INTERRUPTED)
     except KeyboardInterrupt:
-        return _fail(
-            "interrupted; continue with: vae-ray resume RUN (sweeps: the same command with --resume)", code=INTERRUPTED
-        )
+        runs = "vae-ray resume RUN (sweeps: the same command with --resume); before a run has begun, the same command"
+        remedy = "the same command, which decodes no image again" if arguments[:1] == ["data"] else runs
+        return _fail(f"interrupted; continue with: {remedy}", code=INTERRUPTED)
     return _print(json.dumps(answer, indent=2) if options.json else _readable(answer)) or int(options.exit_code)
 
 
@@ -141,6 +143,13 @@ def _count(text: str) -> int:
     """The type of an argument that is at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"got {text!r}, should be a whole number, at least 1")
+    return int(text)
+
+
+def _days(text: str) -> int:
+    """The type of an argument that is at least 0."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"got {text!r}, should be a whole number, at least 0")
     return int(text)
 
 
@@ -201,28 +210,42 @@ COMMANDS: Mapping[Callable[[argparse.Namespace], dict[str, Any]], Arguments] = {
         ),
     },
     commands.report: {"sweep_dir": _text("the sweep's directory", "SWEEP_DIR"), **TRUST},
-    commands.generate: {
+    pictures.generate: {
         **PICTURE,
         "--num": _number("how many", 64),
         "--seed": _text("seed of z (default 0)", type=int, default=0),
     },
-    commands.reconstruct: {**PICTURE, **IMAGES, "--num": _number("how many", 32)},
-    commands.interpolate: {
+    pictures.reconstruct: {**PICTURE, **IMAGES, "--num": _number("how many", 32)},
+    pictures.interpolate: {
         **PICTURE,
         **IMAGES,
         "--steps": _number("images along a path, ends included", 10),
         "--method": _text("linear or spherical (default linear)", default="linear"),
         "--num": _number("how many pairs", 8),
     },
-    commands.traverse: {
+    pictures.traverse: {
         **PICTURE,
         **IMAGES,
         "--steps": _number("images along a dimension", 11),
         "--num": _number("dimensions, most informative first", 10),
     },
     commands.evaluate: {**MODEL, "--split": _text("default test", default="test", choices=("train", "val", "test"))},
+    data.data: {
+        "action": _text(
+            "show: a contact sheet, numbers, and what is wrong with which file\n"
+            "prepare: decode once, for runs anywhere: train with --data.root OUT\n"
+            "clean: delete prepared images that are not used from the cache",
+            "show|prepare|clean",
+            choices=("show", "prepare", "clean"),
+        ),
+        "root": _text("a folder of images, a .zip or .tar of it, arrays, Parquet files (data.root)", "ROOT", nargs="?"),
+        "--out": _text("of show: the file of the contact sheet, FILE.png; of prepare: a new directory or URI", "OUT"),
+        "--unused-days": _text(
+            f"of clean: days since the last use; 0 deletes all (default {data.UNUSED_DAYS})", "N", type=_days
+        ),
+    },
     commands.submit: {
-        "job": _text("the command, followed by its own arguments", choices=("train", "sweep", "evaluate")),
+        "job": _text("the command, followed by its own arguments", choices=("train", "sweep", "evaluate", "data")),
         "--follow": _text(
             "show the log on stderr until the job ends and exit with its code (default), or return at once",
             action=argparse.BooleanOptionalAction,
@@ -240,7 +263,7 @@ COMMANDS: Mapping[Callable[[argparse.Namespace], dict[str, Any]], Arguments] = {
 }
 """The arguments of each command; its docstring is its help."""
 OVERRIDABLE = ("train", "resume", "sweep")
-"""The commands that take the Experiment's keys."""
+"""The commands that take all of the Experiment's keys."""
 READ_IMAGES = ("reconstruct", "interpolate", "traverse", "evaluate")
 """The commands that read the images of a trained model's run, which may lie elsewhere now."""
 
@@ -264,7 +287,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         for argument, settings in command_arguments.items():
             sub.add_argument(argument, **settings)
         if name == "submit":
-            sub.usage = "vae-ray submit {train,sweep,evaluate} ARGUMENT ... [--address URL] [--no-follow] [...]"
+            sub.usage = "vae-ray submit {train,sweep,evaluate,data} ARGUMENT ... [--address URL] [--no-follow] [...]"
         if name in OVERRIDABLE and arguments[:1] == [name] and {"-h", "--help"} & set(arguments):
             sub.epilog = _field_help()
         if name in READ_IMAGES:
@@ -287,11 +310,13 @@ def _refuse_unknown(argument: str, options: argparse.Namespace) -> NoReturn:
     from vae_ray.config.experiment import Experiment
 
     flag = argument.partition("=")[0]
+    if options.command in ("train", "sweep") and os.path.exists(argument):
+        raise UserError(f"argument {argument!r} does not exist; for images there, use --data.root {argument}")
     if near := difflib.get_close_matches(flag, COMMANDS[options.run], n=1, cutoff=0.75):
         raise UserError(f"argument {argument!r} does not exist; did you mean {near[0]!r}?")
     if owners := [command.__name__ for command, arguments in COMMANDS.items() if flag in arguments]:
         raise UserError(f"argument {argument!r} is not one of {options.command}; {', '.join(owners)} has it")
-    if options.command in OVERRIDABLE and argument.startswith("--"):
+    if options.command in (*OVERRIDABLE, "data") and argument.startswith("--"):
         Experiment().with_overrides({flag[2:]: ""})  # names the nearest key
     raise UserError(f"argument {argument!r} does not exist; see vae-ray --help")
 
