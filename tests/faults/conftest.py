@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import pytest
 
-from tests.test_data import idx
+from tests.data_layer.test_mnist import idx
 
 FORM = os.environ.get("VAE_RAY_FAULTS", "")
 """`full` or `short` where every row of the table is wanted (`make faults`); empty where some tests are run."""

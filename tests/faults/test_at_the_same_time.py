@@ -13,34 +13,32 @@ from typing import Any
 import pytest
 
 from tests.conftest import digits_in_this_process
+from tests.data_layer.stored import pixels_of
 from tests.faults.conftest import Count
 from tests.faults.file_operations import SERVER
 from vae_ray import Experiment
 from vae_ray.config.sections import DigitsData
-from vae_ray.data.arrow_store import open_split
-from vae_ray.data.sources import SOURCES, Digits, Images
+from vae_ray.data.cache import open_dataset
+from vae_ray.data.sources.decoded import Decoded
+from vae_ray.data.sources.digits import Digits
 
 pytestmark = pytest.mark.faults
 
 
-class Counted(Digits):
-    """The digits, with a note of every decoding, slow enough for others to come."""
-
-    def __init__(self, log: str) -> None:
-        self.log = log
-
-    def decode(self, split: str) -> Images:
-        with open(self.log, "a", encoding="utf-8") as stream:
-            stream.write(f"{os.getpid()}\n")
-        time.sleep(0.3)
-        return super().decode(split)
-
-
 def opened(cache: str, log: str, start: float, answer: Any) -> None:
-    SOURCES["digits"] = lambda config, root: Counted(log)
+    """Open the digits, with a note of every decoding, which is slow enough for others to come."""
+    original = Digits.load
+
+    def load(self: Digits, split: str) -> Decoded:
+        with open(log, "a", encoding="utf-8") as stream:
+            stream.write(f"{split} {os.getpid()}\n")
+        time.sleep(0.3)
+        return original(self, split)
+
+    Digits.load = load  # type: ignore[method-assign]
     time.sleep(max(0.0, start - time.time()))
-    split = open_split(DigitsData(cache_dir=Path(cache)), "test")
-    answer.put(split.pixels.numpy().tobytes())
+    splits = open_dataset(DigitsData(cache_dir=Path(cache))).splits
+    answer.put({name: pixels_of(split).tobytes() for name, split in splits.items()})
 
 
 @pytest.mark.parametrize("cache_was", ["cold", "damaged"])
@@ -49,8 +47,8 @@ def test_eight_processes_that_ask_for_the_same_data_decode_it_once(
 ) -> None:
     cache, log = tmp_path / "cache", tmp_path / "log"
     if cache_was == "damaged":
-        open_split(DigitsData(cache_dir=cache), "test")
-        (file,) = cache.glob("*.arrow")
+        open_dataset(DigitsData(cache_dir=cache))
+        (file,) = cache.rglob("test-*.arrow")
         content = bytearray(file.read_bytes())
         content[len(content) // 2] ^= 1
         file.unlink()
@@ -63,8 +61,10 @@ def test_eight_processes_that_ask_for_the_same_data_decode_it_once(
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0] * 8
-    assert len(log.read_text().split()) == 1
-    expected = Digits().decode("test").pixels.tobytes()
+    lines = [line.split() for line in log.read_text().splitlines()]
+    assert sorted(split for split, _ in lines) == ["test", "train"]
+    assert len({process for _, process in lines}) == 1
+    expected = {name: Digits().load(name)[0].tobytes() for name in ("train", "test")}
     good = sum(pixels == expected for pixels in found)
     fault_counts("cold cache", tried=8, survived=good, lost=8 - good, note="one decoding each time")
 

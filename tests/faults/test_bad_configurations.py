@@ -90,6 +90,8 @@ def wrong_values(doc: FieldDoc) -> list[Any]:
         return NO_NAMES
     if doc.key in ("run.storage", "run.initial_weights", "data.root"):
         return NO_PATHS
+    if doc.key == "data.channels":
+        return [value for value in NO_CHOICES if type(value) is not int]  # 1 is one of its choices
     if doc.type.startswith("{"):
         return NO_CHOICES
     by_type = {

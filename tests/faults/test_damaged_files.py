@@ -8,18 +8,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.data_layer.stored import labels_of, open_split, pixels_of
 from tests.faults.conftest import Count
 from tests.faults.damage import damages, fresh_copy
 from tests.faults.test_kills_at_every_operation import outcome, tiny
 from vae_ray import Experiment, TrainedVAE, UserError, train
 from vae_ray.checkpoints.listing import complete_checkpoints
 from vae_ray.checkpoints.loading import read_checkpoint
-from vae_ray.config.sections import DigitsData, MnistData
-from vae_ray.data.arrow_store import open_split
+from vae_ray.config.sections import DigitsData, PublishedData
+from vae_ray.data.cache import open_dataset
 from vae_ray.run_files.run_directory import RunDirectory
 from vae_ray.runs.train import resume
 from vae_ray.tuning.directory import SweepDirectory
@@ -88,25 +90,29 @@ def test_a_run_whose_newest_checkpoint_is_damaged_continues_from_the_one_before_
     fault_counts("damaged file", tried=tried, survived=tried, note="newest checkpoints of runs that continue")
 
 
-@pytest.mark.parametrize("suffix", [".arrow", ".json"])
-def test_a_damaged_cache_is_decoded_again_or_refused_by_name(
-    suffix: str, tmp_path: Path, fault_counts: Count, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("name", ["dataset.json", "sums.npz", "test-00000.arrow", "test.rows"])
+@pytest.mark.parametrize("was_verified", [True, False], ids=["verified before", "not verified before"])
+def test_a_damaged_cache_is_prepared_again(
+    name: str, was_verified: bool, tmp_path: Path, fault_counts: Count, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = DigitsData(cache_dir=tmp_path / "whole")
-    pixels = open_split(config, "test").pixels.clone()
-    (file,) = (tmp_path / "whole").glob(f"digits-test-*{suffix}")
-    tried = 0
-    for what, damage in damages(file.read_bytes(), seed=3, num_cuts=20, num_flips=30):
-        copy = fresh_copy(tmp_path / "whole", tmp_path / "copy")
-        damage(copy / file.name)
+    """Also by a node whose note says that it has verified the file: what was damaged has another time or inode."""
+    whole, copied_cache = tmp_path / "whole", DigitsData(cache_dir=tmp_path / "copy")
+    pixels = pixels_of(open_split(DigitsData(cache_dir=whole), "test")).copy()
+    (relative,) = (file.relative_to(whole) for file in whole.rglob(name))
+    content, tried = (whole / relative).read_bytes(), 0
+    for what, damage in damages(content, seed=3, num_cuts=10, num_flips=15):
+        file = fresh_copy(whole, tmp_path / "copy") / relative
+        if was_verified:
+            open_dataset(copied_cache)
+        damage(file)
         caplog.clear()
-        try:
-            assert (open_split(DigitsData(cache_dir=copy), "test").pixels == pixels).all(), what
-            assert what == "gone" or file.stem in caplog.text, what
-            assert (open_split(DigitsData(cache_dir=copy), "test").pixels == pixels).all(), what
-        except UserError as error:  # something that is no file, and not ours to remove
-            assert what in ("a directory", "a pipe", "a device", "a link to something else"), what
-            assert str(copy) in str(error), what
+        dataset = open_dataset(copied_cache)
+        assert (what, name) == ("gone", "dataset.json") or str(file) in caplog.text, what
+        assert (pixels_of(dataset.splits["test"]) == pixels).all(), what
+        assert file.read_bytes() == content, what
+        caplog.clear()
+        open_dataset(copied_cache)
+        assert caplog.text == "", what
         tried += 1
     fault_counts("damaged file", tried=tried, survived=tried, note="data cache")
 
@@ -125,14 +131,14 @@ def test_damaged_raw_files_are_refused_by_name_or_are_other_data(
         copy = fresh_copy(tmp_path / "whole", tmp_path / "copy")
         file = copy / "MNIST" / "raw" / name
         damage(file)
-        config = MnistData(root=str(copy), download=False, cache_dir=cache)
+        config = PublishedData(root=str(copy), download=False, cache_dir=cache)
         try:
             opened = open_split(config, "test")
         except UserError as error:
             assert "MNIST" in str(error), what
             assert "\n" not in str(error)
         else:
-            content = (opened.pixels if "images" in prefix else opened.labels.byte()).numpy().tobytes()
+            content = (pixels_of(opened) if "images" in prefix else labels_of(opened).astype(np.uint8)).tobytes()
             assert content == file.read_bytes()[-len(content) :], what
         tried += 1
     fault_counts("damaged file", tried=tried, survived=tried, note="raw files")
@@ -151,7 +157,7 @@ def test_a_changed_pixel_of_the_published_mnist_is_named(
     content[5000] ^= 1
     images.unlink()
     images.write_bytes(content)
-    open_split(MnistData(root=str(tmp_path), download=False, cache_dir=tmp_path / "cache"), "test")
+    open_split(PublishedData(root=str(tmp_path), download=False, cache_dir=tmp_path / "cache"), "test")
     assert f"{images}: is not the published file" in caplog.text
     fault_counts("damaged file", tried=1, survived=1, note="published MNIST")
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.checkpoints.written import save
+from tests.data_layer.stored import labels_of, pixels_of
 from tests.faults.conftest import FORM, Count
 from tests.faults.file_operations import Ended, run
 from vae_ray import Experiment, train
@@ -19,8 +20,8 @@ from vae_ray.checkpoints.listing import NAME, all_checkpoints, complete_checkpoi
 from vae_ray.checkpoints.loading import read_checkpoint
 from vae_ray.checkpoints.saving import copy_checkpoint, prune_checkpoints
 from vae_ray.config.sections import DigitsData
-from vae_ray.data.arrow_store import open_split
-from vae_ray.data.sources import Digits
+from vae_ray.data.cache import VERIFIED, open_dataset
+from vae_ray.data.sources.digits import Digits
 from vae_ray.run_files.recorder import Recorder
 from vae_ray.run_files.run_directory import RunDirectory
 from vae_ray.storage.records import append_records, read_records
@@ -190,24 +191,27 @@ def test_no_kill_while_a_checkpoint_is_written_and_others_deleted_loses_the_one_
 
 
 def cached(cache: str) -> None:
-    for split in ("test", "train"):
-        open_split(DigitsData(cache_dir=Path(cache)), split)
+    open_dataset(DigitsData(cache_dir=Path(cache)))
 
 
 def test_a_decoder_killed_at_any_file_operation_leaves_a_cache_that_the_next_one_completes(
     tmp_path: Path, fault_counts: Count
 ) -> None:
-    trace, decoded = tmp_path / "trace", {split: Digits().decode(split) for split in ("test", "train")}
+    trace, decoded = tmp_path / "trace", {split: Digits().load(split) for split in ("test", "train")}
     operations = run(cached, str(tmp_path / "whole"), below=tmp_path / "whole", trace=trace).operations
+    (prepared,) = (tmp_path / "whole").glob("digits-*[0-9a-f]")
+    whole = {file.name: file.read_bytes() for file in prepared.iterdir()}
     cases = chosen(len(operations), short_every=5)
     for number, torn in cases:
         cache = tmp_path / f"{number}-{torn}"
         killed(cached, str(cache), below=cache, trace=trace, kill_at=number, torn=torn)
-        for split, images in decoded.items():
-            opened = open_split(DigitsData(cache_dir=cache), split)
-            assert (opened.pixels.numpy() == images.pixels).all()
-            assert (opened.labels.numpy() == images.labels).all()
-        assert not list(cache.glob("*.partial-*"))
+        opened = open_dataset(DigitsData(cache_dir=cache)).splits
+        for split, (pixels, columns) in decoded.items():
+            assert (pixels_of(opened[split]) == pixels).all()
+            assert (labels_of(opened[split]) == columns["label"]).all()
+        (directory,) = cache.glob("digits-*[0-9a-f]")
+        assert {file.name: file.read_bytes() for file in directory.iterdir()} == whole
+        assert {path.name for path in cache.iterdir()} == {directory.name, f"{directory.name}.lock", VERIFIED}
     fault_counts("driver killed", tried=len(cases), survived=len(cases), note="data cache")
 
 

@@ -18,11 +18,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import vae_ray
 from tests.checkpoints.written import EXPERIMENT, change_manifest, load, rewrite
+from tests.data_layer.stored import open_split, pixels_of
 from tests.faults.conftest import Count
 from tests.faults.file_operations import SERVER
 from tests.faults.test_damaged_files import sweep_in
@@ -30,6 +32,7 @@ from tests.faults.test_kills_at_every_operation import saved
 from vae_ray import Experiment, TrainedVAE, UserError
 from vae_ray.checkpoints.loading import MANIFEST, TRAINING_STATE, WEIGHTS
 from vae_ray.cli.main import main
+from vae_ray.config.sections import PublishedData
 from vae_ray.tuning.records import read_trials
 from vae_ray.tuning.space import SearchSpace
 
@@ -386,17 +389,55 @@ def test_a_pickle_beside_the_raw_files_is_never_opened(
     tmp_path: Path, fault_counts: Count, mnist_raw: Callable[[Path], None]
 ) -> None:
     """torchvision's reader prefers MNIST/processed/*.pt to the raw files."""
-    from vae_ray.config.sections import MnistData
-    from vae_ray.data.arrow_store import open_split
-
     mnist_raw(tmp_path / "MNIST" / "raw")
     processed = tmp_path / "MNIST" / "processed"
     processed.mkdir()
     for name in ("training.pt", "test.pt"):
         torch.save((torch.zeros(3, 6, 5, dtype=torch.uint8), torch.zeros(3, dtype=torch.long)), processed / name)
-    config = MnistData(root=str(tmp_path), download=False, cache_dir=tmp_path / "cache")
-    assert int(open_split(config, "test").pixels.sum()) > 0
+    config = PublishedData(root=str(tmp_path), download=False, cache_dir=tmp_path / "cache")
+    assert (pixels_of(open_split(config, "test")) > 0).any()
     fault_counts("malicious file", tried=1, survived=1, note="raw files")
+
+
+HOSTILE_DESCRIPTIONS: dict[str, Callable[[dict[str, Any]], object]] = {
+    "another directory": lambda d: d["shards"]["train"][0].__setitem__(0, "../outside.arrow"),
+    "an absolute path": lambda d: d["others"][0].__setitem__(0, "/etc/passwd"),
+    "a huge image": lambda d: d.__setitem__("image_shape", [1, 100_000, 100_000]),
+    "a negative shape": lambda d: d.__setitem__("image_shape", [1, -8, -8]),
+    "another shape": lambda d: d.__setitem__("image_shape", [1, 4, 16]),
+    "two dimensions": lambda d: d.__setitem__("image_shape", [8, 8]),
+    "more rows": lambda d: d["shards"]["train"][0].__setitem__(1, 10**12),
+    "fewer rows": lambda d: d["shards"]["train"][0].__setitem__(1, 3),
+    "another file's checksum": lambda d: d["shards"]["train"][0].__setitem__(3, "00000000"),
+    "no test images": lambda d: d["shards"].pop("test"),
+    "another split": lambda d: d["shards"].__setitem__("other", d["shards"]["test"]),
+    "splits exchanged": lambda d: d.__setitem__("shards", {**d["shards"], "train": d["shards"]["test"]}),
+    "no shards": lambda d: d.pop("shards"),
+    "shards of text": lambda d: d.__setitem__("shards", "all"),
+    "a newer version": lambda d: d.__setitem__("version", 99),
+    "a list": lambda d: d.__setitem__("names", [1]),
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE_DESCRIPTIONS)
+def test_a_hostile_description_of_a_prepared_data_set_is_refused(
+    what: str, tmp_path: Path, fault_counts: Count, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from vae_ray import prepare
+    from vae_ray.storage.records import verify, with_checksum
+
+    prepare(images=np.random.default_rng(0).integers(0, 256, (40, 8, 8), np.uint8), out=tmp_path / "set")
+    file = tmp_path / "set" / "dataset.json"
+    content = verify(json.loads(file.read_text()))
+    HOSTILE_DESCRIPTIONS[what](content)
+    file.write_text(json.dumps(with_checksum(content)))
+    small = ["--model.network.hidden", "8", "--training.global-batch-size", "8", "--data.num-validation", "2"]
+    arguments = ["--data.root", str(tmp_path / "set"), "--storage", str(tmp_path / "runs"), "--training.epochs", "1"]
+    assert main(["train", "images", *arguments, *small]) == 2
+    error = capsys.readouterr().err
+    assert str(tmp_path / "set") in error
+    assert len([line for line in error.splitlines() if line.startswith("vae-ray: ")]) == 1
+    fault_counts("malicious file", tried=1, survived=1, note="prepared data sets")
 
 
 def test_a_hostile_experiment_does_not_hide_in_a_good_checkpoint(tmp_path: Path) -> None:

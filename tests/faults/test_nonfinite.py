@@ -210,12 +210,12 @@ def test_stop_names_the_step_keeps_the_batch_and_makes_no_update(
     assert file.name == "epoch=0002-step=000014.safetensors"
     splits = Splits.open(small)
     loader = Loader(*splits.select("train"), seed=small.run.seed, shards=Shards(0, 1, CPU))
-    *_, (x, rows, size) = loader.training(2, global_batch_size=100)
+    *_, (x, rows, size, _) = loader.training(2, global_batch_size=100)
     shapes = ((small.model.latent_dim,),)
     (eps,) = latent_noise(shapes, rows, small.run.seed, loop.NOISE, 2, 13)
     with safe_open(file, "pt") as batch:
         assert torch.equal(batch.get_tensor("pixels").float() * (1 / 255), x)
-        assert torch.equal(batch.get_tensor("pixels"), splits.train.pixels[batch.get_tensor("indices")])
+        assert torch.equal(batch.get_tensor("pixels"), splits.train.gather(batch.get_tensor("indices")))
         assert torch.equal(batch.get_tensor("eps.0"), eps)
         assert len(batch.get_tensor("indices")) == size == 38
         metadata = batch.metadata()
