@@ -57,6 +57,7 @@ bench: $(INSTALLED)  ## what docs/performance.md compares; wants an idle machine
 	$(BIN)/python -m benchmarks.gradient_sum
 	$(BIN)/python -m benchmarks.time_to_quality
 	$(BIN)/python -m benchmarks.sweep_trials
+	$(BIN)/python -m benchmarks.input_pipeline
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
