@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -71,7 +72,7 @@ class Dying(Noting):
 
 class Slow(Noting):
     def before(self, part: Part) -> None:
-        time.sleep(0.3)
+        time.sleep(0.6)
 
 
 class Failing(Slow):
@@ -192,21 +193,34 @@ def test_the_tasks_end_when_nobody_asks_for_the_next(
     assert (source.noted(), content(tmp_path / "there")) == (noted, files)
 
 
+@contextlib.contextmanager
+def interrupted_once(is_time: Callable[[], bool]) -> Iterator[None]:
+    """Ctrl-C during the body, again after five seconds: a callback of another library may have swallowed it."""
+    has_ended = threading.Event()
+
+    def interrupt() -> None:
+        while not is_time():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+        while not has_ended.wait(5):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    try:
+        yield
+    finally:
+        has_ended.set()
+        thread.join()
+
+
 @pytest.mark.usefixtures("cluster")
 def test_what_was_done_before_ctrl_c_is_not_done_again(photos: Path, tmp_path: Path) -> None:
     def records() -> list[str]:
         return sorted(path.name for path in tmp_path.glob("there/part-*-0*.json"))
 
-    def interrupt() -> None:
-        while len(records()) < 2:
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    thread = threading.Thread(target=interrupt)
-    thread.start()
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted_once(lambda: len(records()) >= 2), pytest.raises(KeyboardInterrupt):
         prepare_on_cluster(plan(Slow(str(photos))), str(tmp_path / "there"))
-    thread.join()
     done, source = records(), Slow(str(photos))
     assert 2 <= len(done) < NUM_PARTS
     source.notes.unlink()
