@@ -152,8 +152,9 @@ def test_ray_without_a_home_is_one_line(command: str, tmp_path: Path) -> None:
         [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
     )
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("vae-ray: HOME: not set, and this user has no home directory, which Ray needs")
-    assert done.stderr.count("\n") == 1
+    *progress, line = done.stderr.splitlines()
+    assert line.startswith("vae-ray: HOME: not set, and this user has no home directory, which Ray needs")
+    assert [each for each in progress if not each.startswith("preparing images: ")] == []  # on a busy machine
     assert list(tmp_path.glob("runs/*")) == []
 
 
