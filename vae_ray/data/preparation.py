@@ -280,7 +280,7 @@ def _refuse_unusable(plan: Plan, records: list[PartRecord]) -> None:
     source, skipped = plan.source, [each for record in records for each in record.skipped]
     num_read = sum(record.num_rows for record in records)
     num_all = max(num_read, plan.source.num_images or 0)
-    sizes: Counter[str] = sum((Counter(record.sizes) for record in records), Counter())
+    sizes = _sizes(records)
     if skipped and len(skipped) == num_all:
         name, reason = skipped[0]
         raise UserError(

@@ -3,9 +3,6 @@
 All randomness is addressed by (seed, split, epoch, image): value j of an image is a hash of the address and of j, from
 a counter-based generator in the sense of Salmon et al. (2011), "Parallel random numbers: as easy as 1, 2, 3". An image
 therefore looks the same whatever the batch, the worker or the device that computes it, and after a resume.
-
-In a configuration an augmentation is a text that matches AUGMENTATION = r"flip|shift:[1-9][0-9]{0,2}"; configuration
-imports no torch and has a copy of it.
 """
 
 from __future__ import annotations
@@ -18,9 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from vae_ray.config.fields import AUGMENTATION
 from vae_ray.seeds import stream
-
-AUGMENTATION = r"flip|shift:[1-9][0-9]{0,2}"
 
 Binarization = Literal["none", "dynamic", "fixed"]
 

@@ -13,17 +13,13 @@ import numpy as np
 
 from vae_ray.data.decoding import ImageRules, Unusable, decode_image
 from vae_ray.data.rows import Part, Rows, Skipped
+from vae_ray.data.sources.columns import SPLIT_WORDS
 from vae_ray.data.sources.containers import OUTSIDE, Entry, open_container
 from vae_ray.errors import UserError, one_line
 
 SUFFIXES = {
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff"),
     *(".pbm", ".pgm", ".ppm", ".pnm"),
-}
-SPLIT_OF = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
-    **dict.fromkeys(("test", "testing"), "test"),
 }
 HIDDEN = {"thumbs.db", "desktop.ini", "__macosx"}
 NUM_KINDS = 5
@@ -169,8 +165,8 @@ def _arranged(images: list[Entry], directories: list[str], *, location: str) -> 
         depth += 1
     tops = {path[depth] for path in paths if len(path) > depth + 1}
     is_flat = any(len(path) == depth + 1 for path in paths)
-    splits = {top for top in tops if top.lower() in SPLIT_OF}
-    if len({SPLIT_OF[top.lower()] for top in splits}) < 2:
+    splits = {top for top in tops if top.lower() in SPLIT_WORDS}
+    if len({SPLIT_WORDS[top.lower()] for top in splits}) < 2:
         splits = set()
     if splits and (is_flat or tops - splits):
         other = "files" if is_flat else f"{sorted(tops - splits)[0]}/"
@@ -183,7 +179,7 @@ def _arranged(images: list[Entry], directories: list[str], *, location: str) -> 
     names = sorted({path[class_at] for path in paths}) if not outside else []
     codes = {name: code for code, name in enumerate(names)}
     items = [
-        Item(entry, SPLIT_OF[path[depth].lower()] if splits else None, codes.get(path[class_at], -1))
+        Item(entry, SPLIT_WORDS[path[depth].lower()] if splits else None, codes.get(path[class_at], -1))
         for entry, path in zip(images, paths, strict=True)
     ]
     order = {"train": 0, "val": 1, "test": 2, None: 0}
