@@ -248,3 +248,14 @@ def test_what_pbt_explores_is_in_the_space_and_valid_for_the_experiment() -> Non
         assert Experiment().with_overrides(overrides).flat().items() >= overrides.items()
     assert len({config["optim.lr"] for config in seen}) > 100
     assert len({config["optim.weight_decay"] for config in seen}) == 3
+
+
+def test_a_copy_explores_at_the_ends_of_ranges_and_lists_too() -> None:
+    space = SearchSpace.from_dict({"optim.lr": {"choice": [1e-3, 2e-3]}, "objective.beta": {"uniform": [0.5, 2.0]}})
+    scheduler = SCHEDULERS["pbt"](METRIC, EPOCHS, space)
+    random.seed(7)
+    donor = Trial("0003")
+    donor.config |= {"optim.lr": 2e-3, "objective.beta": 2.0}  # to the right, and by 1.2, nothing changes
+    for _ in range(300):
+        explored, _ = scheduler._get_new_config(Trial("0001"), donor)
+        assert explored != donor.config

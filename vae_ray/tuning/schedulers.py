@@ -20,6 +20,8 @@ ASHA_REDUCTION_FACTOR = 2
 """At each rung about half of the trials continue; rungs are a factor of 2 apart."""
 PBT_EXPLOITS = 5
 """How often in a run the population is compared and the worst copy the best."""
+MOST_MUTATIONS = 1000
+"""Tries to change a copied configuration; a space of one value leaves nothing to change."""
 
 
 def rungs(epochs: int) -> list[int]:
@@ -72,7 +74,8 @@ class _Named(NamedTuple):
 class FaultTolerantPBT(PopulationBasedTraining):  # type: ignore[misc]
     """Population based training (Jaderberg et al. 2017, arXiv:1711.09846), synchronous: all compare at one epoch.
 
-    Continues without a trial that failed; Ray's own waits for it indefinitely.
+    Continues without a trial that failed; Ray's own waits for it indefinitely. A copy always explores: at the ends of
+    ranges and lists Ray's mutations may change nothing, and the copy would repeat its donor's run.
     """
 
     def __init__(self, metric: str, epochs: int, space: SearchSpace) -> None:
@@ -91,6 +94,13 @@ class FaultTolerantPBT(PopulationBasedTraining):  # type: ignore[misc]
             log_config=False,
             synch=True,
         )
+
+    def _get_new_config(self, trial: Trial, trial_to_clone: Trial) -> tuple[dict[str, Any], dict[str, Any]]:
+        for _ in range(MOST_MUTATIONS):
+            configuration, operations = super()._get_new_config(trial, trial_to_clone)
+            if configuration != trial_to_clone.config:
+                break
+        return configuration, operations
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         # Tune still waits for failed trials: mark them as having reached the point of comparison.
