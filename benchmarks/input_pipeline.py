@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from vae_ray.config.sections import ImagesData, UserData
+from vae_ray.config.sections.data import ImagesData, UserData
 from vae_ray.data.batches import Loader, Shards
 from vae_ray.data.cache import open_dataset
 from vae_ray.data.dataset import Dataset

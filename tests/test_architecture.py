@@ -96,6 +96,7 @@ def test_only_distributed_cluster_and_tuning_import_ray(module: Path) -> None:
 LIGHT = {
     *("errors", "storage.reading", "storage.locations", "signals", "cli", "cli.main", "cli.commands", "config"),
     *(f"config.{name}" for name in ("experiment", "fields", "keys", "migration", "sections", "user_code")),
+    *(f"config.sections.{file.stem}" for file in (PACKAGE / "config" / "sections").glob("[a-z]*.py")),
 }
 
 

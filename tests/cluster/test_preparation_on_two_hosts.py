@@ -18,7 +18,7 @@ NUM_IMAGES = 320
 DRIVER = """
 import json, platform, sys, time
 from pathlib import Path
-from vae_ray.config.sections import ImagesData
+from vae_ray.config.sections.data import ImagesData
 from vae_ray.data.sources import plan_of
 from vae_ray.data.sources.folder import Folder
 from vae_ray.distributed.connection import connected

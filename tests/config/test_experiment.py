@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from vae_ray import Experiment, UserError
 from vae_ray.config.experiment import PRESET_DIR, differing_fields, field_docs, is_place_key, preset_names
 from vae_ray.config.keys import FieldDoc
-from vae_ray.config.sections import NAME_PATTERN
+from vae_ray.config.sections.run import NAME_PATTERN
 from vae_ray.models.initialization import INITIALIZATIONS
 from vae_ray.models.likelihoods import LIKELIHOODS
 from vae_ray.models.networks import NETWORKS
@@ -49,7 +49,7 @@ def test_every_field_is_documented_with_a_sentence(field: FieldDoc) -> None:
         ("objective", OBJECTIVES),
         ("optim.optimizer", OPTIMIZERS),
         ("model.initialization", INITIALIZATIONS),
-        ("optim.schedule", SCHEDULES),
+        ("optim.schedule.name", SCHEDULES),
     ],
 )
 def test_allowed_names_are_the_keys_of_the_table(key: str, table: dict[str, Any]) -> None:
@@ -83,7 +83,7 @@ def test_notebook_preset_is_what_the_notebook_was() -> None:
         "objective.beta": 1.0,
         "optim.optimizer": "adam",
         "optim.lr": 1e-3,
-        "optim.schedule": "constant",
+        "optim.schedule.name": "constant",
         "optim.warmup_steps": 0,
         "optim.weight_decay": 0.0,
         "optim.grad_clip": None,

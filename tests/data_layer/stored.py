@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vae_ray.config.sections import DataConfig, UserData
+from vae_ray.config.sections.data import DataConfig, UserData
 from vae_ray.data.cache import open_dataset
 from vae_ray.data.dataset import Split
 

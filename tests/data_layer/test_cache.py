@@ -14,7 +14,7 @@ import pytest
 
 from tests.data_layer.stored import labels_of, open_split, pixels_of
 from vae_ray import UserError
-from vae_ray.config.sections import DigitsData, ImagesData, PreparedData
+from vae_ray.config.sections.data import DigitsData, ImagesData, PreparedData
 from vae_ray.data.cache import VERIFIED, cached_datasets, clean, name_of, open_dataset
 from vae_ray.data.dataset import Split
 from vae_ray.data.shards import DATASET_FILE, File
@@ -109,7 +109,7 @@ def test_a_directory_with_the_data_set_of_another_key_is_prepared_again(
 
 EIGHT_PROCESSES = """
 import os, sys, time
-from vae_ray.config.sections import DigitsData
+from vae_ray.config.sections.data import DigitsData
 from vae_ray.data.cache import open_dataset
 from vae_ray.data.sources.digits import Digits
 
@@ -153,7 +153,7 @@ def test_whoever_waits_for_another_process_says_so_once(config: DigitsData) -> N
     with filelock.FileLock(directory_of(config).with_suffix(".lock")):
         # a child, as one process may take its own lock again
         code = (
-            "import logging, sys; from vae_ray.data import cache; from vae_ray.config.sections import DigitsData\n"
+            "import logging, sys; from vae_ray.data import cache; from vae_ray.config.sections.data import DigitsData\n"
             "logging.basicConfig(); cache.PATIENCE_SECONDS = 0.05\n"
             "cache.open_dataset(DigitsData(cache_dir=sys.argv[1]))"
         )

@@ -7,7 +7,7 @@ import pytest
 
 from tests.data_layer.stored import labels_of, open_split, pixels_of
 from vae_ray import Experiment
-from vae_ray.config.sections import DigitsData
+from vae_ray.config.sections.data import DigitsData
 from vae_ray.data.splits import Splits
 
 

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from vae_ray.cli.main import main
-from vae_ray.config.sections import DataConfig, ImagesData
+from vae_ray.config.sections.data import DataConfig, ImagesData
 from vae_ray.data.sources.sprites import Sprites
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "data.md").read_text(encoding="utf-8")

@@ -27,7 +27,7 @@ from tests.data_layer.zoo import Zoo, plain
 from tests.storage.servers import BUCKET, ObjectStore, filesystem
 from vae_ray import Experiment, TrainedVAE, UserError
 from vae_ray.cli.main import main
-from vae_ray.config.sections import ImagesData
+from vae_ray.config.sections.data import ImagesData
 from vae_ray.data.cache import open_dataset
 from vae_ray.data.dataset import Dataset
 

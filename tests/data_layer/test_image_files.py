@@ -13,7 +13,7 @@ from PIL import Image
 
 from vae_ray import TrainResult, UserError
 from vae_ray.cli.main import main
-from vae_ray.config.sections import DigitsData, ImagesData
+from vae_ray.config.sections.data import DigitsData, ImagesData
 from vae_ray.data.decoding import decode_image
 from vae_ray.data.image_files import read_images
 from vae_ray.data.sources import rules_for, rules_of

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from tests.data_layer.stored import labels_of, open_split, pixels_of
 from vae_ray import Experiment, UserError
-from vae_ray.config.sections import PublishedData
+from vae_ray.config.sections.data import PublishedData
 from vae_ray.data.splits import Splits
 
 NAMES = ["train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"]

@@ -14,7 +14,7 @@ import torch
 
 from tests.data_layer.stored import pixels_of
 from vae_ray import UserError
-from vae_ray.config.sections import UserData
+from vae_ray.config.sections.data import UserData
 from vae_ray.data.cache import open_dataset
 from vae_ray.data.dataset import Dataset
 

@@ -20,7 +20,7 @@ import pytest
 import ray
 from PIL import Image
 
-from vae_ray.config.sections import ImagesData
+from vae_ray.config.sections.data import ImagesData
 from vae_ray.data.decoding import ImageRules
 from vae_ray.data.preparation import Plan, Task, prepare, run_task
 from vae_ray.data.rows import Part, Rows, Skipped

@@ -17,7 +17,7 @@ from tests.data_layer.stored import pixels_of
 from tests.faults.conftest import Count
 from tests.faults.file_operations import SERVER
 from vae_ray import Experiment
-from vae_ray.config.sections import DigitsData
+from vae_ray.config.sections.data import DigitsData
 from vae_ray.data.cache import open_dataset
 from vae_ray.data.sources.decoded import Decoded
 from vae_ray.data.sources.digits import Digits

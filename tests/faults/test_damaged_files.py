@@ -20,7 +20,7 @@ from tests.faults.test_kills_at_every_operation import outcome, tiny
 from vae_ray import Experiment, TrainedVAE, UserError, train
 from vae_ray.checkpoints.listing import complete_checkpoints
 from vae_ray.checkpoints.loading import read_checkpoint
-from vae_ray.config.sections import DigitsData, PublishedData
+from vae_ray.config.sections.data import DigitsData, PublishedData
 from vae_ray.data.cache import open_dataset
 from vae_ray.run_files.run_directory import RunDirectory
 from vae_ray.runs.train import resume

@@ -17,7 +17,7 @@ from PIL import Image
 
 from tests.faults.conftest import Count
 from tests.faults.signalled import descendants, is_alive
-from vae_ray.config.sections import ImagesData
+from vae_ray.config.sections.data import ImagesData
 from vae_ray.data.dataset import open_local
 from vae_ray.data.preparation import prepare
 from vae_ray.data.processes import run_tasks
@@ -30,7 +30,7 @@ NUM_IMAGES, NUM_KILLS = 900, 12
 PREPARE = """
 import sys
 from pathlib import Path
-from vae_ray.config.sections import ImagesData
+from vae_ray.config.sections.data import ImagesData
 from vae_ray.data import processes
 from vae_ray.data.preparation import prepare
 from vae_ray.data.sources import build_source, plan_of

@@ -19,7 +19,7 @@ from vae_ray.checkpoints.finding import find_checkpoint
 from vae_ray.checkpoints.listing import NAME, all_checkpoints, complete_checkpoints
 from vae_ray.checkpoints.loading import read_checkpoint
 from vae_ray.checkpoints.saving import copy_checkpoint, prune_checkpoints
-from vae_ray.config.sections import DigitsData
+from vae_ray.config.sections.data import DigitsData
 from vae_ray.data.cache import VERIFIED, open_dataset
 from vae_ray.data.sources.digits import Digits
 from vae_ray.run_files.recorder import Recorder

@@ -32,7 +32,7 @@ from tests.faults.test_kills_at_every_operation import saved
 from vae_ray import Experiment, TrainedVAE, UserError
 from vae_ray.checkpoints.loading import MANIFEST, TRAINING_STATE, WEIGHTS
 from vae_ray.cli.main import main
-from vae_ray.config.sections import PublishedData
+from vae_ray.config.sections.data import PublishedData
 from vae_ray.tuning.records import read_trials
 from vae_ray.tuning.space import SearchSpace
 

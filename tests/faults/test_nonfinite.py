@@ -16,7 +16,7 @@ from tests.runs import Counting, assert_same, computed, counted_steps, fitted, r
 from tests.thread_workers import ThreadWorkers, on_threads, results_on_threads
 from vae_ray import Experiment, train
 from vae_ray.checkpoints.listing import all_checkpoints
-from vae_ray.config.sections import OptimConfig
+from vae_ray.config.sections.optim import OptimConfig
 from vae_ray.data.batches import Loader, Shards
 from vae_ray.data.splits import Splits
 from vae_ray.errors import Diverged

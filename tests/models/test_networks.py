@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from vae_ray import Experiment, UserError
-from vae_ray.config import sections
 from vae_ray.config.fields import literal_values
+from vae_ray.config.sections import likelihoods, model, objectives, optim
 from vae_ray.models.initialization import INITIALIZATIONS
 from vae_ray.models.latents import DiagonalGaussian, StandardNormal
 from vae_ray.models.likelihoods import LIKELIHOODS
@@ -71,13 +71,13 @@ def names_in(annotation: Any) -> set[str]:
 
 
 @pytest.mark.parametrize(("names", "table"), [
-    (names_in(sections.ModelConfig.model_fields["network"].annotation), NETWORKS),
-    (names_in(sections.ModelConfig.model_fields["prior"].annotation), PRIORS),
-    (names_in(typing.get_args(sections.Likelihood)[0]), LIKELIHOODS),
-    (names_in(typing.get_args(sections.Objective)[0]), OBJECTIVES),
-    (set(literal_values(sections.ModelConfig.model_fields["initialization"].annotation)), INITIALIZATIONS),
-    (set(literal_values(sections.OptimConfig.model_fields["optimizer"].annotation)), OPTIMIZERS),
-    (set(literal_values(sections.OptimConfig.model_fields["schedule"].annotation)), SCHEDULES),
+    (names_in(model.ModelConfig.model_fields["network"].annotation), NETWORKS),
+    (names_in(model.ModelConfig.model_fields["prior"].annotation), PRIORS),
+    (names_in(typing.get_args(likelihoods.Likelihood)[0]), LIKELIHOODS),
+    (names_in(typing.get_args(objectives.Objective)[0]), OBJECTIVES),
+    (set(literal_values(model.ModelConfig.model_fields["initialization"].annotation)), INITIALIZATIONS),
+    (set(literal_values(optim.OptimConfig.model_fields["optimizer"].annotation)), OPTIMIZERS),
+    (names_in(optim.OptimConfig.model_fields["schedule"].annotation), SCHEDULES),
 ], ids=["network", "prior", "likelihood", "objective", "initialization", "optimizer", "schedule"])  # fmt: skip
 def test_names_of_the_configuration_are_those_of_the_table(names: set[str], table: dict[str, Any]) -> None:
     assert names == set(table)

@@ -27,7 +27,7 @@ def losses(name: str, network: str, *, num_rows: int = 6) -> tuple[Objective, Lo
     k = objective.num_samples
     output = model(x, latent_noise(model.latent_shapes, rows, SEED, "test", num_samples=k), k)
     batch = GlobalBatch(num_rows, rows, NUM_IMAGES, ALONE)
-    return objective, objective.losses(output, x, model.likelihood, objective.settings(1.5), batch)
+    return objective, objective.losses(output, x, model.likelihood, objective.settings(1.5, 3), batch)
 
 
 @pytest.mark.parametrize("network", sorted(NETWORKS))
@@ -43,7 +43,7 @@ def test_terms_by_row_have_the_loss_as_their_sum(name: str, network: str) -> Non
 @pytest.mark.parametrize("name", sorted(OBJECTIVES))
 def test_settings_are_finite_numbers_from_the_first_step_on(name: str) -> None:
     objective = build_objective(Experiment.from_dict({"objective": {"name": name}}).objective)
-    first, last = objective.settings(0.0), objective.settings(1e6)
+    first, last = objective.settings(0.0, 0), objective.settings(1e6, 10**9)
     assert set(first) == set(last)
     assert all(isinstance(value, float) and value >= 0 for value in (*first.values(), *last.values()))
 

@@ -75,8 +75,8 @@ def test_terms_are_means_over_samples_of_each_image() -> None:
 def test_beta_rises_linearly_over_the_epochs_of_its_schedule(epochs: float, beta: float) -> None:
     section = {"name": "elbo", "beta": 3.0, "beta_schedule": {"name": "linear", "epochs": 4}}
     objective = build_objective(Experiment.from_dict({"objective": section}).objective)
-    assert objective.settings(epochs) == {"beta": pytest.approx(beta, rel=1e-15)}
-    assert Elbo(beta=3.0).settings(epochs) == {"beta": 3.0}
+    assert objective.settings(epochs, 0) == {"beta": pytest.approx(beta, rel=1e-15)}
+    assert Elbo(beta=3.0).settings(epochs, 0) == {"beta": 3.0}
 
 
 class LinearGaussian:

@@ -58,7 +58,7 @@ def losses_of(z: Tensor, prior: object, *, weight: float = 10.0) -> tuple[Tensor
     params, x = torch.zeros(len(z), 1, 2, 3, dtype=z.dtype), torch.zeros(len(z), 1, 2, 3, dtype=z.dtype)
     objective = Mmd(beta=0.5, weight=weight)
     batch = GlobalBatch(len(z), slice(0, len(z)), 99, SingleProcess(torch.device("cpu")))
-    losses = objective.losses(Output(params, (group,), 1), x, Bernoulli(), objective.settings(3.0), batch)
+    losses = objective.losses(Output(params, (group,), 1), x, Bernoulli(), objective.settings(3.0, 0), batch)
     return losses.loss["model"], losses.terms
 
 

@@ -17,7 +17,7 @@ from tests.data_layer.stored import open_split
 from tests.storage.servers import ObjectStore, filesystem
 from vae_ray import Experiment, TrainedVAE, TrainResult, UserError, train
 from vae_ray.cli.main import main
-from vae_ray.config.sections import PublishedData
+from vae_ray.config.sections.data import PublishedData
 from vae_ray.errors import Stopped
 from vae_ray.run_files.run_directory import RunDirectory
 

@@ -67,7 +67,7 @@ def run_epoch(
 ) -> dict[str, float]:
     """Train an epoch; the means of the logged terms over all workers. `options` are of `EpochSettings`."""
     sums = TermSums(("loss", *ELBO_TERMS, *state.objective.terms), CPU)
-    given = state.objective.settings(0.0) if settings is None else settings
+    given = state.objective.settings(0.0, 0) if settings is None else settings
     train_epoch(
         state,
         batches(epoch, group, dtype=dtype) if data is None else data,

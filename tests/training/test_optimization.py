@@ -24,7 +24,7 @@ from tests.training.small import (
     record_gradients,
     run_epoch,
 )
-from vae_ray.config.sections import OptimConfig
+from vae_ray.config.sections.optim import OptimConfig
 from vae_ray.models.likelihoods import Likelihood
 from vae_ray.models.noise import latent_noise
 from vae_ray.models.vae import Output

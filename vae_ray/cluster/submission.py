@@ -22,7 +22,7 @@ from typing import Any
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from vae_ray.cluster.dashboard import connect, describe_error
-from vae_ray.config.sections import WorkersConfig
+from vae_ray.config.sections.workers import WorkersConfig
 from vae_ray.distributed import RAY_ENVIRONMENT
 from vae_ray.distributed.resources import check_workers_fit
 from vae_ray.errors import TrainingFailed, UserError, one_line

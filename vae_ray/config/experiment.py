@@ -16,19 +16,14 @@ from pydantic import ValidationError
 from vae_ray.config import keys
 from vae_ray.config.fields import Section
 from vae_ray.config.migration import migrated
-from vae_ray.config.sections import (
-    BernoulliLikelihood,
-    Data,
-    DigitsData,
-    ElboObjective,
-    Likelihood,
-    ModelConfig,
-    Objective,
-    OptimConfig,
-    RunConfig,
-    TrainingConfig,
-    WorkersConfig,
-)
+from vae_ray.config.sections.data import Data, DigitsData
+from vae_ray.config.sections.likelihoods import BernoulliLikelihood, Likelihood
+from vae_ray.config.sections.model import ModelConfig
+from vae_ray.config.sections.objectives import ElboObjective, Objective
+from vae_ray.config.sections.optim import OptimConfig
+from vae_ray.config.sections.run import RunConfig
+from vae_ray.config.sections.training import TrainingConfig
+from vae_ray.config.sections.workers import WorkersConfig
 from vae_ray.errors import UserError
 from vae_ray.storage.locations import local_path
 from vae_ray.storage.reading import format_yaml, read_yaml

@@ -59,7 +59,7 @@ def place(default: Any, **options: Any) -> Any:
 
 def _split_list(value: object) -> object:
     """`"400,100"` or `"[400, 100]"` from a command line becomes a list; `""` an empty one; a number a list of it."""
-    if isinstance(value, int):
+    if isinstance(value, int | float):
         return [value]
     if not isinstance(value, str):
         return value
@@ -183,6 +183,7 @@ Location = Annotated[
 Widths = Annotated[
     tuple[Annotated[Int, Field(ge=1, le=65536)], ...], Field(max_length=256), BeforeValidator(_split_list)
 ]
+Fractions = Annotated[tuple[Annotated[Float, Field(ge=0)], ...], Field(max_length=256), BeforeValidator(_split_list)]
 ImageSize = Annotated[int | tuple[int, int] | None, BeforeValidator(_image_size), Shown("INT|HEIGHT,WIDTH")]
 ValueRange = Annotated[tuple[float, float] | Literal["auto"], BeforeValidator(_value_range), Shown("auto|LOW,HIGH")]
 Channels = Annotated[Literal["auto", 1, 3], BeforeValidator(_channels), Shown("{auto,1,3}")]

@@ -19,7 +19,7 @@ from pydantic.fields import FieldInfo
 
 from vae_ray.config.fields import Choice, Section, Shown, choice_of, literal_values
 from vae_ray.config.migration import renamed_key
-from vae_ray.config.sections import NAME_RULE
+from vae_ray.config.sections.run import NAME_RULE
 from vae_ray.errors import UserError
 from vae_ray.storage.reading import parse_yaml, short_repr
 

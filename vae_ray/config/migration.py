@@ -40,6 +40,9 @@ def migrated(content: Mapping[str, Any]) -> dict[str, Any]:
         settings = {"limit": limit if policy in ("skip", "rollback") else None}
         settings["lr_factor"] = factor if policy == "rollback" else None
         training["nonfinite"] = {"name": policy, **{key: value for key, value in settings.items() if value is not None}}
+    optim = _section(sections, "optim")
+    if isinstance(optim.get("schedule"), str):
+        optim["schedule"] = {"name": optim["schedule"]}
     if data.get("source", "digits") == "digits" and "download" in data:
         for key in ("root", "download"):
             data.pop(key, None)

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import filelock
 
 from vae_ray.config.experiment import Experiment
-from vae_ray.config.sections import DataConfig, ImagesData, PreparedData, UserData
+from vae_ray.config.sections.data import DataConfig, ImagesData, PreparedData, UserData
 from vae_ray.data.dataset import Dataset, open_local, open_remote
 from vae_ray.data.preparation import PartRecord, Plan, Task, delete_leftovers, prepare, too_many_skipped
 from vae_ray.data.processes import run_tasks

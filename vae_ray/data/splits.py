@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vae_ray.config.experiment import Experiment
-from vae_ray.config.sections import DigitsData, PublishedData
+from vae_ray.config.sections.data import DigitsData, PublishedData
 from vae_ray.data.batches import Loader, Shards
 from vae_ray.data.cache import Progress, open_dataset
 from vae_ray.data.dataset import Dataset, Split

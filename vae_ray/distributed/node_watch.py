@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import ray
 
-from vae_ray.config.sections import WorkersConfig
+from vae_ray.config.sections.workers import WorkersConfig
 from vae_ray.distributed.resources import max_workers_fitting, worker_resources
 
 logger = logging.getLogger(__name__)

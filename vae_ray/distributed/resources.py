@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from vae_ray.config.sections import WorkersConfig
+from vae_ray.config.sections.workers import WorkersConfig
 from vae_ray.errors import UserError
 
 NODE_GROUP_LABEL = "ray.io/node-group"

@@ -14,6 +14,8 @@ from vae_ray.objectives.base import elbo_terms
 
 NUM_IMAGES = 256
 """Test images by which a model is judged: enough to see a failure."""
+LAST_STEP = 2**62
+"""By which all schedules have ended."""
 INFORMATIVE_NATS = 0.01
 """The rate from which on a latent dimension counts as carrying information."""
 
@@ -33,7 +35,7 @@ def find_failures(model: VAE, x: Tensor, mean_image: Tensor, experiment: Experim
     model.eval()
     output = model(x, latent_noise(model.latent_shapes, slice(0, len(x)), 0, "diagnosis", device=x.device))
     distortion, rate = (float(term.mean()) for term in elbo_terms(output, x, model.likelihood))
-    settings = build_objective(experiment.objective).settings(float(experiment.training.epochs))
+    settings = build_objective(experiment.objective).settings(float(experiment.training.epochs), LAST_STEP)
     beta = min(1.0, settings.get("beta", 1.0))
     largest = max(float(elementwise_rate(group).mean(0).max()) for group in output.groups)
     if largest < INFORMATIVE_NATS:  # and so about as good as the mean image

@@ -34,10 +34,10 @@ def evaluate_split(
     """
     model.eval()
     sums = TermSums(ELBO_TERMS, group.device)
-    for x, rows, *_ in loader.evaluation(batch_size=batch_size):
+    for x, rows, _, labels in loader.evaluation(batch_size=batch_size):
         noise = latent_noise(model.latent_shapes, rows, loader.seed, NOISE, device=x.device)
         with autocast(precision, x.device):
-            output = model(x, noise)
+            output = model(x, noise, condition=model.condition(labels))
         distortion, rate = elbo_terms(output, x, model.likelihood)
         sums.add({"distortion": distortion[0], "rate": rate[0]})
     return labelled(split, sums.reduced(group).values)

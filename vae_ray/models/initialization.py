@@ -26,13 +26,41 @@ def he_at_the_mean_image(model: VAE, mean_image: Tensor, generator: torch.Genera
     for layer in weighted_layers(model.network):
         is_posterior = any(layer is each for each in posteriors)
         gain = OUTPUT_GAIN if layer is output else POSTERIOR_GAIN if is_posterior else math.sqrt(2.0)
-        weight: Tensor = layer.weight  # type: ignore[assignment]
-        # torch's layout: (out, in, ...), of a transposed convolution (in, out, ...)
-        fan_in = weight.shape[0 if isinstance(layer, nn.ConvTranspose2d) else 1] * weight[0, 0].numel()
-        weight.normal_(0.0, gain / math.sqrt(fan_in), generator=generator)
+        fan_in, _ = fans(layer)
+        _draw(layer, gain / math.sqrt(fan_in), generator)
+    start_at_mean_image(model, mean_image)
+
+
+@torch.no_grad()
+def glorot_at_the_mean_image(model: VAE, mean_image: Tensor, generator: torch.Generator) -> None:
+    """Glorot & Bengio 2010 (eq. 16), uniform, for layers before a tanh; the output's bias is the mean image's."""
+    for layer in weighted_layers(model.network):
+        limit = math.sqrt(6.0 / sum(fans(layer)))
+        layer.weight.uniform_(-limit, limit, generator=generator)  # type: ignore[operator]
         if isinstance(layer.bias, Tensor):
             layer.bias.zero_()
-    bias = model.likelihood.initial_bias(mean_image)
+    start_at_mean_image(model, mean_image)
+
+
+def fans(layer: nn.Module) -> tuple[int, int]:
+    """Numbers of inputs that an output of the layer sums over, and of outputs that an input goes into."""
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    kernel = weight[0, 0].numel()
+    # torch's layout: (out, in, ...), of a transposed convolution (in, out, ...)
+    is_transposed = isinstance(layer, nn.ConvTranspose2d)
+    num_in, num_out = (weight.shape[:2]) if is_transposed else (weight.shape[1], weight.shape[0])
+    return num_in * kernel, num_out * kernel
+
+
+def _draw(layer: nn.Module, std: float, generator: torch.Generator) -> None:
+    layer.weight.normal_(0.0, std, generator=generator)  # type: ignore[operator]
+    if isinstance(layer.bias, Tensor):
+        layer.bias.zero_()
+
+
+def start_at_mean_image(model: VAE, mean_image: Tensor) -> None:
+    """Set the bias of the decoder's last layer to the parameters of the mean image."""
+    bias, output = model.likelihood.initial_bias(mean_image), model.network.output_layer()
     target = getattr(output, "bias", None)
     if isinstance(target, Tensor):
         # a linear layer has a bias for each pixel, a convolution one for each channel
@@ -43,4 +71,5 @@ INITIALIZATIONS: dict[str, Callable[[VAE, Tensor, torch.Generator], None] | None
     # each is given a new model, the mean training image (C, H, W) in [0, 1] and a generator; None keeps torch's own
     "torch": None,
     "he": he_at_the_mean_image,
+    "glorot": glorot_at_the_mean_image,
 }

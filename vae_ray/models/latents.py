@@ -25,8 +25,11 @@ class Distribution(Protocol):
         """`(N, *shape)`."""
         ...
 
-    def rsample(self, eps: Tensor) -> Tensor:
-        """A sample made of the noise `eps ~ N(0, I)` of shape `(N, *shape)`; differentiable."""
+    def rsample(self, eps: Tensor, temperature: float = 1.0) -> Tensor:
+        """A sample made of the noise `eps ~ N(0, I)` of shape `(N, *shape)`; differentiable.
+
+        `temperature` scales the standard deviation.
+        """
         ...
 
     def log_prob(self, z: Tensor) -> Tensor:
@@ -50,9 +53,9 @@ class DiagonalGaussian:
         """Standard deviation, `(N, *shape)`."""
         return torch.exp(0.5 * self.logvar)
 
-    def rsample(self, eps: Tensor) -> Tensor:
-        """z = mean + sigma * eps, differentiable in mean and logvar (eq. 4 of the paper)."""
-        return torch.addcmul(self.mean, self.sigma, eps)
+    def rsample(self, eps: Tensor, temperature: float = 1.0) -> Tensor:
+        """z = mean + temperature * sigma * eps, differentiable in mean and logvar (eq. 4 of the paper)."""
+        return torch.addcmul(self.mean, self.sigma, eps, value=temperature)
 
     def log_prob(self, z: Tensor) -> Tensor:
         """log N(z; mean, sigma^2) in nats, `(N,)`."""
@@ -79,8 +82,8 @@ class StandardNormal:
 
     mean: Tensor
 
-    def rsample(self, eps: Tensor) -> Tensor:
-        return eps
+    def rsample(self, eps: Tensor, temperature: float = 1.0) -> Tensor:
+        return eps if temperature == 1 else temperature * eps
 
     def log_prob(self, z: Tensor) -> Tensor:
         return -0.5 * (z.square() + math.log(2 * math.pi)).flatten(1).sum(1)
@@ -104,10 +107,33 @@ class Group(NamedTuple):
         elementwise = self.posterior.kl(self.prior)
         if elementwise is not None:
             return elementwise.flatten(1).sum(1)
+        return self.log_ratio()
+
+    def log_ratio(self) -> Tensor:
+        """log q(z|x) - log p(z) of this sample in nats, `(N,)`; its mean over samples is the rate."""
+        assert self.posterior is not None, "a group that was sampled from the prior has no posterior"
         return self.posterior.log_prob(self.z) - self.prior.log_prob(self.z)
 
 
+LOGVAR_RANGE = (-15.0, 10.0)
+"""Log variances inside are as the network gives them."""
+LOGVAR_MARGIN = 5.0
+"""How far outside of it they can go."""
+
+
 def gaussian_from(parameters: Tensor) -> DiagonalGaussian:
-    """The distribution whose mean and log variance are the halves of `parameters` along dimension 1."""
+    """The distribution whose mean and log variance are the halves of `parameters` along dimension 1.
+
+    The log variance is bounded softly (`bounded`), so that too large a learning rate does not end in an infinite one.
+    """
     mean, logvar = parameters.chunk(2, dim=1)
-    return DiagonalGaussian(mean, logvar)
+    return DiagonalGaussian(mean, bounded(logvar))
+
+
+def bounded(logvar: Tensor) -> Tensor:
+    """`logvar` to the bit inside of `LOGVAR_RANGE`, and with a smooth bend at most `LOGVAR_MARGIN` outside of it.
+
+    The derivative is continuous, 1 at the ends of the range, and not 0 anywhere near them.
+    """
+    inside = logvar.clamp(*LOGVAR_RANGE)
+    return inside + LOGVAR_MARGIN * torch.tanh((logvar - inside) / LOGVAR_MARGIN)

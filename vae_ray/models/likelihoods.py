@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vae_ray.config import user_code
 from vae_ray.config.fields import UserEntry
+from vae_ray.parallel.global_batch import GlobalBatch
 
 
 class Likelihood(nn.Module):
@@ -31,6 +32,12 @@ class Likelihood(nn.Module):
         """Parameters `(num_params, H, W)` at which the mean is about `mean_image` `(C, H, W)` in [0, 1]."""
         # a pixel that is never lit would ask for a logit of -infinity
         return torch.logit(mean_image, eps=1e-3)
+
+    def fit(self, params: Tensor, x: Tensor, batch: GlobalBatch) -> None:
+        """Set what is not trained by gradients, from the rows of this worker; called in training, before `log_prob`.
+
+        Collective: what is set must be the same on all workers.
+        """
 
     def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
         """log p(x|z) in nats, summed over channels and pixels: `(N,)`."""

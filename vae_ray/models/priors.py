@@ -20,27 +20,30 @@ class Prior(nn.Module):
         super().__init__()
         self.latent_shape = latent_shape
 
-    def forward(self, num: int, like: Tensor) -> Distribution:
-        """p(z) for `num` examples, on the device and in the dtype of `like`."""
+    def forward(self, num: int, like: Tensor, condition: Tensor | None = None) -> Distribution:
+        """p(z) for `num` examples, on the device and in the dtype of `like`.
+
+        `condition` `(num, num_classes)` is one-hot; only priors that have parameters depend on it.
+        """
         raise NotImplementedError
 
 
 class StandardPrior(Prior):
     """N(0, I)."""
 
-    def forward(self, num: int, like: Tensor) -> Distribution:
+    def forward(self, num: int, like: Tensor, condition: Tensor | None = None) -> Distribution:
         return StandardNormal(torch.zeros((), dtype=like.dtype, device=like.device).expand(num, *self.latent_shape))
 
 
-PRIORS: dict[str, Callable[[Any, tuple[int, ...]], Prior]] = {
-    # each is given the entry's settings and the shape of the top group
-    "standard": lambda config, latent_shape: StandardPrior(latent_shape),
+PRIORS: dict[str, Callable[..., Prior]] = {
+    # each is given the entry's settings, the shape of the top group and, by keyword, num_classes (0: no condition)
+    "standard": lambda config, latent_shape, num_classes: StandardPrior(latent_shape),
 }
 
 
-def build_prior(config: Any, latent_shape: tuple[int, ...]) -> Prior:
+def build_prior(config: Any, latent_shape: tuple[int, ...], *, num_classes: int = 0) -> Prior:
     """The prior of `model.prior`; raises `UserError` for a user's function that returns none."""
     if isinstance(config, UserEntry):
         prior = user_code.call(config.name, config.settings, key="model.prior", latent_shape=latent_shape)
         return user_code.expect(prior, Prior, key="model.prior", path=config.name)
-    return PRIORS[config.name](config, latent_shape)
+    return PRIORS[config.name](config, latent_shape, num_classes=num_classes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -43,8 +43,11 @@ class VAE(nn.Module):
         *,
         image_shape: tuple[int, int, int],
         signed_input: bool = False,
+        condition_on: str | None = None,
+        num_classes: int = 0,
     ) -> None:
         super().__init__()
+        self.condition_on, self.num_classes = condition_on, num_classes
         self.image_shape, self.signed_input = image_shape, signed_input
         self.network, self.prior, self.likelihood = network, prior, likelihood
 
@@ -53,48 +56,63 @@ class VAE(nn.Module):
         """Shape of each group, the top group first."""
         return self.network.latent_shapes
 
-    def forward(self, x: Tensor, noise: Latents, num_samples: int = 1) -> Output:
-        """The pass of training: z ~ q(z|x) from the noise, `(num_samples * N, *shape)` a group."""
-        features = self.features(x)
+    def forward(self, x: Tensor, noise: Latents, num_samples: int = 1, condition: Tensor | None = None) -> Output:
+        """The pass of training: z ~ q(z|x) from the noise, `(num_samples * N, *shape)` a group.
+
+        `condition` `(N, num_classes)` is what `condition` gives for the images' labels.
+        """
+        features = self.features(x, condition)
         if num_samples > 1:
-            features = tuple(part.repeat(num_samples, *[1] * (part.ndim - 1)) for part in features)
+            features = tuple(repeated(part, num_samples) for part in features)
+            condition = None if condition is None else repeated(condition, num_samples)
 
         def sample(group: int, posterior: Distribution | None, prior: Distribution) -> Tensor:
             assert posterior is not None
             return posterior.rsample(noise[group])
 
-        params, groups = self.top_down(features, sample, len(x) * num_samples)
+        params, groups = self.top_down(features, sample, len(x) * num_samples, condition)
         return Output(params, groups, num_samples)
 
-    def features(self, x: Tensor) -> Features:
-        """What the network computes of the images, in the range that its encoder is fed."""
-        return self.network.bottom_up(torch.add(-1.0, x, alpha=2.0) if self.signed_input else x)
+    def condition(self, labels: Mapping[str, Tensor]) -> Tensor | None:
+        """One-hot rows `(N, num_classes)` of the labels that the model is conditional on; None of any other model."""
+        if self.condition_on is None:
+            return None
+        reference = next(self.network.parameters())
+        one_hot = torch.nn.functional.one_hot(labels[self.condition_on].long(), self.num_classes)
+        return one_hot.to(reference)
 
-    def top_down(self, features: Features | None, choose: Choose, num: int) -> tuple[Tensor, tuple[Group, ...]]:
+    def features(self, x: Tensor, condition: Tensor | None = None) -> Features:
+        """What the network computes of the images, in the range that its encoder is fed."""
+        return self.network.bottom_up(torch.add(-1.0, x, alpha=2.0) if self.signed_input else x, condition)
+
+    def top_down(
+        self, features: Features | None, choose: Choose, num: int, condition: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Group, ...]]:
         """Parameters and groups of `num` rows, whose z `choose(group, posterior, prior)` picks."""
         reference = next(self.network.parameters()) if features is None else features[0]
-        return self.network.top_down(features, choose, self.prior(num, reference))
+        prior = self.prior(num, reference) if condition is None else self.prior(num, reference, condition)
+        return self.network.top_down(features, choose, prior, condition)
 
-    def posteriors(self, x: Tensor) -> tuple[Group, ...]:
+    def posteriors(self, x: Tensor, condition: Tensor | None = None) -> tuple[Group, ...]:
         """The groups of the images with z at the posterior mean."""
-        _, groups = self.top_down(self.features(x), posterior_mean, len(x))
+        _, groups = self.top_down(self.features(x, condition), posterior_mean, len(x), condition)
         return groups
 
-    def reconstruct(self, x: Tensor) -> Tensor:
+    def reconstruct(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         """Means of p(x|z) at the posterior means, `(N, C, H, W)`."""
-        params, _ = self.top_down(self.features(x), posterior_mean, len(x))
+        params, _ = self.top_down(self.features(x, condition), posterior_mean, len(x), condition)
         return self.likelihood.mean(params)
 
-    def generate(self, noise: Latents, *, temperature: float = 1.0) -> Tensor:
+    def generate(self, noise: Latents, *, temperature: float = 1.0, condition: Tensor | None = None) -> Tensor:
         """Means of p(x|z) for z from the prior, made of `noise` `(N, *shape)` a group, `(N, C, H, W)`."""
 
         def sample(group: int, posterior: Distribution | None, prior: Distribution) -> Tensor:
-            return prior.rsample(temperature * noise[group])
+            return prior.rsample(noise[group], temperature)
 
-        params, _ = self.top_down(None, sample, len(noise[0]))
+        params, _ = self.top_down(None, sample, len(noise[0]), condition)
         return self.likelihood.mean(params)
 
-    def decode(self, latents: Sequence[Tensor | None]) -> Tensor:
+    def decode(self, latents: Sequence[Tensor | None], condition: Tensor | None = None) -> Tensor:
         """Means of p(x|z) for given z, `(N, *shape)` a group; where it is None, the mean of that group's prior."""
 
         def given(group: int, posterior: Distribution | None, prior: Distribution) -> Tensor:
@@ -102,8 +120,13 @@ class VAE(nn.Module):
             return prior.mean if z is None else z
 
         num = next(len(z) for z in latents if z is not None)
-        params, _ = self.top_down(None, given, num)
+        params, _ = self.top_down(None, given, num, condition)
         return self.likelihood.mean(params)
+
+
+def repeated(t: Tensor, num_samples: int) -> Tensor:
+    """`(num_samples * N, ...)` of `(N, ...)`: all rows once for each sample, sample by sample."""
+    return t.repeat(num_samples, *[1] * (t.ndim - 1))
 
 
 def posterior_mean(group: int, posterior: Distribution | None, prior: Distribution) -> Tensor:
@@ -136,6 +159,20 @@ def new_vae(experiment: Experiment, image_shape: tuple[int, int, int]) -> VAE:
     model = experiment.model
     likelihood = build_likelihood(experiment.likelihood)
     num_params = likelihood.num_params(image_shape[0])
-    network = build_network(model.network, image_shape=image_shape, latent_dim=model.latent_dim, num_params=num_params)
-    prior = build_prior(model.prior, network.latent_shapes[0])
-    return VAE(network, prior, likelihood, image_shape=image_shape, signed_input=model.encoder_range == "signed")
+    num_classes = model.num_classes or 0
+    network = build_network(
+        model.network,
+        image_shape=image_shape,
+        latent_dim=model.latent_dim,
+        num_params=num_params,
+        num_classes=num_classes,
+    )
+    return VAE(
+        network,
+        build_prior(model.prior, network.latent_shapes[0], num_classes=num_classes),
+        likelihood,
+        image_shape=image_shape,
+        signed_input=model.encoder_range == "signed",
+        condition_on=model.condition,
+        num_classes=num_classes,
+    )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vae_ray.models.likelihoods import Likelihood
-from vae_ray.models.vae import Output
+from vae_ray.models.vae import Output, repeated
 from vae_ray.parallel.global_batch import GlobalBatch
 
 MODEL = "model"
@@ -36,8 +36,8 @@ class Objective(nn.Module):
     num_samples: int = 1
     """Samples of z for each image, k."""
 
-    def settings(self, epochs: float) -> dict[str, float]:
-        """Scheduled values after that many (fractional) epochs, as in `{"beta": 0.4}`; they are logged."""
+    def settings(self, epochs: float, steps: int) -> dict[str, float]:
+        """Scheduled values after that many (fractional) epochs and steps, as in `{"beta": 0.4}`; they are logged."""
         return {}
 
     def losses(
@@ -46,6 +46,9 @@ class Objective(nn.Module):
         """The losses of this worker's images `x` `(num_rows, C, H, W)`; the caller divides by `batch.size`."""
         raise NotImplementedError
 
+    def update(self, losses: Losses, batch: GlobalBatch) -> None:
+        """Change the objective's own buffers after an update of the weights, by what it gave. Collective."""
+
     def parameter_sets(self, model: nn.Module) -> dict[str, list[nn.Parameter]]:
         """Parameters by the name of their loss, each set with an optimizer of its own; frozen ones are left out."""
         return {MODEL: [p for module in (model, self) for p in module.parameters() if p.requires_grad]}
@@ -53,9 +56,9 @@ class Objective(nn.Module):
 
 def elbo_terms(output: Output, x: Tensor, likelihood: Likelihood) -> tuple[Tensor, Tensor]:
     """distortion and rate in nats, `(k, N)` each, for the images `x` `(N, C, H, W)` in [0, 1]."""
-    repeated = x.repeat(output.num_samples, 1, 1, 1) if output.num_samples > 1 else x
+    images = repeated(x, output.num_samples) if output.num_samples > 1 else x
     shape = (output.num_samples, len(x))
-    return -likelihood.log_prob(output.params, repeated).view(shape), output.rate().view(shape)
+    return -likelihood.log_prob(output.params, images).view(shape), output.rate().view(shape)
 
 
 def of_global_batch(value: Tensor, batch: GlobalBatch) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vae_ray.config.sections import LinearSchedule
+from vae_ray.config.sections.schedules import LinearSchedule
 from vae_ray.models.likelihoods import Likelihood
 from vae_ray.models.vae import Output
 from vae_ray.objectives.base import MODEL, Losses, Objective, elbo_terms, mean_over_samples
@@ -21,7 +21,7 @@ class Elbo(Objective):
         super().__init__()
         self.beta, self.beta_schedule = beta, beta_schedule
 
-    def settings(self, epochs: float) -> dict[str, float]:
+    def settings(self, epochs: float, steps: int) -> dict[str, float]:
         if isinstance(self.beta_schedule, LinearSchedule):
             return {"beta": self.beta * min(1.0, epochs / self.beta_schedule.epochs)}
         return {"beta": self.beta}

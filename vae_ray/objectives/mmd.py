@@ -28,7 +28,7 @@ class Mmd(Objective):
         super().__init__()
         self.beta, self.weight = beta, weight
 
-    def settings(self, epochs: float) -> dict[str, float]:
+    def settings(self, epochs: float, steps: int) -> dict[str, float]:
         return {"beta": self.beta}
 
     def losses(

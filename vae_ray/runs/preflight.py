@@ -12,7 +12,7 @@ from torch import nn
 
 from vae_ray.config import user_code
 from vae_ray.config.experiment import Experiment
-from vae_ray.config.sections import UserData
+from vae_ray.config.sections.data import UserData
 from vae_ray.data.cache import Progress, name_of
 from vae_ray.data.splits import Splits
 from vae_ray.errors import UserError, one_line
@@ -159,7 +159,7 @@ def _check_pass(model: VAE, experiment: Experiment, objective: Objective, *, num
         _check_shape("the mean", model.likelihood.mean(output.params), images.shape)
     batch = GlobalBatch(CHECKED_ROWS, slice(0, CHECKED_ROWS), num_training, SingleProcess(x.device))
     with misfit_named("objective", f"{experiment.objective.name} fails on a batch"):
-        losses = objective.losses(output, x, model.likelihood, objective.settings(0.0), batch)
+        losses = objective.losses(output, x, model.likelihood, objective.settings(0.0, 0), batch)
         if not isinstance(losses, Losses):
             raise TypeError(f"returned a {type(losses).__name__}, should return vae_ray.objectives.base.Losses")
         terms = ("loss", *ELBO_TERMS, *objective.terms)

@@ -11,7 +11,7 @@ from typing import Any
 import filelock
 
 from vae_ray.config.experiment import Experiment
-from vae_ray.config.sections import DataConfig, ImagesData, PreparedData, UserData
+from vae_ray.config.sections.data import DataConfig, ImagesData, PreparedData, UserData
 from vae_ray.data import preparation
 from vae_ray.data.cache import cache_directory, run_here
 from vae_ray.data.preparation import Plan

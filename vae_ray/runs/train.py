@@ -20,7 +20,7 @@ from vae_ray import signals
 from vae_ray.checkpoints.listing import own_checkpoint
 from vae_ray.config import user_code
 from vae_ray.config.experiment import Experiment
-from vae_ray.config.sections import NAME_PATTERN, NAME_RULE
+from vae_ray.config.sections.run import NAME_PATTERN, NAME_RULE
 from vae_ray.errors import CorruptFile, TrainingFailed, UserError, WorkersFailed
 from vae_ray.parallel.group import SingleProcess
 from vae_ray.run_files.progress import ProgressView, preparation_view
@@ -166,10 +166,10 @@ def _has_intact_result(run: RunDirectory, result: TrainResult) -> bool:
 
 
 def _warn_of_stretched_schedule(experiment: Experiment) -> None:
-    if experiment.optim.schedule != "constant":
+    if experiment.optim.schedule.name not in ("constant", "step"):
         logger.warning(
             "optim.schedule: %s is computed over training.epochs (%d) and has decayed further in the epochs before",
-            experiment.optim.schedule,
+            experiment.optim.schedule.name,
             experiment.training.epochs,
         )
 

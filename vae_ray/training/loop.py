@@ -17,6 +17,7 @@ from vae_ray.errors import Diverged
 from vae_ray.evaluation.elbo import autocast
 from vae_ray.evaluation.metrics import TermSums
 from vae_ray.models.noise import latent_noise
+from vae_ray.models.vae import repeated
 from vae_ray.objectives.base import Losses
 from vae_ray.parallel.global_batch import GlobalBatch
 from vae_ray.parallel.group import WorkerGroup, broadcast_buffers
@@ -75,7 +76,7 @@ def train_epoch(
     model, objective = state.model, state.objective
     model.train()
     sets = objective.parameter_sets(model)
-    for index, (x, rows, global_size, _) in enumerate(batches, first_step):
+    for index, (x, rows, global_size, labels) in enumerate(batches, first_step):
         lr, settings = step_settings(index)
         num_samples = objective.num_samples
         noise = latent_noise(
@@ -85,13 +86,15 @@ def train_epoch(
         )
         with computing(index):
             with autocast(epoch.precision, x.device):
-                output = model(x, noise, num_samples)
+                output = model(x, noise, num_samples, model.condition(labels))
             batch = GlobalBatch(global_size, rows, epoch.num_data, group)
+            model.likelihood.fit(output.params.detach(), repeated(x, num_samples), batch)
             losses = objective.losses(output, x, model.likelihood, settings, batch)
             # the mean over the global batch: shards add up to it, whatever their sizes
             gradients = gradients_of(losses.loss, sets, divide_by=global_size, group=group)
         if apply_gradients(state.optimizers, gradients, lr=lr, grad_clip=epoch.grad_clip):
             sums.add(losses.terms)
+            objective.update(losses, batch)
             broadcast_buffers(group, model)
             broadcast_buffers(group, objective)
             if state.averaged is not None:

@@ -26,7 +26,7 @@ import torch
 
 from vae_ray.checkpoints.listing import checkpoint_name
 from vae_ray.config.experiment import Experiment
-from vae_ray.config.sections import RollBackOnNonfinite, SkipNonfinite
+from vae_ray.config.sections.training import RollBackOnNonfinite, SkipNonfinite
 from vae_ray.data.batches import Loader
 from vae_ray.errors import Diverged
 from vae_ray.models.noise import latent_noise

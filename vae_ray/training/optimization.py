@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from vae_ray.config.sections import OptimConfig
+from vae_ray.config.sections.optim import OptimConfig
 from vae_ray.parallel.group import WorkerGroup, add_up_gradients
-from vae_ray.training.schedules import scheduled
+from vae_ray.training.schedules import rate_factor
 
 
 class WithoutCompiler(Optimizer):
@@ -47,12 +47,26 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 def build_optimizer(config: OptimConfig, parameters: Iterable[nn.Parameter]) -> Optimizer:
     """The optimizer with torch's fused kernel: one pass over memory for all parameters."""
-    return OPTIMIZERS[config.optimizer](list(parameters), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    return OPTIMIZERS[config.optimizer](
+        list(parameters),
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
 
 
-def learning_rate(config: OptimConfig, *, step: int, num_steps: int) -> float:
-    """The learning rate of `step` (0-based) in a run of `num_steps`."""
-    return scheduled(config.lr, config.schedule, step=step, num_steps=num_steps, warmup_steps=config.warmup_steps)
+def learning_rate(config: OptimConfig, *, step: int, num_steps: int, epochs: int) -> float:
+    """The learning rate of `step` (0-based) in a run of `num_steps` in `epochs`.
+
+    A linear rise over `warmup_steps`, then the schedule. A function of the step alone, so that a resumed run needs no
+    schedule state.
+    """
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / (config.warmup_steps + 1)
+    progress = (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps)
+    return config.lr * rate_factor(config.schedule, min(1.0, progress), epoch=step * epochs / num_steps)
 
 
 def gradients_of(

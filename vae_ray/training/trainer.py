@@ -243,10 +243,11 @@ class Trainer:
 
     def _step_settings(self, step: int) -> StepSettings:
         """The settings of a step (0-based) of the run."""
-        num_steps = self.experiment.training.epochs * self.steps_per_epoch
+        epochs, optim = self.experiment.training.epochs, self.experiment.optim
+        lr = learning_rate(optim, step=step, num_steps=epochs * self.steps_per_epoch, epochs=epochs)
         return StepSettings(
-            lr=self.state.progress.lr_factor * learning_rate(self.experiment.optim, step=step, num_steps=num_steps),
-            objective=self.state.objective.settings(step / self.steps_per_epoch),
+            lr=self.state.progress.lr_factor * lr,
+            objective=self.state.objective.settings(step / self.steps_per_epoch, step),
         )
 
     def _evaluations(self, epoch: int) -> dict[str, float]:

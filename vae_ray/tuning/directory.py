@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vae_ray.checkpoints.finding import BEST
-from vae_ray.config.sections import NAME_PATTERN
+from vae_ray.config.sections.run import NAME_PATTERN
 from vae_ray.errors import CorruptFile, UserError, one_line
 from vae_ray.run_files.run_directory import SWEEP_FILE, RunDirectory
 from vae_ray.storage.atomic import atomic_write

@@ -15,7 +15,7 @@ from typing import Any
 from vae_ray.checkpoints.listing import best_checkpoint, complete_checkpoints
 from vae_ray.checkpoints.loading import Checkpoint
 from vae_ray.config.experiment import Experiment, is_place_key
-from vae_ray.config.sections import NAME_PATTERN
+from vae_ray.config.sections.run import NAME_PATTERN
 from vae_ray.errors import CorruptFile
 from vae_ray.run_files.run_directory import RunDirectory
 from vae_ray.storage.locations import join_location

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vae_ray.config.sections import DataConfig, ImagesData, PublishedData, SpritesData, UserData
+from vae_ray.config.sections.data import DataConfig, ImagesData, PublishedData, SpritesData, UserData
 from vae_ray.data.decoding import ImageRules
 from vae_ray.data.preparation import Plan
 from vae_ray.data.rows import Source

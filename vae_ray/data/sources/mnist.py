@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from vae_ray.config.sections import PublishedData
+from vae_ray.config.sections.data import PublishedData
 from vae_ray.data.sources.decoded import Decoded, DecodedSource
 from vae_ray.data.sources.published import stamps, warn_unless_published
 from vae_ray.errors import UserError, one_line

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from vae_ray.config import user_code
-from vae_ray.config.sections import UserData
+from vae_ray.config.sections.data import UserData
 from vae_ray.data.decoding import ImageRules
 from vae_ray.data.rows import Part, Rows
 from vae_ray.data.shards import SPLITS

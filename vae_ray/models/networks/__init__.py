@@ -16,15 +16,19 @@ from vae_ray.models.networks.ladder import Ladder
 from vae_ray.models.networks.mlp import mlp
 
 NETWORKS: dict[str, Callable[..., Network | tuple[nn.Module, nn.Module]]] = {
-    # each takes image_shape, latent_dim, num_params and the entry's settings by keyword
+    # each takes image_shape, latent_dim, num_params, num_classes and the entry's settings by keyword
     "mlp": mlp,
     "ladder": Ladder,
 }
 
 
-def build_network(config: Any, *, image_shape: tuple[int, int, int], latent_dim: int, num_params: int) -> Network:
+def build_network(
+    config: Any, *, image_shape: tuple[int, int, int], latent_dim: int, num_params: int, num_classes: int = 0
+) -> Network:
     """The network of `model.network`; a pair of encoder and decoder becomes one with a single group."""
     arguments = {"image_shape": image_shape, "latent_dim": latent_dim, "num_params": num_params}
+    if num_classes or not isinstance(config, UserEntry):
+        arguments["num_classes"] = num_classes
     if isinstance(config, UserEntry):
         built = user_code.call(config.name, config.settings, key="model.network", **arguments)
     else:
@@ -32,7 +36,7 @@ def build_network(config: Any, *, image_shape: tuple[int, int, int], latent_dim:
     if isinstance(built, Network):
         return built
     if isinstance(built, tuple) and len(built) == 2 and all(isinstance(part, nn.Module) for part in built):
-        return EncoderDecoder(*built, latent_dim)
+        return EncoderDecoder(*built, (latent_dim,))
     raise UserError(
         f"model.network: {config.name} returned a {type(built).__name__}, should return (encoder, decoder), two "
         "torch modules, or a vae_ray.models.networks.Network"

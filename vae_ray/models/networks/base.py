@@ -23,7 +23,10 @@ class Network(nn.Module):
     """Shape of each group, the top group first."""
 
     def bottom_up(self, x: Tensor, condition: Tensor | None = None) -> Features:
-        """Features of the images `(N, C, H, W)`; computed once per image, however many samples follow."""
+        """Features of the images `(N, C, H, W)`; computed once per image, however many samples follow.
+
+        `condition` `(N, num_classes)` is the one-hot label of each image in a conditional VAE.
+        """
         raise NotImplementedError
 
     def top_down(
@@ -46,26 +49,28 @@ class Network(nn.Module):
 
 
 class EncoderDecoder(Network):
-    """A plain pair as a network with one flat group.
+    """A plain pair as a network with one group.
 
     `encoder`: `(N, C, H, W) -> (N, 2 * latent_dim)`, mean and log variance side by side.
     `decoder`: `(N, latent_dim) -> (N, P, H, W)`.
+    In a conditional VAE both take the one-hot label `(N, num_classes)` as a second argument. Of a spatial latent
+    `(c, h, w)` the encoder gives `(N, 2 * c, h, w)`.
     """
 
-    def __init__(self, encoder: nn.Module, decoder: nn.Module, latent_dim: int) -> None:
+    def __init__(self, encoder: nn.Module, decoder: nn.Module, latent_shape: tuple[int, ...]) -> None:
         super().__init__()
-        self.latent_shapes = ((latent_dim,),)
+        self.latent_shapes = (latent_shape,)
         self.encoder, self.decoder = encoder, decoder
 
     def bottom_up(self, x: Tensor, condition: Tensor | None = None) -> Features:
-        return (at_least_float32(self.encoder(x)),)
+        return (at_least_float32(self.encoder(*_given(x, condition))),)
 
     def top_down(
         self, features: Features | None, choose: Choose, prior: Distribution, condition: Tensor | None = None
     ) -> tuple[Tensor, tuple[Group, ...]]:
         posterior: DiagonalGaussian | None = None if features is None else gaussian_from(features[0])
         z = choose(0, posterior, prior)
-        return at_least_float32(self.decoder(z)), (Group(z, posterior, prior),)
+        return at_least_float32(self.decoder(*_given(z, condition))), (Group(z, posterior, prior),)
 
     def posterior_layers(self) -> list[nn.Module]:
         return weighted_layers(self.encoder)[-1:]
@@ -74,13 +79,20 @@ class EncoderDecoder(Network):
         return next(reversed(weighted_layers(self.decoder)), None)
 
 
+def _given(x: Tensor, condition: Tensor | None) -> tuple[Tensor, ...]:
+    return (x,) if condition is None else (x, condition)
+
+
 class NetworkFactory(Protocol):
     """What builds a network: an `(encoder, decoder)` pair, or a `Network`."""
 
     def __call__(
         self, *, image_shape: tuple[int, int, int], latent_dim: int, num_params: int
     ) -> tuple[nn.Module, nn.Module] | Network:
-        """`num_params` is the number of the likelihood's parameters for each pixel."""
+        """`num_params` is the number of the likelihood's parameters for each pixel.
+
+        A factory that builds conditional networks has a keyword `num_classes` as well, 0 without a condition.
+        """
         ...
 
 

@@ -24,6 +24,7 @@ class Ladder(Network):
         image_shape: tuple[int, int, int],
         latent_dim: int,
         num_params: int,
+        num_classes: int = 0,
         hidden: tuple[int, ...] = (256, 256),
         top_dim: int = 8,
     ) -> None:

@@ -3,21 +3,45 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "relu": lambda: nn.ReLU(inplace=True),
+    "gelu": nn.GELU,
+    "silu": lambda: nn.SiLU(inplace=True),
+    "tanh": nn.Tanh,
+}
 
 
-def fully_connected(widths: list[int]) -> list[nn.Module]:
-    """Linear layers of these widths with ReLUs between them; the last layer is linear."""
+def fully_connected(widths: list[int], activation: str = "relu") -> list[nn.Module]:
+    """Linear layers of these widths with activations between them; the last layer is linear."""
     layers: list[nn.Module] = []
     for num_in, num_out in pairwise(widths):
-        layers += [nn.Linear(num_in, num_out), nn.ReLU(inplace=True)]
+        layers += [nn.Linear(num_in, num_out), ACTIVATIONS[activation]()]
     return layers[:-1]
 
 
+class WithLabel(nn.Sequential):
+    """Layers whose input is flattened; a one-hot label `(N, num_classes)` stands beside it."""
+
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
+        x = x.flatten(1)
+        result: Tensor = super().forward(x if condition is None else torch.cat([x, condition.to(x)], dim=1))
+        return result
+
+
 def mlp(
-    *, image_shape: tuple[int, int, int], latent_dim: int, num_params: int, hidden: tuple[int, ...] = (400, 100)
+    *,
+    image_shape: tuple[int, int, int],
+    latent_dim: int,
+    num_params: int,
+    num_classes: int = 0,
+    hidden: tuple[int, ...] = (400, 100),
+    activation: str = "relu",
 ) -> tuple[nn.Module, nn.Module]:
     """An encoder `(N, C, H, W) -> (N, 2 * latent_dim)` and a decoder `(N, latent_dim) -> (N, num_params, H, W)`.
 
@@ -25,8 +49,8 @@ def mlp(
     """
     num_pixels = math.prod(image_shape)
     params_shape = (num_params, *image_shape[1:])
-    encoder = nn.Sequential(nn.Flatten(), *fully_connected([num_pixels, *hidden, 2 * latent_dim]))
-    decoder = nn.Sequential(
-        *fully_connected([latent_dim, *reversed(hidden), math.prod(params_shape)]), nn.Unflatten(1, params_shape)
-    )
+    inwards = [num_pixels + num_classes, *hidden, 2 * latent_dim]
+    outwards = [latent_dim + num_classes, *reversed(hidden), math.prod(params_shape)]
+    encoder = WithLabel(nn.Identity(), *fully_connected(inwards, activation))
+    decoder = WithLabel(*fully_connected(outwards, activation), nn.Unflatten(1, params_shape))
     return encoder, decoder
