@@ -49,7 +49,7 @@ def test_every_field_is_documented_with_a_sentence(field: FieldDoc) -> None:
         ("objective", OBJECTIVES),
         ("optim.optimizer", OPTIMIZERS),
         ("model.initialization", INITIALIZATIONS),
-        ("optim.schedule.name", SCHEDULES),
+        ("optim.schedule", SCHEDULES),
     ],
 )
 def test_allowed_names_are_the_keys_of_the_table(key: str, table: dict[str, Any]) -> None:

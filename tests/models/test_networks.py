@@ -205,7 +205,9 @@ def test_signed_range_maps_zero_to_one_onto_minus_one_to_one(network: str, monke
         model = build(network, (3, 5, 7), model={"encoder_range": encoder_range})
         bottom_up = model.network.bottom_up
         monkeypatch.setattr(
-            model.network, "bottom_up", lambda x, r=encoder_range, f=bottom_up: (fed.update({r: x.clone()}), f(x))[1]
+            model.network,
+            "bottom_up",
+            lambda x, condition, r=encoder_range, f=bottom_up: (fed.update({r: x.clone()}), f(x))[1],
         )
         model.posteriors(x)
     assert torch.equal(fed["unit"], x)
