@@ -238,7 +238,7 @@ class TrainedVAE:
     def _images_of(self, splits: Splits, split: SplitName, num: int, *, spread: bool = False) -> Tensor:
         """Images of a split as the model sees them in evaluation, on its device."""
         loader = splits.loader(split, self.experiment, shards_of(SingleProcess(self.device)))
-        return loader.sample(num) if spread else loader.images(loader.indices[:num])
+        return loader.images(loader.spread(num) if spread else loader.indices[:num])
 
     def _check_images(self, images: Split) -> None:
         """Raise `UserError` for images of another shape than the model's; warn of others than the run had."""

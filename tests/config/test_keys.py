@@ -201,7 +201,7 @@ def test_a_mistake_about_entries_names_what_there_is(key: str, value: object, me
 def test_types_in_the_help_are_those_of_the_fields() -> None:
     by_type = {type_: [f.key for f in FIELDS if f.type == type_] for type_ in {f.type for f in FIELDS}}
     assert set(by_type) - {t for t in by_type if t.startswith("{")} == {
-        "INT", "INT|auto", "FLOAT", "BOOL", "TEXT", "TEXT,TEXT,...", "PATH", "INT,INT,...",
+        "INT", "INT|auto", "FLOAT", "BOOL", "TEXT", "TEXT,TEXT,...", "FLOAT,FLOAT,...", "PATH", "INT,INT,...",
         "INT|HEIGHT,WIDTH", "auto|LOW,HIGH", "flip,shift:INT", "white|black|#RRGGBB",
     }  # fmt: skip
     assert by_type["INT|HEIGHT,WIDTH"] == ["data.image_size"]

@@ -268,5 +268,6 @@ def _type_name(annotation: Any) -> str:
         first = _type_name(kinds[0])
         return f"{first}|auto" if any(literal_values(part) == ("auto",) for part in kinds[1:]) else first
     if origin is tuple:
-        return "INT,INT,..." if _type_name(typing.get_args(annotation)[0]) == "INT" else "TEXT,TEXT,..."
+        kind = _type_name(typing.get_args(annotation)[0])
+        return f"{kind},{kind},..."
     return {int: "INT", float: "FLOAT", bool: "BOOL", str: "TEXT", Path: "PATH"}[annotation]

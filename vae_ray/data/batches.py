@@ -152,13 +152,16 @@ class Loader:
         return indices[torch.randperm(len(indices), generator=generator(self.seed, "order", epoch, number))]
 
     def _batch(self, indices: Tensor, rows: slice, global_size: int, *, epoch: int | None) -> Batch:
-        labels = {name: values.index_select(0, indices) for name, values in self.split.columns.items()}
-        return Batch(self.images(indices, epoch=epoch), rows, global_size, labels)
+        return Batch(self.images(indices, epoch=epoch), rows, global_size, self.labels(indices))
 
-    def sample(self, num: int) -> Tensor:
-        """`num` images from all over the split, as evaluation sees them; all where there are fewer."""
+    def spread(self, num: int) -> Tensor:
+        """The indices of `num` images from all over the split; of all where there are fewer."""
         num = min(num, len(self.indices))
-        return self.images(self.indices[torch.arange(num) * len(self.indices) // max(1, num)])
+        return self.indices[torch.arange(num) * len(self.indices) // max(1, num)]
+
+    def labels(self, indices: Tensor) -> dict[str, Tensor]:
+        """Labels and factors of images by name, `(n,)`; empty where the data set has none."""
+        return {name: values.index_select(0, indices) for name, values in self.split.columns.items()}
 
     def images(self, indices: Tensor, *, epoch: int | None = None) -> Tensor:
         """Floats in [0, 1], `(n, C, H, W)`, on this worker's device; augmented as in the training of an epoch."""

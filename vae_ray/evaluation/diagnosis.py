@@ -21,7 +21,9 @@ INFORMATIVE_NATS = 0.01
 
 
 @torch.inference_mode()
-def find_failures(model: VAE, x: Tensor, mean_image: Tensor, experiment: Experiment) -> list[str]:
+def find_failures(
+    model: VAE, x: Tensor, mean_image: Tensor, experiment: Experiment, condition: Tensor | None = None
+) -> list[str]:
     """A line if no latent dimension is informative, or if the nats are not better than those of the mean image.
 
     The rate counts as it did in the loss, with a beta below 1: an autoencoder's (beta 0) is not held against it.
@@ -31,9 +33,11 @@ def find_failures(model: VAE, x: Tensor, mean_image: Tensor, experiment: Experim
         x: images that it was not trained with, `(N, C, H, W)` in [0, 1].
         mean_image: of the training images, `(C, H, W)`.
         experiment: what was trained.
+        condition: of the images, in a conditional VAE, `(N, num_classes)`.
     """
     model.eval()
-    output = model(x, latent_noise(model.latent_shapes, slice(0, len(x)), 0, "diagnosis", device=x.device))
+    noise = latent_noise(model.latent_shapes, slice(0, len(x)), 0, "diagnosis", device=x.device)
+    output = model(x, noise, condition=condition)
     distortion, rate = (float(term.mean()) for term in elbo_terms(output, x, model.likelihood))
     settings = build_objective(experiment.objective).settings(float(experiment.training.epochs), LAST_STEP)
     beta = min(1.0, settings.get("beta", 1.0))

@@ -41,18 +41,28 @@ class Traversal(NamedTuple):
 
 
 @torch.inference_mode()
-def traverse(model: VAE, x: Tensor, *, num_dimensions: int = 10, steps: int = 11, extent: float = 3.0) -> Traversal:
+def traverse(
+    model: VAE,
+    x: Tensor,
+    condition: Tensor | None = None,
+    *,
+    num_dimensions: int = 10,
+    steps: int = 11,
+    extent: float = 3.0,
+) -> Traversal:
     """Move each of the `num_dimensions` dimensions of largest rate from -`extent` to `extent`, the others at 0.
 
     Dimensions are ordered by their mean KL over the images `x` `(N, C, H, W)` in [0, 1]. `extent` is in standard
-    deviations of the group's prior, around its mean.
+    deviations of the group's prior, around its mean. A conditional VAE is shown for the class of the first image.
     """
-    rates = torch.cat([elementwise_rate(group).flatten(1).mean(0) for group in model.posteriors(x)])
+    rates = torch.cat([elementwise_rate(group).flatten(1).mean(0) for group in model.posteriors(x, condition)])
     order = rates.argsort(descending=True, stable=True)[:num_dimensions]
     noise = torch.zeros(len(order), steps, len(rates), device=x.device, dtype=x.dtype)
     for row, dimension in enumerate(order.tolist()):
         noise[row, :, dimension] = torch.linspace(-extent, extent, steps)
-    images = model.generate(split_groups(noise.flatten(0, 1), model.latent_shapes))
+    latents = split_groups(noise.flatten(0, 1), model.latent_shapes)
+    same = None if condition is None else condition[:1].expand(len(latents[0]), -1)
+    images = model.generate(latents, condition=same)
     check_means(images, model.likelihood, given=f"extent: got {extent:g}")
     return Traversal(images.unflatten(0, (len(order), steps)), order.tolist(), rates[order].tolist())
 
@@ -68,7 +78,7 @@ def elementwise_rate(group: Group) -> Tensor:
 
 
 @torch.inference_mode()
-def decode_codes(model: VAE, codes: Any) -> Tensor:
+def decode_codes(model: VAE, codes: Any, condition: Tensor | None = None) -> Tensor:
     """Means of p(x|z) `(N, C, H, W)` for codes `(N, latent_dim)`: a tensor, an array or a nested list of numbers.
 
     Raises `UserError` for another shape, for what is not finite, and for codes whose images are not.
@@ -79,7 +89,7 @@ def decode_codes(model: VAE, codes: Any) -> Tensor:
     if z.is_complex() or not z.isfinite().all():
         raise UserError("z: got complex numbers, NaN or infinity, should be finite numbers")
     reference = next(model.parameters())
-    images = model.decode(split_groups(z.to(reference), model.latent_shapes))
+    images = model.decode(split_groups(z.to(reference), model.latent_shapes), condition)
     check_means(images, model.likelihood, given=f"z: got a code with {float(z.abs().max()):g}")
     return images
 

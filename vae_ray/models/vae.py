@@ -75,11 +75,15 @@ class VAE(nn.Module):
 
     def condition(self, labels: Mapping[str, Tensor]) -> Tensor | None:
         """One-hot rows `(N, num_classes)` of the labels that the model is conditional on; None of any other model."""
-        if self.condition_on is None:
-            return None
-        reference = next(self.network.parameters())
-        one_hot = torch.nn.functional.one_hot(labels[self.condition_on].long(), self.num_classes)
-        return one_hot.to(reference)
+        return None if self.condition_on is None else self.one_hot(labels[self.condition_on])
+
+    def classes_in_turn(self, num: int) -> Tensor | None:
+        """One-hot rows `(num, num_classes)` of the classes 0, 1, ... again and again; None of a model without them."""
+        return None if self.condition_on is None else self.one_hot(torch.arange(num) % self.num_classes)
+
+    def one_hot(self, classes: Tensor) -> Tensor:
+        """`(N, num_classes)` of whole numbers `(N,)` from 0 to num_classes - 1."""
+        return torch.nn.functional.one_hot(classes.long(), self.num_classes).to(next(self.network.parameters()))
 
     def features(self, x: Tensor, condition: Tensor | None = None) -> Features:
         """What the network computes of the images, in the range that its encoder is fed."""

@@ -46,10 +46,20 @@ class Recorder:
         experiment: what is trained.
         first_epoch: the first epoch to record; records of it and of later epochs are deleted.
         test_images: `(n, C, H, W)` in [0, 1], shown with their reconstructions.
+        test_labels: their labels and factors by name, `(n,)`.
     """
 
-    def __init__(self, run: RunDirectory, experiment: Experiment, *, first_epoch: int, test_images: Tensor) -> None:
-        self._run, self._experiment, self._test_images = run, experiment, test_images
+    def __init__(
+        self,
+        run: RunDirectory,
+        experiment: Experiment,
+        *,
+        first_epoch: int,
+        test_images: Tensor,
+        test_labels: dict[str, Tensor],
+    ) -> None:
+        self._run, self._experiment = run, experiment
+        self._test_images, self._test_labels = test_images, test_labels
         self._unwritten: list[dict[str, Any]] = []
         self._last_nelbo: dict[str, float] = {}
         self._next_progress = 0.0
@@ -73,7 +83,8 @@ class Recorder:
         for key, value in record.items():
             if key not in NOT_CURVES:
                 self._events.add_scalar(key, value, epoch)
-        for name, picture in _pictures(model, self._test_images, name_of(self._experiment.data), epoch).items():
+        images, labels = self._test_images, self._test_labels
+        for name, picture in _pictures(model, images, labels, name_of(self._experiment.data), epoch).items():
             png = png_bytes(picture)
             self._events.add_png(name, picture, png, epoch)
             with self._warn_on_failure("pictures"):
@@ -137,13 +148,15 @@ class Recorder:
 
 
 @torch.inference_mode()
-def _pictures(model: VAE, x: Tensor, source: str, epoch: int) -> dict[str, Image.Image]:
+def _pictures(model: VAE, x: Tensor, labels: dict[str, Tensor], source: str, epoch: int) -> dict[str, Image.Image]:
     """Pictures by kind: samples of the prior, reconstructions of images `x`, and traversals of the latent space."""
     model.eval()
     x = x.to(next(model.parameters()).device)
     # the same noise in every epoch and in every run of these latent shapes: two grids differ only if their models do
     noise = latent_noise(model.latent_shapes, slice(0, NUM_SAMPLES), 0, "sample grid", device=x.device)
-    samples, reconstructions, traversal = model.generate(noise), model.reconstruct(x), traverse(model, x)
+    condition = model.condition(labels)
+    samples = model.generate(noise, condition=model.classes_in_turn(NUM_SAMPLES))
+    reconstructions, traversal = model.reconstruct(x, condition), traverse(model, x, condition)
     return {
         "samples": square_grid(
             samples, title=f"{source} · samples, z ~ p(z) · epoch {epoch}", largest_tile=TILE_PIXELS

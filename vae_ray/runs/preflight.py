@@ -18,7 +18,7 @@ from vae_ray.data.splits import Splits
 from vae_ray.errors import UserError, one_line
 from vae_ray.evaluation.metrics import ELBO_TERMS
 from vae_ray.models.networks import EncoderDecoder
-from vae_ray.models.vae import VAE, build_vae, shape_vae
+from vae_ray.models.vae import VAE, build_vae, repeated, shape_vae
 from vae_ray.objectives import Objective, build_objective
 from vae_ray.objectives.base import Losses
 from vae_ray.parallel.global_batch import GlobalBatch
@@ -63,7 +63,8 @@ def preflight(experiment: Experiment, *, progress: Progress | None = None) -> Ch
     """
     check_writable(experiment.run.storage)
     splits = Splits.open(experiment, progress=progress)
-    requested = experiment = experiment.with_overrides({"data.num_validation": splits.num_validation})
+    experiment = experiment.with_overrides({"data.num_validation": splits.num_validation})
+    requested = experiment = with_num_classes(experiment, splits)
     num_training = len(splits.train_indices)
     batch = experiment.training.global_batch_size
     if batch > num_training:
@@ -87,6 +88,39 @@ def preflight(experiment: Experiment, *, progress: Progress | None = None) -> Ch
     return Checked(requested, experiment, splits)
 
 
+def with_num_classes(experiment: Experiment, splits: Splits) -> Experiment:
+    """The experiment of a conditional VAE with the number of classes that its images have.
+
+    Raises `UserError` if they lack the labels of `model.condition`, or not all have one.
+    """
+    name, given = experiment.model.condition, experiment.model.num_classes
+    if name is None:
+        return experiment
+    every = [split.columns.get(name) for split in splits.dataset.splits.values()]
+    if any(values is None for values in every):
+        there = ", ".join(sorted(splits.train.columns))
+        raise UserError(
+            f"model.condition: got {name!r}, but the images have {f'only {there}' if there else 'no labels'}; "
+            + (f"for example --model.condition {min(splits.train.columns)}" if there else "leave it out")
+        )
+    values = torch.cat([values for values in every if values is not None])
+    if values.is_floating_point():
+        raise UserError(
+            f"model.condition: {name!r} has numbers such as {float(values[0]):g}, should be classes 0, 1, ..."
+        )
+    if num_without := int((values < 0).sum()):
+        raise UserError(
+            f"model.condition: {num_without} of {len(values)} images have no {name!r}, all should have one; leave them "
+            "out of the data, or leave out model.condition"
+        )
+    least = max(int(values.max()) + 1, len(splits.dataset.description.names.get(name, ())))
+    if least > MOST_CLASSES:
+        raise UserError(f"model.condition: {name!r} has values up to {least - 1}, should be classes 0, 1, ...")
+    if given is not None and given < least:
+        raise UserError(f"model.num_classes: got {given}, but {name!r} has {least} classes; leave it out")
+    return experiment.with_overrides({"model.num_classes": given or least})
+
+
 def check_workers(experiment: Experiment, model: VAE) -> None:
     """Refuse workers (resolved ones) of which not all have an image, and BatchNorm on more than one."""
     batch = experiment.training.global_batch_size
@@ -104,6 +138,8 @@ def check_workers(experiment: Experiment, model: VAE) -> None:
         )
 
 
+MOST_CLASSES = 10_000
+"""Of a conditional VAE; labels with larger values are no classes."""
 LARGEST_CHECKED_ON_CPU = 50_000_000
 """Weights of a model whose shapes are checked by a real pass. A pass on the meta device imports torch's compiler, which
 takes three seconds; a real one of a small model takes milliseconds."""
@@ -141,16 +177,20 @@ def _check_pass(model: VAE, experiment: Experiment, objective: Objective, *, num
         raise UserError(f"model.network: {config.network.name} has no weights to train")
     x = torch.zeros(CHECKED_ROWS, *shape)
     latents = tuple(torch.zeros(num, *each) for each in model.latent_shapes)
+    condition = model.classes_in_turn(CHECKED_ROWS)
+    repeated_condition = None if condition is None else repeated(condition, objective.num_samples)
     network = f"{config.network.name} does not fit images of shape {shape} and model.latent_dim {config.latent_dim}"
     with misfit_named("model.prior", f"{config.prior.name} is not a distribution of {num} rows"):
-        prior = model.prior(num, x)
+        prior = model.prior(num, x) if condition is None else model.prior(num, x, repeated_condition)
         _check_shape("the mean", prior.mean, latents[0].shape)
         _check_shape("a sample", prior.rsample(latents[0]), latents[0].shape)
         _check_shape("log_prob", prior.log_prob(latents[0]), (num,))
     with misfit_named("model.network", network):
         if isinstance(model.network, EncoderDecoder):
-            _check_shape("the encoder's output", model.network.encoder(x), (CHECKED_ROWS, 2 * config.latent_dim))
-        output = model(x, latents, objective.num_samples)
+            num_channels, *sides = model.latent_shapes[0]
+            (encoded,) = model.network.bottom_up(x, condition)
+            _check_shape("the encoder's output", encoded, (CHECKED_ROWS, 2 * num_channels, *sides))
+        output = model(x, latents, objective.num_samples, condition)
         params_shape = (num, model.likelihood.num_params(shape[0]), *shape[1:])
         _check_shape("the decoder's output", output.params, params_shape)
     with misfit_named("likelihood", f"{experiment.likelihood.name} does not fit images of shape {shape}"):

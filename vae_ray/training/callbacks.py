@@ -42,9 +42,12 @@ class Callbacks:
 
 
 def decoder_of(model: VAE) -> Callable[[Any], Tensor]:
-    """A function from codes `(N, latent_dim)`, of all groups side by side, to means of p(x|z) `(N, C, H, W)`."""
+    """A function from codes `(N, latent_dim)`, of all groups side by side, to means of p(x|z) `(N, C, H, W)`.
+
+    A conditional VAE is given the classes 0, 1, ... in turn.
+    """
 
     def decode(z: Any) -> Tensor:
-        return decode_codes(model.eval(), z)
+        return decode_codes(model.eval(), z, model.classes_in_turn(len(z)))
 
     return decode

@@ -98,8 +98,15 @@ def fit_epochs(
 
 
 def _recorder(trainer: Trainer) -> Recorder:
-    images = trainer.loader("test").sample(NUM_RECONSTRUCTIONS)
-    return Recorder(trainer.run, trainer.experiment, first_epoch=trainer.epochs_done + 1, test_images=images)
+    loader = trainer.loader("test")
+    indices = loader.spread(NUM_RECONSTRUCTIONS)
+    return Recorder(
+        trainer.run,
+        trainer.experiment,
+        first_epoch=trainer.epochs_done + 1,
+        test_images=loader.images(indices),
+        test_labels=loader.labels(indices),
+    )
 
 
 def _record_attempt(trainer: Trainer) -> None:

@@ -141,6 +141,7 @@ def save_batch(
         {
             "pixels": loader.split.gather(indices),
             "indices": indices,
+            **{f"labels.{name}": values[indices] for name, values in loader.split.columns.items()},
             **{f"eps.{group}": eps.contiguous() for group, eps in enumerate(noise)},
         },
         metadata={
