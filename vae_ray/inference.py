@@ -15,6 +15,7 @@ from vae_ray.checkpoints.finding import find_checkpoint
 from vae_ray.checkpoints.loading import WEIGHTS, Checkpoint
 from vae_ray.config import user_code
 from vae_ray.config.experiment import Experiment, is_place_key
+from vae_ray.data.batches import Loader
 from vae_ray.data.cache import name_of
 from vae_ray.data.dataset import Split
 from vae_ray.data.images import as_images
@@ -196,8 +197,10 @@ class TrainedVAE:
         """A line if the model is useless: no informative latent dimension, or not better than the mean image."""
         splits = Splits.open(self.experiment)
         self._check_images(splits.test)
-        x = self._images_of(splits, "test", NUM_IMAGES)
-        return find_failures(self.model, x, splits.mean_training_image(), self.experiment)
+        loader = self._loader(splits, "test")
+        indices = loader.indices[:NUM_IMAGES]
+        x, condition = loader.images(indices), self.model.condition(loader.labels(indices))
+        return find_failures(self.model, x, splits.mean_training_image(), self.experiment, condition)
 
     def labels(self, split: SplitName = "test") -> dict[str, Any]:
         """What must be equal for two systems' numbers to be comparable."""
@@ -237,8 +240,11 @@ class TrainedVAE:
 
     def _images_of(self, splits: Splits, split: SplitName, num: int, *, spread: bool = False) -> Tensor:
         """Images of a split as the model sees them in evaluation, on its device."""
-        loader = splits.loader(split, self.experiment, shards_of(SingleProcess(self.device)))
+        loader = self._loader(splits, split)
         return loader.images(loader.spread(num) if spread else loader.indices[:num])
+
+    def _loader(self, splits: Splits, split: SplitName) -> Loader:
+        return splits.loader(split, self.experiment, shards_of(SingleProcess(self.device)))
 
     def _check_images(self, images: Split) -> None:
         """Raise `UserError` for images of another shape than the model's; warn of others than the run had."""

@@ -62,9 +62,8 @@ class VAE(nn.Module):
         `condition` `(N, num_classes)` is what `condition` gives for the images' labels.
         """
         features = self.features(x, condition)
-        if num_samples > 1:
-            features = tuple(repeated(part, num_samples) for part in features)
-            condition = None if condition is None else repeated(condition, num_samples)
+        features = tuple(repeated(part, num_samples) for part in features)
+        condition = None if condition is None else repeated(condition, num_samples)
 
         def sample(group: int, posterior: Distribution | None, prior: Distribution) -> Tensor:
             assert posterior is not None
@@ -130,7 +129,7 @@ class VAE(nn.Module):
 
 def repeated(t: Tensor, num_samples: int) -> Tensor:
     """`(num_samples * N, ...)` of `(N, ...)`: all rows once for each sample, sample by sample."""
-    return t.repeat(num_samples, *[1] * (t.ndim - 1))
+    return t if num_samples == 1 else t.repeat(num_samples, *[1] * (t.ndim - 1))
 
 
 def posterior_mean(group: int, posterior: Distribution | None, prior: Distribution) -> Tensor:

@@ -56,9 +56,8 @@ class Objective(nn.Module):
 
 def elbo_terms(output: Output, x: Tensor, likelihood: Likelihood) -> tuple[Tensor, Tensor]:
     """distortion and rate in nats, `(k, N)` each, for the images `x` `(N, C, H, W)` in [0, 1]."""
-    images = repeated(x, output.num_samples) if output.num_samples > 1 else x
     shape = (output.num_samples, len(x))
-    return -likelihood.log_prob(output.params, images).view(shape), output.rate().view(shape)
+    return -likelihood.log_prob(output.params, repeated(x, output.num_samples)).view(shape), output.rate().view(shape)
 
 
 def of_global_batch(value: Tensor, batch: GlobalBatch) -> tuple[Tensor, Tensor]:
