@@ -18,7 +18,7 @@ from vae_ray.config.experiment import Experiment, is_place_key
 from vae_ray.data.batches import Loader
 from vae_ray.data.cache import name_of
 from vae_ray.data.dataset import Split
-from vae_ray.data.images import as_images
+from vae_ray.data.images import as_images, as_tensor
 from vae_ray.data.splits import Splits
 from vae_ray.errors import CorruptFile, UserError, one_line
 from vae_ray.evaluation.diagnosis import NUM_IMAGES, find_failures
@@ -112,71 +112,92 @@ class TrainedVAE:
         return num_elements(self.model.latent_shapes)
 
     @torch.inference_mode()
-    def generate(self, num: int, *, seed: int = 0, temperature: float = 1.0) -> Tensor:
+    def generate(self, num: int, *, seed: int = 0, temperature: float = 1.0, label: int | str | None = None) -> Tensor:
         """Means of p(x|z) for `num` z from the prior: images `(num, C, H, W)` in [0, 1].
 
-        The first n of `generate(m)` are `generate(n)`. `temperature` scales the prior's standard deviation.
+        The first n of `generate(m)` are `generate(n)`. `temperature` scales the prior's standard deviation. `label` is
+        the class, or its name, of all images of a conditional VAE; None gives the classes 0, 1, ... in turn.
         """
         check_whole("num", num, least=1)
         _check_num_images("num", num)
         check_whole("seed", seed, least=0)
         temperature = finite_float("temperature", temperature, least=0)
         noise = latent_noise(self.model.latent_shapes, slice(0, num), seed, "generate", device=self.device)
-        images = self.model.generate(noise, temperature=temperature)
+        condition = self.model.classes_in_turn(num) if label is None else self._condition(num, label)
+        images = self.model.generate(noise, temperature=temperature, condition=condition)
         check_means(images, self.model.likelihood, given=f"temperature: got {temperature:g}")
         return images
 
     @torch.inference_mode()
-    def groups(self, images: Any) -> tuple[Group, ...]:
+    def groups(self, images: Any, labels: Any = None) -> tuple[Group, ...]:
         """q(z|x) and prior of each latent group, the top one first, with z at the posterior mean."""
-        return self.model.posteriors(self._floats(images))
+        x = self._floats(images)
+        return self.model.posteriors(x, self._condition(len(x), labels))
 
-    def posterior(self, images: Any) -> Distribution:
+    def posterior(self, images: Any, labels: Any = None) -> Distribution:
         """q(z|x) of a model with one group: `.mean`, `.logvar` `(N, latent_dim)`, `.kl(prior)`, ..."""
-        groups = self.groups(images)
+        groups = self.groups(images, labels)
         if len(groups) > 1:
             raise UserError(f"posterior: this model has {len(groups)} latent groups; use groups(images)")
         assert groups[0].posterior is not None
         return groups[0].posterior
 
-    def encode(self, images: Any) -> Tensor:
+    def encode(self, images: Any, labels: Any = None) -> Tensor:
         """The posterior mean, `(N, latent_dim)`: a deterministic code of each image."""
-        return join_groups(tuple(group.z for group in self.groups(images)))
+        return join_groups(tuple(group.z for group in self.groups(images, labels)))
 
-    def decode(self, z: Any) -> Tensor:
+    def decode(self, z: Any, labels: Any = None) -> Tensor:
         """Means of p(x|z), images `(N, C, H, W)` in [0, 1], for codes `(N, latent_dim)`."""
-        return decode_codes(self.model, z)
+        return decode_codes(self.model, z, self._condition(len(z), labels))
 
-    def reconstruct(self, images: Any) -> Tensor:
+    def reconstruct(self, images: Any, labels: Any = None) -> Tensor:
         """Each image through its posterior mean and back: `(N, C, H, W)` in [0, 1]."""
-        return self.decode(self.encode(images))
+        return self.decode(self.encode(images, labels), labels)
 
-    def interpolate(self, start: Any, end: Any, *, steps: int = 10, method: Method = "linear") -> Tensor:
+    def interpolate(
+        self,
+        start: Any,
+        end: Any,
+        labels: Any = None,
+        end_labels: Any = None,
+        *,
+        steps: int = 10,
+        method: Method = "linear",
+    ) -> Tensor:
         """Images `(N, steps, C, H, W)` along paths between the codes of `start` and `end`, each `(N, C, H, W)`.
 
         "linear" is a straight line; "spherical" also turns at constant speed (Shoemake 1985), so that
-        points stay about as far from the origin as the prior's (White 2016, arXiv:1609.04468).
+        points stay about as far from the origin as the prior's (White 2016, arXiv:1609.04468). In a conditional VAE a
+        path leads from the one-hot `labels` to `end_labels` as well (None: the same), in a straight line.
         """
         check_whole("steps", steps, least=2)
         check_choice("method", method, INTERPOLATIONS)
-        a, b = self.encode(start), self.encode(end)
+        end_labels = labels if end_labels is None else end_labels
+        a, b = self.encode(start, labels), self.encode(end, end_labels)
         if len(a) != len(b):
             raise UserError(f"images: got {len(a)} starts and {len(b)} ends, should be as many of each")
         _check_num_images("steps", len(a) * int(steps))
-        path = INTERPOLATIONS[method](a, b, torch.linspace(0, 1, steps))
-        return self.decode(path.flatten(0, 1)).unflatten(0, (-1, steps))
+        t = torch.linspace(0, 1, steps)
+        path = INTERPOLATIONS[method](a, b, t)
+        first, last = self._condition(len(a), labels), self._condition(len(b), end_labels)
+        condition = None if first is None or last is None else INTERPOLATIONS["linear"](first, last, t).flatten(0, 1)
+        return decode_codes(self.model, path.flatten(0, 1), condition).unflatten(0, (-1, steps))
 
-    def traverse(self, images: Any, *, num_dimensions: int = 10, steps: int = 11, extent: float = 3.0) -> Traversal:
+    def traverse(
+        self, images: Any, labels: Any = None, *, num_dimensions: int = 10, steps: int = 11, extent: float = 3.0
+    ) -> Traversal:
         """What each latent dimension does: images `(dimensions, steps, C, H, W)` along it, the others at 0.
 
-        Dimensions are in order of their rate over `images`; `extent` is in standard deviations of the prior.
+        Dimensions are in order of their rate over `images`; `extent` is in standard deviations of the prior. A
+        conditional VAE is shown for the label of the first image.
         """
         check_whole("num_dimensions", num_dimensions, least=1)
         check_whole("steps", steps, least=2)
         _check_num_images("steps", min(int(num_dimensions), self.latent_dim) * int(steps))
         extent = finite_float("extent", extent)
         x = self._floats(images)
-        return traverse(self.model, x, num_dimensions=num_dimensions, steps=steps, extent=extent)
+        condition = self._condition(len(x), labels)
+        return traverse(self.model, x, condition, num_dimensions=num_dimensions, steps=steps, extent=extent)
 
     def evaluate(self, split: SplitName = "test") -> dict[str, float]:
         """`{"test/nelbo": ..., "test/distortion": ..., "test/rate": ...}` in nats per image.
@@ -222,10 +243,17 @@ class TrainedVAE:
 
         With `spread` as many from all over the split, which may be sorted by class.
         """
+        return self.test_examples(num, spread=spread)[0]
+
+    def test_examples(self, num: int, *, spread: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Those test images, and the labels `(num,)` that a conditional VAE is given with them; else None."""
         check_whole("num", num, least=1)
         splits = Splits.open(self.experiment)
         self._check_images(splits.test)
-        return self._images_of(splits, "test", num, spread=spread).cpu()
+        loader = self._loader(splits, "test")
+        indices = loader.spread(num) if spread else loader.indices[:num]
+        name = self.model.condition_on
+        return loader.images(indices).cpu(), None if name is None else loader.labels(indices)[name]
 
     def targets(self, split: SplitName = "test") -> dict[str, Tensor]:
         """Labels and factors of the images of a split by name, int64 or float64 `(N,)`, in the order of the images."""
@@ -238,11 +266,6 @@ class TrainedVAE:
         """What the values 0, 1, ... of labels mean, by the labels' name; of those that have names."""
         return Splits.open(self.experiment).dataset.description.names
 
-    def _images_of(self, splits: Splits, split: SplitName, num: int, *, spread: bool = False) -> Tensor:
-        """Images of a split as the model sees them in evaluation, on its device."""
-        loader = self._loader(splits, split)
-        return loader.images(loader.spread(num) if spread else loader.indices[:num])
-
     def _loader(self, splits: Splits, split: SplitName) -> Loader:
         return splits.loader(split, self.experiment, shards_of(SingleProcess(self.device)))
 
@@ -254,6 +277,28 @@ class TrainedVAE:
         if images.image_shape != self.image_shape:
             raise UserError(f"{message}; use the run's images, for example with --data.root DIR")
         logger.warning("%s; these numbers and pictures do not compare with the run's", message)
+
+    def _condition(self, num: int, labels: Any) -> Tensor | None:
+        """One-hot rows of the labels `(num,)`, or of one for all; raises `UserError` if they do not fit the model."""
+        name, num_classes = self.model.condition_on, self.model.num_classes
+        if name is None:
+            if labels is not None:
+                raise UserError("labels: this model is not conditional; train one with --model.condition label")
+            return None
+        allowed = f"should be the class of each image, 0 to {num_classes - 1}, or one for all"
+        if labels is None:
+            raise UserError(f"labels: this model is conditional on {name!r}; {allowed}")
+        if isinstance(labels, str):
+            names = self.target_names.get(name, [])
+            if labels not in names:
+                named = f"; their names are {', '.join(names)}" if names else ""
+                raise UserError(f"labels: got {labels!r}, {allowed}{named}")
+            labels = names.index(labels)
+        classes = as_tensor(labels, key="labels")
+        is_whole = not classes.is_floating_point() and not classes.is_complex() and classes.dtype != torch.bool
+        if not is_whole or classes.shape not in ((), (num,)) or not ((classes >= 0) & (classes < num_classes)).all():
+            raise UserError(f"labels: got {short_repr(labels)}, {allowed}")
+        return self.model.one_hot(classes.to(self.device).expand(num))
 
     def _floats(self, images: Any) -> Tensor:
         return as_images(images, self.image_shape).to(self.device)

@@ -179,11 +179,13 @@ EXPERIMENT: Arguments = {
     **TRUST,
 }
 MODEL: Arguments = {"checkpoint": _text("a checkpoint, or the directory of a run or a sweep", "CHECKPOINT"), **TRUST}
+LABEL: Arguments = {"--label": _text("the class, or its name, of all images of a conditional VAE", "LABEL")}
 IMAGES: Arguments = {
     "--images": _text(
         "your own images of the model's size instead of test images: a directory of pictures,\na .npy or a .npz file",
         "DIR|FILE",
-    )
+    ),
+    **LABEL,
 }
 PICTURE: Arguments = {**MODEL, "--out": _text("where to write the picture", "FILE.png", required=True)}
 CLUSTER: Arguments = {
@@ -214,6 +216,8 @@ COMMANDS: Mapping[Callable[[argparse.Namespace], dict[str, Any]], Arguments] = {
         **PICTURE,
         "--num": _number("how many", 64),
         "--seed": _text("seed of z (default 0)", type=int, default=0),
+        "--temperature": _text("factor of the prior's standard deviation (default 1)", type=float, default=1.0),
+        **LABEL,
     },
     pictures.reconstruct: {**PICTURE, **IMAGES, "--num": _number("how many", 32)},
     pictures.interpolate: {

@@ -30,16 +30,23 @@ def load_model(options: argparse.Namespace) -> TrainedVAE:
     return TrainedVAE.load(options.checkpoint, trust_code=options.trust_code, data=options.overrides)
 
 
-def _images(options: argparse.Namespace, model: TrainedVAE, num: int) -> Tensor:
-    """The first `num` images of `--images`, else of the test split."""
+def _images(options: argparse.Namespace, model: TrainedVAE, num: int) -> tuple[Tensor, Any]:
+    """The first `num` images of `--images`, else of the test split; and the labels of a conditional VAE's."""
     if options.images is None:
-        return model.test_images(num, spread=True)
+        return model.test_examples(num, spread=True)
     from vae_ray.data.image_files import read_images
     from vae_ray.data.sources import rules_for
     from vae_ray.storage.locations import local_path
 
     rules = rules_for(model.experiment.data, model.image_shape)
-    return read_images(local_path(options.images, key="--images"), model.image_shape, num=num, rules=rules)
+    images = read_images(local_path(options.images, key="--images"), model.image_shape, num=num, rules=rules)
+    return images, _label(options)
+
+
+def _label(options: argparse.Namespace) -> int | str | None:
+    """`--label`, a class or its name."""
+    label: str | None = options.label
+    return int(label) if label is not None and label.isdecimal() else label
 
 
 def _name_of_images(options: argparse.Namespace) -> str:
@@ -84,7 +91,7 @@ def generate(options: argparse.Namespace) -> dict[str, Any]:
     from vae_ray.run_files.image_grids import square_grid
 
     model = load_model(options)
-    images = model.generate(options.num, seed=options.seed)
+    images = model.generate(options.num, seed=options.seed, temperature=options.temperature, label=_label(options))
     return _answer(square_grid(images, title=_title(model, "samples, z ~ p(z)")), options, model)
 
 
@@ -93,9 +100,9 @@ def reconstruct(options: argparse.Namespace) -> dict[str, Any]:
     from vae_ray.run_files.image_grids import pairs_grid
 
     model = load_model(options)
-    images = _images(options, model, options.num)
+    images, labels = _images(options, model, options.num)
     title = _title(model, f"{_name_of_images(options)}, z = posterior mean")
-    return _answer(pairs_grid(images, model.reconstruct(images), title=title), options, model)
+    return _answer(pairs_grid(images, model.reconstruct(images, labels), title=title), options, model)
 
 
 def interpolate(options: argparse.Namespace) -> dict[str, Any]:
@@ -103,11 +110,12 @@ def interpolate(options: argparse.Namespace) -> dict[str, Any]:
     from vae_ray.run_files.image_grids import grid
 
     model = load_model(options)
-    images = _images(options, model, 2 * options.num)
+    images, labels = _images(options, model, 2 * options.num)
     if len(images) < 2:
         raise UserError(f"images: got {len(images)}, should be at least two, the ends of a path; give more by --images")
     start, end = images[0::2], images[1::2]
-    paths = model.interpolate(start[: len(end)], end, steps=options.steps, method=options.method)
+    labels, end_labels = (labels[0::2][: len(end)], labels[1::2]) if getattr(labels, "ndim", 0) else (labels, None)
+    paths = model.interpolate(start[: len(end)], end, labels, end_labels, steps=options.steps, method=options.method)
     title = _title(model, f"{options.method} interpolation between pairs of {_name_of_images(options)}")
     return _answer(grid(list(paths), title=title), options, model)
 
@@ -117,6 +125,7 @@ def traverse(options: argparse.Namespace) -> dict[str, Any]:
     from vae_ray.run_files.image_grids import grid
 
     model = load_model(options)
-    traversal = model.traverse(_images(options, model, 1000), num_dimensions=options.num, steps=options.steps)
+    images, labels = _images(options, model, 1000)
+    traversal = model.traverse(images, labels, num_dimensions=options.num, steps=options.steps)
     title = _title(model, "one latent dimension at a time, -3 to 3")
     return _answer(grid(list(traversal.images), title=title, row_labels=traversal.row_labels()), options, model)

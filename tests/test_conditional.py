@@ -1,0 +1,74 @@
+"""A conditional VAE from the data to the pictures: images of the class that is asked for, and refusals without one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.neighbors import KNeighborsClassifier
+
+from vae_ray import Experiment, TrainedVAE, UserError, train
+from vae_ray.cli.main import main
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> TrainedVAE:
+    overrides = {"model.condition": "label", "training.epochs": 15, "workers.num": 0}
+    place = {"run.storage": str(tmp_path_factory.mktemp("runs")), "run.name": "conditional"}
+    return TrainedVAE.load(train(Experiment.preset("digits").with_overrides({**overrides, **place})).run_dir)
+
+
+def classes_of(images: torch.Tensor, model: TrainedVAE) -> np.ndarray:
+    """The classes that the nearest of 1,000 test digits have."""
+    x, labels = model.test_examples(1000)
+    assert labels is not None
+    classes: np.ndarray = KNeighborsClassifier(1).fit(x.flatten(1).numpy(), labels.numpy()).predict(images.flatten(1))
+    return classes
+
+
+def test_images_have_the_label_that_is_asked_for(trained: TrainedVAE) -> None:
+    for label in (0, 4, 7):
+        assert np.mean(classes_of(trained.generate(100, label=label), trained) == label) > 0.9
+    in_turn = classes_of(trained.generate(200), trained)
+    assert np.mean(in_turn == np.arange(200) % 10) > 0.9
+
+
+def test_the_number_of_classes_is_in_the_experiment(trained: TrainedVAE) -> None:
+    assert trained.experiment.model.num_classes == 10
+
+
+def test_the_same_code_is_another_image_for_another_label(trained: TrainedVAE) -> None:
+    z = torch.zeros(10, trained.latent_dim)
+    assert classes_of(trained.decode(z, torch.arange(10)), trained).tolist() == list(range(10))
+
+
+def test_a_path_leads_from_one_image_and_label_to_the_other(trained: TrainedVAE) -> None:
+    images, labels = trained.test_examples(6)
+    assert labels is not None
+    path = trained.interpolate(images[:3], images[3:], labels[:3], labels[3:], steps=5)
+    torch.testing.assert_close(path[:, 0], trained.reconstruct(images[:3], labels[:3]))
+    torch.testing.assert_close(path[:, -1], trained.reconstruct(images[3:], labels[3:]))
+
+
+@pytest.mark.parametrize("labels", [None, 10, -1, 2.0, [1, 2], True, "seven"])
+def test_labels_that_do_not_fit_are_refused(trained: TrainedVAE, labels: object) -> None:
+    images = trained.test_images(3)
+    with pytest.raises(UserError, match=r"labels: .* should be the class of each image, 0 to 9, or one for all"):
+        trained.reconstruct(images, labels)
+
+
+def test_a_model_without_labels_refuses_them(tmp_path: Path) -> None:
+    overrides = {"training.epochs": 1, "workers.num": 0, "run.storage": str(tmp_path)}
+    model = TrainedVAE.load(train(Experiment.preset("digits").with_overrides(overrides)).run_dir)
+    with pytest.raises(UserError, match=r"labels: this model is not conditional; train one with"):
+        model.generate(2, label=3)
+
+
+def test_pictures_on_the_command_line(trained: TrainedVAE, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, out = str(trained.checkpoint.path), str(tmp_path / "out.png")
+    for arguments in (["generate", "--label", "7"], ["generate"], ["reconstruct"], ["interpolate"], ["traverse"]):
+        assert main([arguments[0], run, "--out", out, *arguments[1:]]) == 0
+    assert main(["generate", run, "--out", out, "--label", "10"]) == 2
+    assert "labels: got 10, should be the class of each image, 0 to 9" in capsys.readouterr().err
