@@ -23,6 +23,7 @@ from vae_ray.data.splits import Splits
 from vae_ray.errors import CorruptFile, UserError, one_line
 from vae_ray.evaluation.diagnosis import NUM_IMAGES, find_failures
 from vae_ray.evaluation.elbo import evaluate_split
+from vae_ray.evaluation.importance import Progress, importance_sampled_nll
 from vae_ray.models.interpolation import INTERPOLATIONS
 from vae_ray.models.latents import Distribution, Group
 from vae_ray.models.noise import latent_noise, num_elements
@@ -199,10 +200,24 @@ class TrainedVAE:
         condition = self._condition(len(x), labels)
         return traverse(self.model, x, condition, num_dimensions=num_dimensions, steps=steps, extent=extent)
 
-    def evaluate(self, split: SplitName = "test") -> dict[str, float]:
+    def evaluate(
+        self,
+        split: SplitName = "test",
+        *,
+        importance_samples: int = 1,
+        num_images: int | None = None,
+        progress: Progress = lambda num_done, mean: None,
+    ) -> dict[str, float]:
         """`{"test/nelbo": ..., "test/distortion": ..., "test/rate": ...}` in nats per image.
 
         Over every image of the split once, with one sampled z each, as in training.
+
+        Args:
+            split: which images.
+            importance_samples: more than 1 add "test/nll", the bound of -log p(x) by so many samples of z for each
+                image; the literature uses 5,000.
+            num_images: only the first so many images of the split.
+            progress: called during importance sampling with the number of images so far and their mean nll.
         """
         check_choice("split", split, get_args(SplitName))
         if split == "val" and not self.experiment.data.num_validation:
@@ -210,8 +225,23 @@ class TrainedVAE:
         group, training, splits = SingleProcess(self.device), self.experiment.training, Splits.open(self.experiment)
         loader = splits.loader(split, self.experiment, shards_of(group))
         self._check_images(loader.split)
+        if num_images is not None:
+            check_whole("num_images", num_images, least=1)
+            loader.indices = loader.indices[:num_images]
+        check_whole("importance_samples", importance_samples, least=1)
         size, precision = training.evaluation_batch_size, training.precision
-        return evaluate_split(self.model, loader, split, group, batch_size=size, precision=precision)
+        metrics = evaluate_split(self.model, loader, split, group, batch_size=size, precision=precision)
+        if importance_samples > 1:
+            metrics |= importance_sampled_nll(
+                self.model,
+                loader,
+                split,
+                group,
+                num_samples=importance_samples,
+                precision=precision,
+                progress=progress,
+            )
+        return metrics
 
     @torch.inference_mode()
     def failures(self) -> list[str]:
@@ -223,7 +253,9 @@ class TrainedVAE:
         x, condition = loader.images(indices), self.model.condition(loader.labels(indices))
         return find_failures(self.model, x, splits.mean_training_image(), self.experiment, condition)
 
-    def labels(self, split: SplitName = "test") -> dict[str, Any]:
+    def labels(
+        self, split: SplitName = "test", *, importance_samples: int = 1, num_images: int | None = None
+    ) -> dict[str, Any]:
         """What must be equal for two systems' numbers to be comparable."""
         return {
             "data": name_of(self.experiment.data),
@@ -233,7 +265,8 @@ class TrainedVAE:
             "support": self.model.likelihood.support,
             "objective": self.experiment.objective.name,
             "beta": self.experiment.flat().get("objective.beta"),
-            "importance_samples": 1,
+            "importance_samples": importance_samples,
+            **({} if num_images is None else {"first images": num_images}),
             "z": "sampled",
             "epoch": self.checkpoint.epoch,
         }

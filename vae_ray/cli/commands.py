@@ -8,7 +8,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from vae_ray.config.experiment import Experiment
     from vae_ray.runs.results import TrainResult
     from vae_ray.tuning.summary import SweepResult
+
+
+PROGRESS_SECONDS = 10.0
 
 
 def _read_experiment(options: argparse.Namespace) -> Experiment:
@@ -188,12 +192,26 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     from vae_ray.run_files.progress import format_nats
 
     model = load_model(options)
-    metrics = model.evaluate(options.split)
-    labels = model.labels(options.split)
+    sampling = {"importance_samples": options.importance_samples, "num_images": options.num_images}
+    metrics = model.evaluate(options.split, **sampling, progress=_print_progress())
+    labels = model.labels(options.split, **sampling)
     if options.json:
         return {"checkpoint": str(model.checkpoint.path), "metrics": metrics, "labels": labels}
     numbers = {key: f"{format_nats(value)} nats" for key, value in metrics.items()}
     return {**numbers, **{key: str(value) for key, value in labels.items()}}
+
+
+def _print_progress() -> Callable[[int, float], None]:
+    """A function that writes a line to stderr every ten seconds."""
+    last = time.monotonic()
+
+    def report(num_done: int, mean: float) -> None:
+        nonlocal last
+        if time.monotonic() - last >= PROGRESS_SECONDS:
+            last = time.monotonic()
+            sys.stderr.write(f"vae-ray: {num_done} images, mean nll {mean:.2f} nats\n")
+
+    return report
 
 
 def presets(options: argparse.Namespace) -> dict[str, Any]:

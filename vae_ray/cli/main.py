@@ -233,7 +233,12 @@ COMMANDS: Mapping[Callable[[argparse.Namespace], dict[str, Any]], Arguments] = {
         "--steps": _number("images along a dimension", 11),
         "--num": _number("dimensions, most informative first", 10),
     },
-    commands.evaluate: {**MODEL, "--split": _text("default test", default="test", choices=("train", "val", "test"))},
+    commands.evaluate: {
+        **MODEL,
+        "--split": _text("default test", default="test", choices=("train", "val", "test")),
+        "--importance-samples": _number("samples of z for each image; more than 1 add the nll, -log p(x)", 1),
+        "--num-images": _number("only the first so many images of the split"),
+    },
     data.data: {
         "action": _text(
             "show: a contact sheet, numbers, and what is wrong with which file\n"

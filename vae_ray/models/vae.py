@@ -61,7 +61,13 @@ class VAE(nn.Module):
 
         `condition` `(N, num_classes)` is what `condition` gives for the images' labels.
         """
-        features = self.features(x, condition)
+        return self.sampled(self.features(x, condition), noise, num_samples, condition)
+
+    def sampled(
+        self, features: Features, noise: Latents, num_samples: int = 1, condition: Tensor | None = None
+    ) -> Output:
+        """The second half of `forward`, from features `(N, ...)` of images on."""
+        num = num_samples * len(features[0])
         features = tuple(repeated(part, num_samples) for part in features)
         condition = None if condition is None else repeated(condition, num_samples)
 
@@ -69,7 +75,7 @@ class VAE(nn.Module):
             assert posterior is not None
             return posterior.rsample(noise[group])
 
-        params, groups = self.top_down(features, sample, len(x) * num_samples, condition)
+        params, groups = self.top_down(features, sample, num, condition)
         return Output(params, groups, num_samples)
 
     def condition(self, labels: Mapping[str, Tensor]) -> Tensor | None:

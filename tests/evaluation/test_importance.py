@@ -1,0 +1,110 @@
+"""Truth: importance sampling against a quadrature of p(x) over the latent space, whatever batches and workers."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.thread_workers import results_on_threads
+from tests.training.small import ALONE, NETWORKS
+from vae_ray import Experiment
+from vae_ray.data.batches import Loader
+from vae_ray.data.dataset import Split
+from vae_ray.evaluation.elbo import evaluate_split
+from vae_ray.evaluation.importance import importance_sampled_nll
+from vae_ray.models.networks import Network
+from vae_ray.models.vae import VAE, build_vae
+from vae_ray.parallel.group import WorkerGroup, shards_of
+
+SHAPE, NUM_IMAGES, SEED = (1, 3, 4), 70, 3
+
+
+def model(network: str = "mlp", *, latent_dim: int = 2) -> VAE:
+    config = Experiment.from_dict({"model": {"network": NETWORKS[network], "latent_dim": latent_dim}})
+    built = build_vae(config, SHAPE, seed=5)
+    with torch.no_grad():
+        for parameter in built.parameters():  # so that z matters
+            parameter.mul_(2.0)
+    return built
+
+
+def split() -> Split:
+    pixels = torch.rand(NUM_IMAGES, *SHAPE, generator=torch.Generator().manual_seed(1)) < 0.4
+    return Split.in_memory(pixels.to(torch.uint8) * 255)
+
+
+def loader(group: WorkerGroup = ALONE, num: int = NUM_IMAGES) -> Loader:
+    return Loader(split(), torch.arange(num), seed=SEED, shards=shards_of(group))
+
+
+def nll(vae: VAE, num_samples: int, group: WorkerGroup = ALONE, *, num: int = NUM_IMAGES, **options: Any) -> float:
+    given = loader(group, num)
+    return importance_sampled_nll(vae, given, "test", group, num_samples=num_samples, **options)["test/nll"]
+
+
+@torch.no_grad()
+def log_marginals(vae: VAE, x: Tensor) -> Tensor:
+    """log p(x) in float64 by the trapezoidal rule over [-8, 8]², which for a smooth integrand is exact to 1e-10."""
+    side = torch.linspace(-8, 8, 201, dtype=torch.float64)
+    z = torch.cartesian_prod(side, side)
+    log_prior = -0.5 * z.square().sum(1) - math.log(2 * math.pi)
+    logits = vae.double().network.decoder(z).flatten(1)
+    log_likelihood = x.double().flatten(1) @ logits.T - torch.nn.functional.softplus(logits).sum(1)
+    return (log_likelihood + log_prior).logsumexp(1) + 2 * math.log(float(side[1] - side[0]))
+
+
+def test_many_samples_give_the_marginal_likelihood() -> None:
+    given = nll(model(), 20_000)
+    x = split().gather(torch.arange(NUM_IMAGES)).float() / 255
+    # the standard error over 70 images of 20,000 samples each is about 0.001 nats here
+    assert given == pytest.approx(-float(log_marginals(model(), x).mean()), abs=0.005)
+
+
+def test_one_sample_is_the_elbo_in_expectation_and_more_samples_lower_the_bound() -> None:
+    vae = model()
+    bounds = [nll(vae, k) for k in (1, 5, 50, 1000)]
+    assert bounds == sorted(bounds, reverse=True)
+    nelbo = evaluate_split(vae, loader(), "test", ALONE, batch_size=9)["test/nelbo"]
+    assert bounds[0] == pytest.approx(nelbo, abs=1.0)  # another noise
+    assert bounds[-1] < nelbo
+
+
+@pytest.mark.parametrize("network", sorted(NETWORKS))
+def test_the_number_of_workers_and_of_images_does_not_matter(network: str) -> None:
+    vae = model(network)  # threads would share the generator that draws its weights
+    expected = nll(vae, 120)
+    for size in (2, 3, 5):
+        results = results_on_threads(size, lambda group: nll(vae, 120, group))
+        assert results == pytest.approx([expected] * size, rel=1e-6)  # float32 products of other sizes
+    of_all = (64 * nll(vae, 120, num=64) + 6 * mean_of_last_six(vae)) / NUM_IMAGES
+    assert of_all == pytest.approx(expected, rel=1e-12)
+
+
+def mean_of_last_six(vae: VAE) -> float:
+    """The mean over images 64 to 69, from the running means."""
+    seen: list[tuple[int, float]] = []
+    nll(vae, 120, progress=lambda num_done, mean: seen.append((num_done, mean)))
+    (_, before), (_, after) = seen
+    return (NUM_IMAGES * after - 64 * before) / 6
+
+
+def test_features_are_computed_once_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    vae, calls = model(), list[int]()
+    bottom_up = Network.bottom_up
+    monkeypatch.setattr(
+        vae.network, "bottom_up", lambda x, c, f=vae.network.bottom_up: (calls.append(len(x)), f(x, c))[1]
+    )
+    nll(vae, 230)
+    assert calls == [64, 6]
+    assert bottom_up is Network.bottom_up
+
+
+def test_progress_is_told_images_and_their_mean() -> None:
+    seen: list[tuple[int, float]] = []
+    result = nll(model(), 7, progress=lambda num_done, mean: seen.append((num_done, mean)))
+    assert [num for num, _ in seen] == [64, 70]
+    assert seen[-1][1] == pytest.approx(result, rel=1e-12)
