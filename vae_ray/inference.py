@@ -210,7 +210,8 @@ class TrainedVAE:
     ) -> dict[str, float]:
         """`{"test/nelbo": ..., "test/distortion": ..., "test/rate": ...}` in nats per image.
 
-        Over every image of the split once, with one sampled z each, as in training.
+        "test/bits_per_dim" too of a likelihood over 256 levels (`labels()["support"]`). Over every image of the split
+        once, with one sampled z each, as in training.
 
         Args:
             split: which images.

@@ -189,7 +189,7 @@ def _readable_sweep(result: SweepResult) -> dict[str, Any]:
 
 def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     """exact metrics of a whole split, in nats"""
-    from vae_ray.run_files.progress import format_nats
+    from vae_ray.run_files.progress import format_metric
 
     model = load_model(options)
     sampling = {"importance_samples": options.importance_samples, "num_images": options.num_images}
@@ -197,7 +197,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     labels = model.labels(options.split, **sampling)
     if options.json:
         return {"checkpoint": str(model.checkpoint.path), "metrics": metrics, "labels": labels}
-    numbers = {key: f"{format_nats(value)} nats" for key, value in metrics.items()}
+    numbers = {key: format_metric(key, value) for key, value in metrics.items()}
     return {**numbers, **{key: str(value) for key, value in labels.items()}}
 
 

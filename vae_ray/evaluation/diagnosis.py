@@ -75,11 +75,12 @@ def _against_collapse(experiment: Experiment) -> str:
     """What most likely helps a model whose code carries nothing."""
     flat, optim = experiment.flat(), experiment.optim
     beta, scale = (flat.get(key) or 0.0 for key in ("objective.beta", "likelihood.scale"))
+    has_fixed_scale = flat.get("likelihood.sigma", "fixed") == "fixed"
     if optim.weight_decay > 0.01 and optim.optimizer == "adam":
         return f"a smaller --optim.weight-decay than {optim.weight_decay:g}"
     if beta > 1:
         return f"a smaller --objective.beta than {beta:g}"
-    if scale > 0.2:
+    if scale > 0.2 and has_fixed_scale:
         return f"a smaller --likelihood.scale than {scale:g}"
     if optim.lr > 0.005:
         return f"a smaller --optim.lr than {optim.lr:g}"

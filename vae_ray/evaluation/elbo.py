@@ -7,7 +7,7 @@ import contextlib
 import torch
 
 from vae_ray.data.batches import Loader
-from vae_ray.evaluation.metrics import ELBO_TERMS, TermSums, labelled
+from vae_ray.evaluation.metrics import ELBO_TERMS, TermSums, bits_per_dim, labelled
 from vae_ray.models.noise import latent_noise
 from vae_ray.models.vae import VAE
 from vae_ray.objectives.base import elbo_terms
@@ -31,6 +31,7 @@ def evaluate_split(
 
     Every image once over the whole group, with one sampled z each. The noise depends on the seed and on the image's
     position in the split: neither on the epoch, nor on the batch size, nor on the number of workers. Collective.
+    A likelihood over 256 levels has "test/bits_per_dim" too; densities have none.
     """
     model.eval()
     sums = TermSums(ELBO_TERMS, group.device)
@@ -40,4 +41,7 @@ def evaluate_split(
             output = model(x, noise, condition=model.condition(labels))
         distortion, rate = elbo_terms(output, x, model.likelihood)
         sums.add({"distortion": distortion[0], "rate": rate[0]})
-    return labelled(split, sums.reduced(group).values)
+    means = sums.reduced(group).values
+    if model.likelihood.support == "256 levels":
+        means["bits_per_dim"] = bits_per_dim(means["nelbo"], model.image_shape)
+    return labelled(split, means)

@@ -73,6 +73,11 @@ class TermSums:
         return Means({"nelbo": means["distortion"] + means["rate"], **means}, int(count))
 
 
+def bits_per_dim(nelbo: float, image_shape: Sequence[int]) -> float:
+    """`nelbo` (nats per image, of a likelihood over 256 levels) in bits per channel of a pixel."""
+    return nelbo / (math.log(2) * math.prod(image_shape))
+
+
 def labelled(split: str, means: Mapping[str, float]) -> dict[str, float]:
     """`{"val/nelbo": ...}` from `{"nelbo": ...}`."""
     return {f"{split}/{name}": value for name, value in means.items()}

@@ -146,6 +146,11 @@ def format_nats(value: float) -> str:
     return f"{value:.2f}" if abs(value) < 1000 else f"{value:.5g}"
 
 
+def format_metric(key: str, value: float) -> str:
+    """A metric with its unit: `105.32 nats`, or `3.592 bits/dim` of `test/bits_per_dim`."""
+    return f"{value:.3f} bits/dim" if key.endswith("/bits_per_dim") else f"{format_nats(value)} nats"
+
+
 def describe_epoch(record: dict[str, Any], epochs: int) -> str:
     """A line about an epoch; nats per image."""
     splits = [split for split in ("train", "val", "test") if f"{split}/nelbo" in record]
@@ -171,4 +176,5 @@ def describe_attempt(attempt: dict[str, Any]) -> str:
 
 def _terms(values: dict[str, Any], split: str) -> str:
     nelbo, distortion, rate = (format_nats(values[f"{split}/{name}"]) for name in ("nelbo", "distortion", "rate"))
-    return f"{split} nelbo {nelbo} = {distortion} + {rate}"
+    line, key = f"{split} nelbo {nelbo} = {distortion} + {rate}", f"{split}/bits_per_dim"
+    return f"{line} ({format_metric(key, values[key])})" if key in values else line

@@ -52,6 +52,8 @@ class Checked(NamedTuple):
     """The same with `auto` resolved, as far as it can be here."""
     splits: Splits
     """The images."""
+    warnings: list[str]
+    """Each on one line, beginning with the section that it is about."""
 
 
 def preflight(experiment: Experiment, *, progress: Progress | None = None) -> Checked:
@@ -75,8 +77,10 @@ def preflight(experiment: Experiment, *, progress: Progress | None = None) -> Ch
     model = checked_model(experiment, splits.train.image_shape, num_training=num_training)
     for path in experiment.run.callbacks:
         user_code.call(path, {}, key="run.callbacks")
+    warnings = [f"data: {line}" for line in splits.dataset.warnings]
+    warnings += mismatch(experiment, model.likelihood.support, splits)
     if placement.uses_cluster() and experiment.workers.num != 0:
-        return Checked(requested, placement.with_one_thread_if_small(experiment, model), splits)
+        return Checked(requested, placement.with_one_thread_if_small(experiment, model), splits, warnings)
     experiment = placement.resolve_local(experiment, model)
     check_workers(experiment, model)
     if experiment.workers.num == 0:
@@ -85,7 +89,29 @@ def preflight(experiment: Experiment, *, progress: Progress | None = None) -> Ch
         from vae_ray.distributed.connection import check_local_resources  # a run without workers needs no Ray
 
         check_local_resources(experiment)
-    return Checked(requested, experiment, splits)
+    return Checked(requested, experiment, splits, warnings)
+
+
+NUM_EXAMINED = 256
+"""Training images, the first ones, by which images are binary or not."""
+
+
+def mismatch(experiment: Experiment, support: str, splits: Splits) -> list[str]:
+    """A line if nats of the likelihood, of that `support`, on these images do not mean what they seem to."""
+    pixels = splits.train.first(NUM_EXAMINED)
+    is_binary = experiment.data.binarize != "none" or bool(((pixels == 0) | (pixels == 255)).all())
+    name = experiment.likelihood.name
+    if support == "binary" and not is_binary:
+        return [
+            f"likelihood: {name} is for binary images; on grey levels its nats compare only with {name}'s on grey "
+            "levels; others: --data.binarize dynamic, --likelihood continuous_bernoulli"
+        ]
+    if support in ("unit interval", "real") and is_binary:
+        return [
+            f"likelihood: {name} is a density, which has no bound on images of 0 and 1; its nats compare only with "
+            f"{name}'s; for binary images: --likelihood bernoulli"
+        ]
+    return []
 
 
 def with_num_classes(experiment: Experiment, splits: Splits) -> Experiment:

@@ -69,8 +69,8 @@ def train(experiment: Experiment, *, resume: bool = False, quiet: bool = True) -
         num_attempts = len(run.records.attempts())
         with as_user_error(run):
             discard_stale_results(run)
-        for line in checked.splits.dataset.warnings:
-            logger.warning("data: %s", line)
+        for line in checked.warnings:
+            logger.warning("%s", line)
         with _execution(checked.experiment) as (resolved, device, execute):
             with as_user_error(run):
                 run.write_experiment(requested)

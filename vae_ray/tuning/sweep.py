@@ -128,7 +128,10 @@ def preflighted(checked: SweepSettings, experiment: Experiment) -> tuple[SweepSe
                 "use --metric val/nelbo, or --data.num-validation 0"
             )
     space = checked.space.checked(experiment)
-    splits = preflight(experiment).splits
+    preflight_result = preflight(experiment)
+    splits = preflight_result.splits
+    for line in preflight_result.warnings:
+        logger.warning("%s", line)
     for key, domain in space.domains.items():
         # what the Experiment does not know by itself: how many images there are, what a user's own code takes
         is_open = bool(experiment.user_code()) or key.startswith(("data.", "training.global_batch_size"))

@@ -38,7 +38,8 @@ def write_report(directory: SweepDirectory, records: Sequence[TrialRecord], tabl
     space = SearchSpace.from_dict(description["search"]).checked(base)
     metrics = description["metrics"]
     split = metrics[0].partition("/")[0]
-    terms = dict.fromkeys([*metrics, f"{split}/nelbo", f"{split}/distortion", f"{split}/rate", "test/nelbo"])
+    names = [f"{split}/{term}" for term in ("nelbo", "distortion", "rate", "bits_per_dim")]
+    terms = dict.fromkeys([*metrics, *names, "test/nelbo", "test/bits_per_dim"])
     columns = [term for term in terms if table and term in table[0]]
     trials = report_trials(directory, base, records, table, [*columns, *space.domains])
     in_order = sorted(trials, key=lambda trial: (trial.latent_dim, trial.beta, trial.record.name))
