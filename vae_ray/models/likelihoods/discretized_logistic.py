@@ -1,7 +1,7 @@
 """Mixture of discretized logistics over 256 levels (PixelCNN++, Salimans et al. 2017, arXiv:1701.05517).
 
-Pixels are rescaled to [-1, 1], where levels are 2 / 255 apart. A component is picked for a whole pixel; the mean of each
-of its channels is shifted by the channels before it (section 2.2), which makes colours agree.
+Pixels are rescaled to [-1, 1], where levels are 2 / 255 apart. A component is picked for a whole pixel; the mean of
+each of its channels is shifted by the channels before it (section 2.2), which makes colours agree.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ class LocationScale(Likelihood):
     num_batches: Tensor
     batch_moment: Tensor
 
-    def __init__(self, *, scale: float, sigma: str = "fixed", mean: str = "sigmoid") -> None:
+    def __init__(self, scale: float, *, sigma: str = "fixed", mean: str = "sigmoid") -> None:
         super().__init__()
         self.initial_scale, self.sigma, self.is_identity = scale, sigma, mean == "identity"
         if sigma == "learned":
