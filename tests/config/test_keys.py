@@ -177,11 +177,19 @@ def test_settings_of_own_code_are_read_as_yaml() -> None:
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("likelihood", "poisson", "likelihood: got 'poisson', should be one of bernoulli, gaussian or MODULE:NAME"),
+        (
+            "likelihood",
+            "poisson",
+            "likelihood: got 'poisson', should be one of bernoulli, continuous_bernoulli, gaussian, ",
+        ),
         ("data.source", "minst", "data.source: got 'minst', should be one of .*; did you mean 'mnist'"),
         ("training.nonfinite", "a:b", "training.nonfinite: got 'a:b', should be one of stop, skip, rollback$"),
         ("likelihood", {"name": "gaussian", "scale": 1e-12}, "at least 0.001: rounding to 256 levels alone"),
-        ("likelihood.scale", 0.2, "likelihood.scale: the likelihood 'bernoulli' has no field 'scale', gaussian has; "),
+        (
+            "likelihood.scale",
+            0.2,
+            "likelihood.scale: the likelihood 'bernoulli' has no field 'scale', gaussian, laplace have; ",
+        ),
         (
             "data.root",
             "/x",
