@@ -55,7 +55,7 @@ def test_the_lower_group_of_a_ladder_moves_around_the_mean_of_its_prior(ladder: 
 def test_dimensions_come_in_order_of_their_rate(mlp: VAE, monkeypatch: pytest.MonkeyPatch) -> None:
     mean = torch.tensor([[0.0, 3.0, 1.0, 2.0]] * 6, dtype=torch.float64)
     posterior = DiagonalGaussian(mean, torch.zeros_like(mean))
-    monkeypatch.setattr(mlp, "posteriors", lambda x: (Group(mean, posterior, StandardNormal(mean)),))
+    monkeypatch.setattr(mlp, "posteriors", lambda x, condition: (Group(mean, posterior, StandardNormal(mean)),))
     moved = traverse(mlp, images())
     assert moved.dimensions == [1, 3, 2, 0]
     assert moved.rates == pytest.approx([4.5, 2.0, 0.5, 0.0])  # mean^2 / 2

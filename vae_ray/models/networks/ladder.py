@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vae_ray.models.latents import DiagonalGaussian, Distribution, Group, gaussian_from
 from vae_ray.models.networks.base import Choose, Features, Network, at_least_float32
+from vae_ray.models.networks.mlp import WithLabel
 
 
 class Ladder(Network):
@@ -32,10 +33,10 @@ class Ladder(Network):
         low, high = (hidden[0], hidden[-1])
         params_shape = (num_params, *image_shape[1:])
         self.latent_shapes = ((top_dim,), (latent_dim,))
-        self.lower = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(image_shape), low), nn.ReLU())
+        self.lower = WithLabel(nn.Identity(), nn.Linear(math.prod(image_shape) + num_classes, low), nn.ReLU())
         self.upper = nn.Sequential(nn.Linear(low, high), nn.ReLU())
         self.top_posterior = nn.Linear(high, 2 * top_dim)
-        self.expand = nn.Sequential(nn.Linear(top_dim, high), nn.ReLU())
+        self.expand = WithLabel(nn.Linear(top_dim + num_classes, high), nn.ReLU())
         self.prior = nn.Linear(high, 2 * latent_dim)
         self.posterior = nn.Linear(low + high, 2 * latent_dim)
         self.hidden = nn.Sequential(nn.Linear(high + latent_dim, low), nn.ReLU())
@@ -43,7 +44,7 @@ class Ladder(Network):
         self.shape = nn.Unflatten(1, params_shape)
 
     def bottom_up(self, x: Tensor, condition: Tensor | None = None) -> Features:
-        low = self.lower(x)
+        low = self.lower(x, condition)
         return at_least_float32(low), at_least_float32(self.top_posterior(self.upper(low)))
 
     def top_down(
@@ -51,7 +52,7 @@ class Ladder(Network):
     ) -> tuple[Tensor, tuple[Group, ...]]:
         top: DiagonalGaussian | None = None if features is None else gaussian_from(features[1])
         z_top = choose(0, top, prior)
-        expanded = self.expand(z_top)
+        expanded = self.expand(z_top, condition)
         low_prior = gaussian_from(at_least_float32(self.prior(expanded)))
         low: DiagonalGaussian | None = None
         if features is not None:
