@@ -21,7 +21,7 @@ from vae_ray.data.splits import Splits
 from vae_ray.distributed.connection import connect
 from vae_ray.errors import UserError
 from vae_ray.runs.exclusive import exclusive_run, is_taken, run_location
-from vae_ray.runs.preflight import preflight, with_absolute_paths
+from vae_ray.runs.preflight import Checked, preflight, with_absolute_paths
 from vae_ray.storage.locations import absolute
 from vae_ray.training.checkpointing import selection_metric
 from vae_ray.tuning.directory import SweepDirectory
@@ -76,10 +76,12 @@ def sweep(
     if max_concurrent is not None and checked.scheduler == "pbt":
         raise UserError("max_concurrent: not supported with pbt: the whole population runs concurrently; leave it out")
     had_validation = experiment.data.num_validation > 0
-    checked, experiment, fingerprints = preflighted(checked, experiment)
+    checked, experiment, found = preflighted(checked, experiment)
     num_validation = experiment.data.num_validation
-    description = {"experiment": experiment.to_dict(), "fingerprints": fingerprints, **checked.to_dict()}
+    description = {"experiment": experiment.to_dict(), "fingerprints": found.splits.fingerprints, **checked.to_dict()}
     with open_sweep(experiment, description, resume=resume) as directory:
+        for line in found.warnings:
+            logger.warning("%s", line)
         if num_validation and not had_validation:
             logger.warning("data.num_validation: %d training images are set aside to compare trials by", num_validation)
         with connect(experiment, dashboard=experiment.workers.max > 1) as (experiment, device):
@@ -100,10 +102,10 @@ def _base_experiment(experiment: Experiment, workers_per_trial: int | None) -> E
     return with_absolute_paths(experiment.with_overrides(overrides))
 
 
-def preflighted(checked: SweepSettings, experiment: Experiment) -> tuple[SweepSettings, Experiment, dict[str, str]]:
+def preflighted(checked: SweepSettings, experiment: Experiment) -> tuple[SweepSettings, Experiment, Checked]:
     """Check all that can be known before a trial starts; the settings and the experiment as they will be used.
 
-    The third value has the fingerprints of the images.
+    The third value is what was found of the experiment alone, without the space's values.
 
     Where trials are compared on a validation split and there is none, a tenth of the training images (1 to
     2,000) becomes one. Raises `UserError` for a key or a value of the space that is no valid Experiment.
@@ -128,10 +130,7 @@ def preflighted(checked: SweepSettings, experiment: Experiment) -> tuple[SweepSe
                 "use --metric val/nelbo, or --data.num-validation 0"
             )
     space = checked.space.checked(experiment)
-    preflight_result = preflight(experiment)
-    splits = preflight_result.splits
-    for line in preflight_result.warnings:
-        logger.warning("%s", line)
+    found = preflight(experiment)
     for key, domain in space.domains.items():
         # what the Experiment does not know by itself: how many images there are, what a user's own code takes
         is_open = bool(experiment.user_code()) or key.startswith(("data.", "training.global_batch_size"))
@@ -140,7 +139,7 @@ def preflighted(checked: SweepSettings, experiment: Experiment) -> tuple[SweepSe
                 preflight(experiment.with_overrides({key: value}))
             except UserError as error:
                 raise UserError(f"search: {error}; name other keys with --search") from None
-    return replace(checked, space=space), experiment, splits.fingerprints
+    return replace(checked, space=space), experiment, found
 
 
 @contextlib.contextmanager
