@@ -59,6 +59,20 @@ def test_labels_that_do_not_fit_are_refused(trained: TrainedVAE, labels: object)
         trained.reconstruct(images, labels)
 
 
+@pytest.mark.parametrize("codes", [3.0, None, [[1.0, 2.0]]])
+def test_codes_that_do_not_fit_are_refused_with_labels_too(trained: TrainedVAE, codes: object) -> None:
+    with pytest.raises(UserError, match=r"^z: got "):
+        trained.decode(codes, 3)
+
+
+def test_more_images_than_there_are_are_refused(trained: TrainedVAE) -> None:
+    with pytest.raises(UserError, match=r"num_images: got 360, the split 'test' has 359; leave it out"):
+        trained.evaluate(num_images=360)
+    assert (
+        trained.labels(importance_samples=7, num_images=5).items() >= {"importance_samples": 7, "num_images": 5}.items()
+    )
+
+
 def test_a_model_without_labels_refuses_them(tmp_path: Path) -> None:
     overrides = {"training.epochs": 1, "workers.num": 0, "run.storage": str(tmp_path)}
     model = TrainedVAE.load(train(Experiment.preset("digits").with_overrides(overrides)).run_dir)

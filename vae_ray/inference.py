@@ -149,7 +149,8 @@ class TrainedVAE:
 
     def decode(self, z: Any, labels: Any = None) -> Tensor:
         """Means of p(x|z), images `(N, C, H, W)` in [0, 1], for codes `(N, latent_dim)`."""
-        return decode_codes(self.model, z, self._condition(len(z), labels))
+        codes = as_tensor(z, key="z")
+        return decode_codes(self.model, codes, self._condition(len(codes) if codes.ndim else 1, labels))
 
     def reconstruct(self, images: Any, labels: Any = None) -> Tensor:
         """Each image through its posterior mean and back: `(N, C, H, W)` in [0, 1]."""
@@ -228,6 +229,10 @@ class TrainedVAE:
         self._check_images(loader.split)
         if num_images is not None:
             check_whole("num_images", num_images, least=1)
+            if num_images > len(loader.indices):
+                raise UserError(
+                    f"num_images: got {num_images}, the split {split!r} has {len(loader.indices)}; leave it out"
+                )
             loader.indices = loader.indices[:num_images]
         check_whole("importance_samples", importance_samples, least=1)
         size, precision = training.evaluation_batch_size, training.precision
@@ -267,7 +272,7 @@ class TrainedVAE:
             "objective": self.experiment.objective.name,
             "beta": self.experiment.flat().get("objective.beta"),
             "importance_samples": importance_samples,
-            **({} if num_images is None else {"first images": num_images}),
+            **({} if num_images is None else {"num_images": num_images}),
             "z": "sampled",
             "epoch": self.checkpoint.epoch,
         }

@@ -16,7 +16,6 @@ from vae_ray.data.batches import Loader
 from vae_ray.data.dataset import Split
 from vae_ray.evaluation.elbo import evaluate_split
 from vae_ray.evaluation.importance import importance_sampled_nll
-from vae_ray.models.networks import Network
 from vae_ray.models.vae import VAE, build_vae
 from vae_ray.parallel.group import WorkerGroup, shards_of
 
@@ -94,16 +93,14 @@ def mean_of_last_six(vae: VAE) -> float:
 
 def test_features_are_computed_once_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     vae, calls = model(), list[int]()
-    bottom_up = Network.bottom_up
     monkeypatch.setattr(
         vae.network, "bottom_up", lambda x, c, f=vae.network.bottom_up: (calls.append(len(x)), f(x, c))[1]
     )
     nll(vae, 230)
     assert calls == [64, 6]
-    assert bottom_up is Network.bottom_up
 
 
-def test_progress_is_told_images_and_their_mean() -> None:
+def test_progress_is_given_the_number_of_images_and_their_mean() -> None:
     seen: list[tuple[int, float]] = []
     result = nll(model(), 7, progress=lambda num_done, mean: seen.append((num_done, mean)))
     assert [num for num, _ in seen] == [64, 70]

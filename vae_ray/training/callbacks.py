@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from vae_ray.config import user_code
+from vae_ray.data.images import as_tensor
 from vae_ray.models.traversal import decode_codes
 from vae_ray.models.vae import VAE
 
@@ -48,6 +49,7 @@ def decoder_of(model: VAE) -> Callable[[Any], Tensor]:
     """
 
     def decode(z: Any) -> Tensor:
-        return decode_codes(model.eval(), z, model.classes_in_turn(len(z)))
+        codes = as_tensor(z, key="z")
+        return decode_codes(model.eval(), codes, model.classes_in_turn(len(codes) if codes.ndim else 1))
 
     return decode
