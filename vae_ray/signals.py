@@ -102,6 +102,11 @@ def deferred_while_ray_starts() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
+def restored() -> contextlib.AbstractContextManager[None]:
+    """After its body the handlers are what they were: Ray Tune leaves one that does nothing at the first Ctrl-C."""
+    return _handlers({})
+
+
 @contextlib.contextmanager
 def _handlers(handlers: Mapping[signal.Signals, Callable[[int, FrameType | None], Any]]) -> Iterator[None]:
     """Set `handlers` in its body; afterwards restore those of `SIGNALS`. No effect outside the main thread.

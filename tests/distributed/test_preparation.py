@@ -195,22 +195,18 @@ def test_the_tasks_end_when_nobody_asks_for_the_next(
 
 @contextlib.contextmanager
 def interrupted_once(is_time: Callable[[], bool]) -> Iterator[None]:
-    """Ctrl-C during the body, again after five seconds: a callback of another library may have swallowed it."""
-    has_ended = threading.Event()
+    """Ctrl-C during the body."""
 
     def interrupt() -> None:
         while not is_time():
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)
-        while not has_ended.wait(5):
-            os.kill(os.getpid(), signal.SIGINT)
 
     thread = threading.Thread(target=interrupt)
     thread.start()
     try:
         yield
     finally:
-        has_ended.set()
         thread.join()
 
 

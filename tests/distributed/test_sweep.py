@@ -115,6 +115,7 @@ def test_nothing_of_tune_is_left(swept: SweepResult) -> None:
     files = {"sweep.yaml", "trials.jsonl", "leaderboard.csv", "leaderboard.parquet", "report.html", "summary.json"}
     assert shown == {*files, "best", "trials"}
     assert hidden <= {".driver.lock"}
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "the next Ctrl-C would do nothing"
 
 
 def test_a_used_name_is_refused_and_resuming_a_finished_sweep_runs_nothing(swept: SweepResult) -> None:

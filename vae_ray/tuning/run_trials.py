@@ -21,6 +21,7 @@ from ray import tune
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import BasicVariantGenerator
 
+from vae_ray import signals
 from vae_ray.config import user_code
 from vae_ray.config.experiment import Experiment
 from vae_ray.distributed.launch import clear_state, ray_state
@@ -68,7 +69,7 @@ def run_trials(
     # PBT pauses trials and compares the whole population: all of it must run at once.
     limit = 0 if settings.scheduler == "pbt" else _concurrency(experiment, device, max_concurrent or num_to_run)
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(limit or num_to_run)
-    with ray_state(directory.location, TUNE_STATE) as storage, view:
+    with ray_state(directory.location, TUNE_STATE) as storage, view, signals.restored():
         tuner = tune.Tuner(
             _trainable(directory, experiment, device),
             # Tune requires the keys of given configurations
