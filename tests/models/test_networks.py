@@ -17,7 +17,7 @@ from vae_ray.models.latents import DiagonalGaussian, StandardNormal
 from vae_ray.models.likelihoods import LIKELIHOODS
 from vae_ray.models.networks import NETWORKS
 from vae_ray.models.noise import latent_noise
-from vae_ray.models.priors import PRIORS, build_prior
+from vae_ray.models.priors import PRIORS
 from vae_ray.models.vae import VAE, Output, build_vae
 from vae_ray.objectives import OBJECTIVES
 from vae_ray.training.optimization import OPTIMIZERS
@@ -111,10 +111,10 @@ def test_shapes_of_a_pass(
 
 @pytest.mark.parametrize("prior", sorted(PRIORS))
 def test_a_prior_is_a_distribution_of_the_top_group(prior: str) -> None:
-    config = Experiment.from_dict({"model": {"prior": {"name": prior}}}).model.prior
-    distribution = build_prior(config, (3, 5))(7, torch.zeros(1, dtype=torch.float64))
-    z = torch.randn(7, 3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    assert distribution.mean.shape == distribution.rsample(z).shape == (7, 3, 5)
+    model = build("mlp", (2, 3, 5), model={"prior": {"name": prior}}).double()
+    distribution = model.prior(7, torch.zeros(1, dtype=torch.float64))
+    z = torch.randn(7, LATENT_DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    assert distribution.mean.shape == distribution.rsample(z).shape == (7, LATENT_DIM)
     assert distribution.mean.dtype == torch.float64
     assert distribution.log_prob(z).shape == (7,)
 

@@ -175,7 +175,8 @@ def test_any_combination_trains(case: Case, precision: str, tmp_path: Path) -> N
         terms |= train_steps(each, ALONE, precision, first_step=2, num=1)
     assert_equal(tensors_of(restored), tensors_of(state))
     assert all(torch.isfinite(torch.tensor(value)) for value in terms.values())
-    assert terms["rate"] > -1e-4
+    # against N(0, I) in closed form; else by one sample of each image, with a deviation of sqrt(2 * rate / 26) of the mean
+    assert terms["rate"] > (-1e-4 if case.entries["model.prior"] == "standard" else -0.5)
     for epoch in range(2, 2 + MORE_EPOCHS):
         train_steps(state, ALONE, precision, epoch=epoch)
     assert loss_of(state, precision) < before
@@ -190,8 +191,11 @@ def assert_equal(given: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 def test_two_workers_train_any_combination_like_one(case: Case) -> None:
     config = case.experiment("float32")
 
+    # built one after the other: the threads share the generator from which torch draws weights
+    states = [begin(config) for _ in range(3)]
+
     def work(group: WorkerGroup) -> tuple[TrainState, dict[str, float]]:
-        state = begin(config)
+        state = states[group.rank + group.size - 1]
         state.model.double(), state.objective.double()
         return state, train_steps_in_float64(state, group)
 

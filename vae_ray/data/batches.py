@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import cycle
 from typing import NamedTuple
 
 import torch
@@ -162,6 +163,21 @@ class Loader:
     def labels(self, indices: Tensor) -> dict[str, Tensor]:
         """Labels and factors of images by name, `(n,)`; empty where the data set has none."""
         return {name: values.index_select(0, indices) for name, values in self.split.columns.items()}
+
+    def drawn(self, num: int, label: str | None = None, classes: Tensor | None = None) -> Tensor:
+        """`num` images, as evaluation sees them: the first of the first epoch's order, repeated where all are fewer.
+
+        With `classes` `(num,)` of the labels `label`, each has its class; any, if no early image has that.
+        """
+        early = next(self.steps(1, global_batch_size=min(8 * num, len(self.indices))))
+        if label is None or classes is None:
+            return self.images(early[torch.arange(num) % len(early)])
+        labels = self.split.columns[label][early]
+        queues = {
+            value: cycle((early[labels == value] if value in labels else early).tolist())
+            for value in {*classes.tolist()}
+        }
+        return self.images(torch.tensor([next(queues[value]) for value in classes.tolist()]))
 
     def images(self, indices: Tensor, *, epoch: int | None = None) -> Tensor:
         """Floats in [0, 1], `(n, C, H, W)`, on this worker's device; augmented as in the training of an epoch."""

@@ -72,7 +72,7 @@ class DiagonalGaussian:
             # KL = 1/2 ((m - m')^2 / s'^2 + s^2 / s'^2 - 1 - log(s^2 / s'^2))
             difference = self.logvar - prior.logvar
             squared = (self.mean - prior.mean).square() * torch.exp(-prior.logvar)
-            return 0.5 * (squared + torch.expm1(difference) - difference)
+            return 0.5 * (squared + (torch.expm1(difference) - difference))  # two numbers of at least 0
         return None
 
 

@@ -16,9 +16,11 @@ from torch import Tensor
 
 from vae_ray.data.images import ROUNDING, as_tensor
 from vae_ray.errors import UserError
-from vae_ray.models.latents import Group, Latents
+from vae_ray.models.latents import Distribution, Group, Latents
 from vae_ray.models.likelihoods import Likelihood
 from vae_ray.models.noise import num_elements
+from vae_ray.models.priors.flow import FlowDistribution
+from vae_ray.models.priors.mixture import GaussianMixture
 from vae_ray.models.vae import VAE
 
 logger = logging.getLogger(__name__)
@@ -53,7 +55,8 @@ def traverse(
     """Move each of the `num_dimensions` dimensions of largest rate from -`extent` to `extent`, the others at 0.
 
     Dimensions are ordered by their mean KL over the images `x` `(N, C, H, W)` in [0, 1]. `extent` is in standard
-    deviations of the group's prior, around its mean. A conditional VAE is shown for the class of the first image.
+    deviations of the group's prior, around its mean; of a flow, of its noise. A conditional VAE is shown for the class
+    of the first image.
     """
     rates = torch.cat([elementwise_rate(group).flatten(1).mean(0) for group in model.posteriors(x, condition)])
     order = rates.argsort(descending=True, stable=True)[:num_dimensions]
@@ -62,15 +65,29 @@ def traverse(
         noise[row, :, dimension] = torch.linspace(-extent, extent, steps)
     latents = split_groups(noise.flatten(0, 1), model.latent_shapes)
     same = None if condition is None else condition[:1].expand(len(latents[0]), -1)
-    images = model.generate(latents, condition=same)
+
+    def along(group: int, posterior: Distribution | None, prior: Distribution) -> Tensor:
+        # the noise of a mixture also picks the component, among which z would jump
+        moved = prior.moment_matched() if isinstance(prior, GaussianMixture) else prior
+        return moved.rsample(latents[group])
+
+    params, _ = model.top_down(None, along, len(latents[0]), same)
+    images = model.likelihood.mean(params)
     check_means(images, model.likelihood, given=f"extent: got {extent:g}")
     return Traversal(images.unflatten(0, (len(order), steps)), order.tolist(), rates[order].tolist())
 
 
 def elementwise_rate(group: Group) -> Tensor:
-    """KL(q || p) by elements, `(N, *shape)` in nats; without a closed form the group's rate shared out evenly."""
+    """KL(q || p) by elements, `(N, *shape)` in nats.
+
+    Of a mixture or a flow, whose log p(z) is no sum over elements, that to the Gaussian of their mean and variances. Of
+    another prior without a closed form the group's rate shared out evenly.
+    """
     assert group.posterior is not None
-    elementwise = group.posterior.kl(group.prior)
+    prior = group.prior
+    elementwise = group.posterior.kl(
+        prior.moment_matched() if isinstance(prior, GaussianMixture | FlowDistribution) else prior
+    )
     if elementwise is None:
         num = group.z[0].numel()
         elementwise = (group.rate() / num)[:, None].expand(-1, num).unflatten(1, group.z.shape[1:])

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from vae_ray.config.experiment import Experiment
-from vae_ray.models.latents import Distribution, Group, Latents
+from vae_ray.models.latents import Distribution, Group, Latents, StandardNormal
 from vae_ray.models.likelihoods import Likelihood, build_likelihood
 from vae_ray.models.networks import Network, build_network
 from vae_ray.models.networks.base import Choose, Features
@@ -50,6 +51,7 @@ class VAE(nn.Module):
         self.condition_on, self.num_classes = condition_on, num_classes
         self.image_shape, self.signed_input = image_shape, signed_input
         self.network, self.prior, self.likelihood = network, prior, likelihood
+        prior.attach(self.top_posterior)
 
     @property
     def latent_shapes(self) -> tuple[tuple[int, ...], ...]:
@@ -102,6 +104,24 @@ class VAE(nn.Module):
         prior = self.prior(num, reference) if condition is None else self.prior(num, reference, condition)
         return self.network.top_down(features, choose, prior, condition)
 
+    def top_posterior(self, x: Tensor, condition: Tensor | None = None) -> Distribution | None:
+        """q(z|x) of the top group alone, without dropout; None of a network that picks another group first.
+
+        The pass ends where the top group's z would be picked. A posterior that is computed from the prior gets N(0, I).
+        """
+
+        def leave(group: int, posterior: Distribution | None, prior: Distribution) -> Tensor:
+            raise _TopReached(posterior if group == 0 else None)
+
+        with in_evaluation(self.network):
+            features = self.features(x, condition)
+            standard = StandardNormal(features[0].new_zeros(len(x), *self.latent_shapes[0]))
+            try:
+                self.network.top_down(features, leave, standard, condition)
+            except _TopReached as reached:
+                return reached.posterior
+        return None
+
     def posteriors(self, x: Tensor, condition: Tensor | None = None) -> tuple[Group, ...]:
         """The groups of the images with z at the posterior mean."""
         _, groups = self.top_down(self.features(x, condition), posterior_mean, len(x), condition)
@@ -131,6 +151,25 @@ class VAE(nn.Module):
         num = next(len(z) for z in latents if z is not None)
         params, _ = self.top_down(None, given, num, condition)
         return self.likelihood.mean(params)
+
+
+class _TopReached(Exception):
+    """Ends a pass at its first choice."""
+
+    def __init__(self, posterior: Distribution | None) -> None:
+        self.posterior = posterior
+
+
+@contextlib.contextmanager
+def in_evaluation(module: nn.Module) -> Iterator[None]:
+    """In its body `module` is in evaluation mode."""
+    in_training = [each for each in module.modules() if each.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for each in in_training:
+            each.training = True
 
 
 def repeated(t: Tensor, num_samples: int) -> Tensor:
@@ -178,7 +217,7 @@ def new_vae(experiment: Experiment, image_shape: tuple[int, int, int]) -> VAE:
     )
     return VAE(
         network,
-        build_prior(model.prior, network.latent_shapes[0], num_classes=num_classes),
+        build_prior(model.prior, network.latent_shapes[0], image_shape=image_shape, num_classes=num_classes),
         likelihood,
         image_shape=image_shape,
         signed_input=model.encoder_range == "signed",

@@ -93,6 +93,8 @@ class Trainer:
             return model
         if (initialize := INITIALIZATIONS[experiment.model.initialization]) is not None:
             initialize(model, self.splits.mean_training_image(), generator(seed, "initialization"))
+        loader, label = self.loader("train"), model.condition_on
+        model.prior.start_at(lambda num, classes: loader.drawn(num, label, classes).cpu())
         if experiment.run.initial_weights is not None:
             model.load_state_dict(self._initial_weights(model))
         return model
