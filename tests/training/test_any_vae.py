@@ -175,7 +175,7 @@ def test_any_combination_trains(case: Case, precision: str, tmp_path: Path) -> N
         terms |= train_steps(each, ALONE, precision, first_step=2, num=1)
     assert_equal(tensors_of(restored), tensors_of(state))
     assert all(torch.isfinite(torch.tensor(value)) for value in terms.values())
-    # against N(0, I) in closed form; else by one sample of each image, with a deviation of sqrt(2 * rate / 26) of the mean
+    # against N(0, I) in closed form; else by one sample an image, whose mean deviates by about sqrt(2 rate / 26)
     assert terms["rate"] > (-1e-4 if case.entries["model.prior"] == "standard" else -0.5)
     for epoch in range(2, 2 + MORE_EPOCHS):
         train_steps(state, ALONE, precision, epoch=epoch)
