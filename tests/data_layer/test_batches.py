@@ -154,6 +154,25 @@ def test_images_without_labels_have_none() -> None:
     assert batch.labels == {}
 
 
+def test_images_are_drawn_in_the_order_of_the_first_epoch_and_again_where_they_are_few() -> None:
+    order = seen(training())
+    drawn = loader().drawn(NUM_IMAGES + 3)
+    assert torch.equal(drawn, loader().images(torch.tensor([*order, *order[:3]])))
+    assert torch.equal(loader().drawn(4), drawn[:4])
+    assert torch.equal(loader(rank=1, size=3).drawn(4), drawn[:4])
+    assert not torch.equal(loader(seed=2).drawn(4), drawn[:4])
+
+
+def test_images_are_drawn_of_given_classes_each_once_before_one_is_again() -> None:
+    """The label of image i is i modulo 7; there is no class 9."""
+    classes = torch.tensor([3, 3, 0, 3, 6, 0, 9])
+    drawn = loader().drawn(7, "label", classes)
+    every = loader().images(torch.arange(NUM_IMAGES))
+    numbers = [int((every == image).flatten(1).all(1).nonzero()) for image in drawn]
+    assert [number % 7 for number in numbers[:-1]] == classes[:-1].tolist()
+    assert len(set(numbers[:-1])) == 6
+
+
 CHANGES: list[dict[str, Any]] = [
     {"augment": ("flip", "shift:2")},
     {"binarize": "dynamic"},

@@ -1,12 +1,22 @@
 """Truth: distributions of a group against torch.distributions, closed forms and their own samples."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributions import Independent, Normal, kl_divergence
 
-from vae_ray.models.latents import DiagonalGaussian, Group, StandardNormal
+from vae_ray.models.latents import (
+    LOGVAR_MARGIN,
+    LOGVAR_RANGE,
+    DiagonalGaussian,
+    Group,
+    StandardNormal,
+    bounded,
+    gaussian_from,
+)
 
 
 def random_posterior(*, batch: int = 5, latent_dim: int = 3, dtype: torch.dtype = torch.float64) -> DiagonalGaussian:
@@ -152,3 +162,92 @@ def test_without_a_closed_form_the_rate_is_the_log_ratio_of_the_sample() -> None
 def test_a_sample_of_the_standard_normal_is_its_noise() -> None:
     eps = random_gaussian(4).mean
     assert torch.equal(StandardNormal(torch.zeros_like(eps)).rsample(eps), eps)
+
+
+# --- the bound on log variances -------------------------------------------------------------------------
+
+LOW, HIGH = LOGVAR_RANGE
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_log_variances_inside_of_the_range_are_those_of_the_network_to_the_bit(dtype: torch.dtype) -> None:
+    raw = torch.linspace(LOW, HIGH, 10_001, dtype=torch.float64).to(dtype)
+    assert torch.equal(bounded(raw), raw)
+    mean = torch.ones_like(raw)
+    gaussian = gaussian_from(torch.stack([mean, raw], dim=1))
+    assert torch.equal(gaussian.mean[:, 0], mean)
+    assert torch.equal(gaussian.logvar[:, 0], raw)
+
+
+def test_the_bound_is_monotone_and_its_slope_continuous() -> None:
+    step = 1e-3
+    raw = torch.arange(LOW - 20, HIGH + 20, step, dtype=torch.float64, requires_grad=True)
+    value = bounded(raw)
+    (slope,) = torch.autograd.grad(value.sum(), raw)
+    inside = (raw >= LOW) & (raw <= HIGH)
+    assert bool((slope[inside] == 1).all())
+    assert bool(((slope > 0) & (slope <= 1)).all())
+    assert bool((value.detach().diff() > 0).all())
+    # |d² / d raw²| of m tanh(r / m) is at most 0.77 / m
+    assert float(slope.diff().abs().max()) < 0.78 / LOGVAR_MARGIN * step
+    torch.testing.assert_close(value.detach().diff() / step, slope[:-1], rtol=0, atol=step)
+    places = torch.tensor([LOW - 3, LOW + 1, 0.0, HIGH - 1, HIGH + 7], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(bounded, places)
+
+
+HUGE = [0.0, 20.0, 88.0, 1e3, 1e10, 1e38]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_rate_and_its_gradient_are_finite_for_log_variances_of_any_size(dtype: torch.dtype) -> None:
+    """As a step with too large a learning rate makes them. (The square of a mean of 1e38 is not a float32.)"""
+    raw = torch.tensor([sign * size for size in HUGE for sign in (-1, 1)], dtype=dtype)
+    everywhere = torch.cartesian_prod(raw, raw)
+    q_raw, p_raw = (column.clone().requires_grad_() for column in everywhere.T)
+    q, p = (gaussian_from(torch.stack([mean * torch.ones_like(r), r], 1)) for mean, r in ((2.0, q_raw), (-1.0, p_raw)))
+    eps = torch.full_like(q.mean, 5.0)
+    for distribution in (q, p):
+        assert bool(
+            ((distribution.logvar >= LOW - LOGVAR_MARGIN) & (distribution.logvar <= HIGH + LOGVAR_MARGIN)).all()
+        )
+        assert bool(distribution.rsample(eps).isfinite().all())
+    z = q.rsample(eps)
+    for value in (q.kl(p), q.kl(StandardNormal(torch.zeros_like(z))), q.log_prob(z), p.log_prob(z)):
+        assert value is not None
+        assert bool(value.isfinite().all())
+        gradients = torch.autograd.grad(value.sum(), [q_raw, p_raw], retain_graph=True, materialize_grads=True)
+        assert all(bool(gradient.isfinite().all()) for gradient in gradients)
+
+
+# --- rounding near q = p --------------------------------------------------------------------------------
+
+
+def kl_by_series(mean: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
+    """1/2 (m² + exp(l) - 1 - l) for |l| < 0.2, by a series of which no two terms cancel."""
+    terms = [logvar**n / math.factorial(n) for n in range(2, 16)]
+    return 0.5 * (mean.square() + sum(reversed(terms)))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("size", [1e-1, 1e-2, 1e-3, 1e-5, 1e-7])
+def test_the_rate_near_the_prior_is_exact_up_to_a_rounding_of_the_variance(size: float) -> None:
+    """One rounding of sigma² near 1 moves it by 6e-8, and the rate by no more than 6e-8 |logvar|."""
+    generator = torch.Generator().manual_seed(3)
+    logvar, mean = size * torch.randn(2, 100_000, 1, generator=generator)
+    logvar[:1000], mean[:2000] = 0.0, 0.0
+    near = logvar.abs() < 0.2
+    zeros = torch.zeros_like(mean)
+    # not 0 and 1, but with exact differences: what is left is the formula's own rounding
+    other = DiagonalGaussian(zeros, torch.full_like(mean, 2.0))
+    shifted = DiagonalGaussian(zeros, 2.0 + logvar)
+    cases = [
+        (DiagonalGaussian(mean, logvar).kl(StandardNormal(zeros)), mean, logvar),
+        (DiagonalGaussian(mean, logvar).kl(DiagonalGaussian(zeros, zeros)), mean, logvar),
+        (shifted.kl(other), zeros, shifted.logvar - other.logvar),
+    ]
+    for ours, m, value in cases:
+        assert ours is not None
+        expected = kl_by_series(m.double(), value.double())
+        error = (ours.double() - expected)[near].abs()
+        assert bool((error <= 1.2e-7 * value.double().abs()[near] + 2.4e-7 * expected[near]).all())
+        assert bool((ours >= -1.2e-7 * value.abs()).all())
+        assert bool((ours[(m == 0) & (value == 0)] == 0).all())

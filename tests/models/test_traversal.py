@@ -1,18 +1,23 @@
 """Truth: a traversal moves one dimension at a time, through the prior, the informative dimensions first."""
 
+import math
+
 import pytest
 import torch
 
 from vae_ray import Experiment
 from vae_ray.models.latents import DiagonalGaussian, Group, StandardNormal
+from vae_ray.models.priors import PRIORS
+from vae_ray.models.priors.flow import FlowDistribution
+from vae_ray.models.priors.mixture import GaussianMixture
 from vae_ray.models.traversal import elementwise_rate, join_groups, split_groups, traverse
 from vae_ray.models.vae import VAE, build_vae
 
 SHAPE = (1, 3, 5)
 
 
-def build(network: dict[str, object]) -> VAE:
-    model = {"network": network, "latent_dim": 4}
+def build(network: dict[str, object], prior: str = "standard") -> VAE:
+    model = {"network": network, "latent_dim": 4, "prior": {"name": prior}}
     return build_vae(Experiment.from_dict({"model": model}), SHAPE, seed=1).double()
 
 
@@ -84,3 +89,64 @@ def test_codes_of_several_groups_are_joined_and_split_again() -> None:
     codes = join_groups(latents)
     assert codes.shape == (2, 23)
     assert all(torch.equal(a, b) for a, b in zip(split_groups(codes, ((3,), (4, 5, 1))), latents, strict=True))
+
+
+# --- priors without a closed form -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prior", ["mixture", "vamp"])
+def test_a_traversal_of_a_mixture_goes_through_its_mean_by_its_deviations(prior: str) -> None:
+    model = build({"name": "mlp", "hidden": [7]}, prior)
+    moved = traverse(model, images(), steps=3, extent=2.0)
+    distribution = model.prior(1, images())
+    assert isinstance(distribution, GaussianMixture)
+    around = distribution.moment_matched()
+    for row, dimension in enumerate(moved.dimensions):
+        for step, value in enumerate([-2.0, 0.0, 2.0]):
+            z = around.mean.clone()
+            z[0, dimension] += value * around.sigma[0, dimension]
+            torch.testing.assert_close(moved.images[row, step], model.decode([z])[0], atol=1e-12, rtol=0)
+
+
+def test_a_traversal_of_a_flow_moves_its_noise() -> None:
+    model = build({"name": "mlp", "hidden": [7]}, "flow")
+    moved = traverse(model, images(), steps=3, extent=2.0)
+    for row, dimension in enumerate(moved.dimensions):
+        eps = torch.zeros(1, 4, dtype=torch.float64)
+        eps[0, dimension] = 2.0
+        torch.testing.assert_close(moved.images[row, 2], model.generate((eps,))[0], atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("prior", sorted(PRIORS))
+def test_rates_by_dimension_tell_the_informative_ones_from_the_others(prior: str) -> None:
+    """Dimension 2 of the posterior is the prior itself, and dimension 1 knows the image."""
+    model, num = build({"name": "mlp", "hidden": [7]}, prior), 200
+    distribution = model.prior(num, images())
+    matched = distribution if isinstance(distribution, StandardNormal) else distribution.moment_matched()
+    sigma = torch.ones(num, 4, dtype=torch.float64) if isinstance(matched, StandardNormal) else matched.sigma
+    eps = torch.randn(num, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    mean, logvar = matched.mean.clone(), 2 * sigma.log()
+    mean[:, 1] += 0.99 * sigma[:, 1] * eps
+    logvar[:, 1] += 2 * math.log(0.1)
+    rates = elementwise_rate(Group(mean, DiagonalGaussian(mean, logvar), distribution)).mean(0).tolist()
+    assert rates[2] == pytest.approx(0, abs=1e-12)
+    assert rates[1] == pytest.approx(math.log(10), abs=0.3)  # of a Gaussian channel: log(1 / 0.1) on average
+
+
+def test_the_moments_of_a_flow_are_those_of_its_samples() -> None:
+    model = build({"name": "mlp", "hidden": [7]}, "flow")
+    with torch.no_grad():
+        for parameter in model.prior.parameters():
+            parameter.add_(
+                0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+            )
+    distribution = model.prior(3, images())
+    assert isinstance(distribution, FlowDistribution)
+    matched, num = distribution.moment_matched(), 100_000
+    eps = torch.randn(num, 4, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    with torch.no_grad():
+        z = model.prior(num, images()).rsample(eps)
+    assert float((matched.logvar[0]).abs().max()) > 0.1  # not N(0, I)
+    # five standard errors of 4,096 samples, of heavier tails than normal
+    torch.testing.assert_close(matched.mean[0], z.mean(0), rtol=0, atol=5 * float(z.std(0).max()) / 4096**0.5)
+    torch.testing.assert_close(matched.sigma[2], z.std(0), rtol=0.08, atol=0)
