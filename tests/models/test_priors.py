@@ -22,6 +22,7 @@ from vae_ray.models.priors.mixture import GaussianMixture, MixturePrior
 from vae_ray.models.priors.vamp import VampPrior
 from vae_ray.models.vae import VAE, build_vae
 from vae_ray.objectives import build_objective
+from vae_ray.runs import preflight
 
 IMAGE, LATENT, SPATIAL = (2, 3, 5), 4, (3, 2, 5)
 TRAINED = {"mixture": {"components": 6}, "vamp": {"components": 6}, "flow": {"transforms": 3, "hidden": [9]}}
@@ -436,3 +437,15 @@ def test_a_large_model_is_described_without_memory_and_draws_nothing(prior: str)
     torch.manual_seed(1)
     assert torch.equal(torch.rand(3), drawn)
     assert all(parameter.is_meta for parameter in described.parameters())
+
+
+@pytest.mark.parametrize("num_classes", [0, 4])
+@pytest.mark.parametrize("prior", sorted(PRIORS))
+def test_the_shapes_of_a_large_model_are_checked_without_memory(
+    prior: str, num_classes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight, "LARGEST_CHECKED_ON_CPU", 0)
+    condition = {"condition": "label", "num_classes": num_classes} if num_classes else {}
+    config = Experiment.from_dict({"model": {"prior": {"name": prior}, **condition}})
+    model = preflight.checked_model(config, IMAGE, num_training=9)
+    assert all(parameter.is_meta for parameter in model.parameters())
