@@ -25,7 +25,8 @@ def he_at_the_mean_image(model: VAE, mean_image: Tensor, generator: torch.Genera
     output, posteriors = model.network.output_layer(), model.network.posterior_layers()
     for layer in weighted_layers(model.network):
         is_posterior = any(layer is each for each in posteriors)
-        gain = OUTPUT_GAIN if layer is output else POSTERIOR_GAIN if is_posterior else math.sqrt(2.0)
+        hidden_gain = getattr(layer, "initial_gain", math.sqrt(2.0))
+        gain = OUTPUT_GAIN if layer is output else POSTERIOR_GAIN if is_posterior else hidden_gain
         fan_in, _ = fans(layer)
         _draw(layer, gain / math.sqrt(fan_in), generator)
     start_at_mean_image(model, mean_image)
@@ -46,10 +47,12 @@ def fans(layer: nn.Module) -> tuple[int, int]:
     """Numbers of inputs that an output of the layer sums over, and of outputs that an input goes into."""
     weight: Tensor = layer.weight  # type: ignore[assignment]
     kernel = weight[0, 0].numel()
+    # a kernel that moves by its stride meets a pixel of the larger image only so often
+    met = max(1, kernel // math.prod(getattr(layer, "stride", (1,))))
     # torch's layout: (out, in, ...), of a transposed convolution (in, out, ...)
-    is_transposed = isinstance(layer, nn.ConvTranspose2d)
-    num_in, num_out = (weight.shape[:2]) if is_transposed else (weight.shape[1], weight.shape[0])
-    return num_in * kernel, num_out * kernel
+    if isinstance(layer, nn.ConvTranspose2d):
+        return weight.shape[0] * met, weight.shape[1] * kernel
+    return weight.shape[1] * kernel, weight.shape[0] * met
 
 
 def _draw(layer: nn.Module, std: float, generator: torch.Generator) -> None:

@@ -105,3 +105,9 @@ def weighted_layers(module: nn.Module) -> list[nn.Module]:
     """The linear and convolutional layers inside `module`, in order."""
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)
     return [layer for layer in module.modules() if isinstance(layer, kinds)]
+
+
+def with_gain(layer: nn.Module, gain: float) -> nn.Module:
+    """`layer` with the gain that `initialization: he` gives it, sqrt(2) otherwise: its output's rms for inputs of 1."""
+    layer.initial_gain = gain  # type: ignore[assignment]
+    return layer
