@@ -16,6 +16,7 @@ from vae_ray.data.batches import Batch
 from vae_ray.errors import Diverged
 from vae_ray.evaluation.elbo import autocast
 from vae_ray.evaluation.metrics import TermSums
+from vae_ray.models.dropout import dropout_layers, dropout_masks
 from vae_ray.models.noise import latent_noise
 from vae_ray.models.vae import repeated
 from vae_ray.objectives.base import Losses
@@ -75,7 +76,7 @@ def train_epoch(
     """
     model, objective = state.model, state.objective
     model.train()
-    sets = objective.parameter_sets(model)
+    sets, dropouts = objective.parameter_sets(model), dropout_layers(model)
     for index, (x, rows, global_size, labels) in enumerate(batches, first_step):
         lr, settings = step_settings(index)
         num_samples = objective.num_samples
@@ -84,8 +85,11 @@ def train_epoch(
             num_samples=num_samples,
             device=x.device,
         )
+        masks = dropout_masks(
+            *(dropouts, rows, epoch.seed, epoch.epoch, index), num_samples=num_samples, device=x.device
+        )
         with computing(index):
-            with autocast(epoch.precision, x.device):
+            with autocast(epoch.precision, x.device), masks:
                 output = model(x, noise, num_samples, model.condition(labels))
             batch = GlobalBatch(global_size, rows, epoch.num_data, group)
             model.likelihood.fit(output.params.detach(), repeated(x, num_samples), batch)

@@ -12,12 +12,16 @@ from vae_ray.config.fields import UserEntry
 from vae_ray.errors import UserError
 from vae_ray.models.networks.base import EncoderDecoder as EncoderDecoder
 from vae_ray.models.networks.base import Network as Network
+from vae_ray.models.networks.conv import conv
 from vae_ray.models.networks.ladder import Ladder
 from vae_ray.models.networks.mlp import mlp
+from vae_ray.models.networks.resnet import resnet
 
 NETWORKS: dict[str, Callable[..., Network | tuple[nn.Module, nn.Module]]] = {
     # each takes image_shape, latent_dim, num_params, num_classes and the entry's settings by keyword
     "mlp": mlp,
+    "conv": conv,
+    "resnet": resnet,
     "ladder": Ladder,
 }
 

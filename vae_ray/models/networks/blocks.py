@@ -11,12 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vae_ray.errors import UserError
 from vae_ray.models.dropout import Dropout
 from vae_ray.models.networks.base import with_gain
 from vae_ray.models.networks.mlp import ACTIVATIONS
 
 Size = tuple[int, int]
 
+MIN_SIDE = 8
 GAINS = {"relu": math.sqrt(2.0), "gelu": 1.533, "silu": 1.677, "tanh": 1.592}
 """1 / sqrt(E[f(n)²]) for n ~ N(0, 1): a layer after f with this gain gives a signal of variance 1 again."""
 RESIDUAL_GAIN = 0.1
@@ -67,7 +69,7 @@ class SelfAttention(nn.Module):
         self.project_in = with_gain(nn.Conv2d(channels, 3 * channels, 1), 1.0)
         self.project_out = with_gain(nn.Conv2d(channels, channels, 1), RESIDUAL_GAIN)
 
-    def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         # (N, 3c, h, w) -> three of (N, 1, h * w, c)
         q, k, v = self.project_in(self.norm(x)).flatten(2).mT.unsqueeze(1).chunk(3, dim=3)
         attended = F.scaled_dot_product_attention(q, k, v).squeeze(1).mT
@@ -75,26 +77,25 @@ class SelfAttention(nn.Module):
 
 
 class LabelEmbedding(nn.Module):
-    """A learned vector for each class, `(N, num_classes)` one-hot `-> (N, channels, 1, 1)`, to be added to channels."""
+    """A learned vector for each class, of one-hot `(N, num_classes)`; added to all pixels of the channels."""
 
     def __init__(self, num_classes: int, channels: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(num_classes, channels))
 
-    def forward(self, condition: Tensor) -> Tensor:
-        return (condition.to(self.weight) @ self.weight)[:, :, None, None]
+    def forward(self, condition: Tensor, ndim: int = 4) -> Tensor:
+        """`(N, channels, 1, ...)` of `ndim` dimensions."""
+        vectors = condition.to(self.weight) @ self.weight
+        return vectors.reshape(*vectors.shape, *[1] * (ndim - 2))
 
 
 class Sequence(nn.Sequential):
-    """Layers one after the other; those that take a label are given it."""
+    """Layers one after the other; those that have an embedding of the label are given the label."""
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         for layer in self:
-            x = layer(x, condition) if isinstance(layer, TAKE_LABEL) else layer(x)
+            x = layer(x, condition) if getattr(layer, "label", None) is not None else layer(x)
         return x
-
-
-TAKE_LABEL = (ResidualBlock, SelfAttention, Sequence)
 
 
 def halved(size: Size) -> Size:
@@ -103,8 +104,13 @@ def halved(size: Size) -> Size:
     return height, width
 
 
-def sizes_of(size: Size, num_halvings: int) -> list[Size]:
-    """Sizes from the image's to the smallest."""
+def sizes_of(size: Size, num_halvings: int, *, network: str) -> list[Size]:
+    """Sizes from the image's to the smallest; raises `UserError`, which names the network, for small images."""
+    if min(size) < MIN_SIDE:
+        raise UserError(
+            f"model.network: {network} needs images of at least {MIN_SIDE} x {MIN_SIDE} pixels, got "
+            f"{size[0]} x {size[1]}; try --model.network mlp, or a larger --data.image_size"
+        )
     sizes = [size]
     for _ in range(num_halvings):
         sizes.append(halved(sizes[-1]))
@@ -125,9 +131,27 @@ def down(num_in: int, num_out: int, large: Size, small: Size, *, gain: float = 1
     return with_gain(nn.Conv2d(num_in, num_out, **_kernel(large, small)), gain)  # type: ignore[arg-type]
 
 
-def up(num_in: int, num_out: int, small: Size, large: Size, *, gain: float = 1.0, bias: bool = True) -> nn.Module:
-    """The transposed convolution from `small` to exactly `large`."""
+def up(num_in: int, num_out: int, small: Size, large: Size, *, gain: float = 1.0) -> nn.Module:
+    """The transposed convolution from `small` to exactly `large`.
+
+    Twice as fast as nearest neighbours and a convolution of 3 x 3, with the same size of receptive field.
+    """
+    return with_gain(nn.ConvTranspose2d(num_in, num_out, **_transposed(small, large)), gain)  # type: ignore[arg-type]
+
+
+class ToPixels(nn.ConvTranspose2d):
+    """The last layer of a decoder: `up`, with a bias for each pixel, so that it can start at the mean image."""
+
+    def __init__(self, num_in: int, num_params: int, small: Size, large: Size) -> None:
+        super().__init__(num_in, num_params, **_transposed(small, large), bias=False)  # type: ignore[arg-type]
+        self.bias: nn.Parameter = nn.Parameter(torch.zeros(num_params, *large))
+
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        options = (self.stride, self.padding, self.output_padding)
+        return F.conv_transpose2d(x, self.weight, None, *options).contiguous() + self.bias  # type: ignore[arg-type]
+
+
+def _transposed(small: Size, large: Size) -> dict[str, Size]:
     kernel = _kernel(large, small)
-    odd = tuple(a - b * s for a, b, s in zip(large, small, kernel["stride"], strict=True))
-    layer = nn.ConvTranspose2d(num_in, num_out, **kernel, output_padding=odd, bias=bias)  # type: ignore[arg-type]
-    return with_gain(layer, gain)
+    odd = [a - b * stride for a, b, stride in zip(large, small, kernel["stride"], strict=True)]
+    return {**kernel, "output_padding": (odd[0], odd[1])}

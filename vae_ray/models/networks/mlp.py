@@ -9,6 +9,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from vae_ray.models.dropout import Dropout
+
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": lambda: nn.ReLU(inplace=True),
     "gelu": nn.GELU,
@@ -17,12 +19,14 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def fully_connected(widths: list[int], activation: str = "relu") -> list[nn.Module]:
-    """Linear layers of these widths with activations between them; the last layer is linear."""
+def fully_connected(widths: list[int], activation: str = "relu", dropout: float = 0.0) -> list[nn.Module]:
+    """Linear layers of these widths with activations, and dropout, between them; the last layer is linear."""
     layers: list[nn.Module] = []
-    for num_in, num_out in pairwise(widths):
+    for num_in, num_out in pairwise(widths[:-1]):
         layers += [nn.Linear(num_in, num_out), ACTIVATIONS[activation]()]
-    return layers[:-1]
+        if dropout:
+            layers.append(Dropout(dropout, num_out))
+    return [*layers, nn.Linear(widths[-2], widths[-1])]
 
 
 class WithLabel(nn.Sequential):
@@ -42,6 +46,7 @@ def mlp(
     num_classes: int = 0,
     hidden: tuple[int, ...] = (400, 100),
     activation: str = "relu",
+    dropout: float = 0.0,
 ) -> tuple[nn.Module, nn.Module]:
     """An encoder `(N, C, H, W) -> (N, 2 * latent_dim)` and a decoder `(N, latent_dim) -> (N, num_params, H, W)`.
 
@@ -51,6 +56,6 @@ def mlp(
     params_shape = (num_params, *image_shape[1:])
     inwards = [num_pixels + num_classes, *hidden, 2 * latent_dim]
     outwards = [latent_dim + num_classes, *reversed(hidden), math.prod(params_shape)]
-    encoder = WithLabel(nn.Identity(), *fully_connected(inwards, activation))
-    decoder = WithLabel(*fully_connected(outwards, activation), nn.Unflatten(1, params_shape))
+    encoder = WithLabel(nn.Identity(), *fully_connected(inwards, activation, dropout))
+    decoder = WithLabel(*fully_connected(outwards, activation, dropout), nn.Unflatten(1, params_shape))
     return encoder, decoder
