@@ -23,6 +23,8 @@ ALONE = SingleProcess(CPU)
 SHAPE, NUM_IMAGES, BATCH, BETA, LR, SEED = (2, 3, 5), 23, 5, 0.7, 0.02, 1
 NETWORKS: dict[str, dict[str, Any]] = {
     "mlp": {"name": "mlp", "hidden": [7]},
+    "conv": {"name": "conv", "channels": [3, 4], "hidden": [7]},
+    "resnet": {"name": "resnet", "channels": [4], "groups": 2, "blocks": 1, "attention": True, "latent": "spatial"},
     "ladder": {"name": "ladder", "hidden": [7, 6], "top_dim": 3},
 }
 

@@ -24,11 +24,11 @@ class MlpNetwork(Section):
 
 
 class ConvNetwork(Section):
-    """Strided convolutions and dense layers; the decoder mirrors the encoder. Images of at least 8 x 8 pixels."""
+    """Strided convolutions and dense layers; the decoder mirrors the encoder."""
 
     name: Literal["conv"] = "conv"
     channels: Channels = Field(
-        (32, 64, 128), description="Channels of the stages; each halves the image, down to sides of 2 or 3."
+        (32, 64, 128), description="Channels of the stages; each halves the sides of at least 4 pixels."
     )
     hidden: Widths = Field((256,), description="Widths of the dense layers between feature maps and latent.")
     activation: Activation = Field("relu", description="Activation between layers.")
@@ -36,11 +36,11 @@ class ConvNetwork(Section):
 
 
 class ResnetNetwork(Section):
-    """Pre-activation residual blocks with GroupNorm (He et al. 2016). Images of at least 8 x 8 pixels."""
+    """Pre-activation residual blocks with GroupNorm (He et al. 2016)."""
 
     name: Literal["resnet"] = "resnet"
     channels: Channels = Field(
-        (32, 64, 128), description="Channels of the stages; each halves the image, down to sides of 2 or 3."
+        (32, 64, 128), description="Channels of the stages; each halves the sides of at least 4 pixels."
     )
     blocks: Int = Field(2, ge=1, le=64, description="Residual blocks of a stage.")
     groups: Int = Field(8, ge=1, description="Groups of GroupNorm; divides every number of channels.")

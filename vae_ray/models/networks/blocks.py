@@ -11,14 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vae_ray.errors import UserError
 from vae_ray.models.dropout import Dropout
 from vae_ray.models.networks.base import with_gain
 from vae_ray.models.networks.mlp import ACTIVATIONS
 
 Size = tuple[int, int]
 
-MIN_SIDE = 8
 GAINS = {"relu": math.sqrt(2.0), "gelu": 1.533, "silu": 1.677, "tanh": 1.592}
 """1 / sqrt(E[f(n)²]) for n ~ N(0, 1): a layer after f with this gain gives a signal of variance 1 again."""
 RESIDUAL_GAIN = 0.1
@@ -104,13 +102,8 @@ def halved(size: Size) -> Size:
     return height, width
 
 
-def sizes_of(size: Size, num_halvings: int, *, network: str) -> list[Size]:
-    """Sizes from the image's to the smallest; raises `UserError`, which names the network, for small images."""
-    if min(size) < MIN_SIDE:
-        raise UserError(
-            f"model.network: {network} needs images of at least {MIN_SIDE} x {MIN_SIDE} pixels, got "
-            f"{size[0]} x {size[1]}; try --model.network mlp, or a larger --data.image_size"
-        )
+def sizes_of(size: Size, num_halvings: int) -> list[Size]:
+    """Sizes from the image's to the smallest."""
     sizes = [size]
     for _ in range(num_halvings):
         sizes.append(halved(sizes[-1]))

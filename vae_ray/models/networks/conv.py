@@ -1,6 +1,6 @@
 """Strided convolutions as encoder, and their mirror image as decoder; a flat latent.
 
-Each stage halves the image, down to sides of 2 or 3; stages beyond that keep the size. Dense layers stand between the
+Each stage halves the image, but not a side of less than 4: images of any size fit. Dense layers stand between the
 smallest feature map and the latent.
 """
 
@@ -45,20 +45,16 @@ def conv(
     activation: str = "relu",
     dropout: float = 0.0,
 ) -> tuple[nn.Module, nn.Module]:
-    """An encoder `(N, C, H, W) -> (N, 2 * latent_dim)` and a decoder `(N, latent_dim) -> (N, num_params, H, W)`.
-
-    Raises `UserError` for images of less than 8 x 8 pixels.
-    """
+    """An encoder `(N, C, H, W) -> (N, 2 * latent_dim)` and a decoder `(N, latent_dim) -> (N, num_params, H, W)`."""
     gain = GAINS[activation]
 
     def stage(layer: nn.Module, width: int) -> Stage:
         return Stage(layer, width, activation=activation, dropout=dropout, num_classes=num_classes)
 
     def dense(widths: list[int]) -> list[Stage]:
-        """Stages of which the first is given no activation's output, but z or pixels."""
         return [stage(with_gain(nn.Linear(n, m), gain), m) for n, m in pairwise(widths)]
 
-    sizes = sizes_of(image_shape[1:], len(channels), network="conv")
+    sizes = sizes_of(image_shape[1:], len(channels))
     widths = [image_shape[0], *channels]
     smallest = (widths[-1], *sizes[-1])
     encoder = [

@@ -1,8 +1,8 @@
 """Residual blocks with GroupNorm as encoder, and their mirror image as decoder; a flat or a spatial latent.
 
 He et al. 2016 (arXiv:1603.05027), Wu & He 2018 (arXiv:1803.08494). A first convolution halves the image; each stage is
-a number of blocks at one size; a strided convolution leads to the next. Stages
-beyond sides of 2 or 3 keep the size.
+a number of blocks at one size; a strided convolution leads to the next. A
+side of less than 4 is not halved: images of any size fit.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ def resnet(
 ) -> EncoderDecoder:
     """A flat latent has shape `(latent_dim,)`, a spatial one `(latent_dim, h, w)` of the smallest feature map.
 
-    `groups` divides every number of channels. Raises `UserError` for images of less than 8 x 8 pixels.
+    `groups` divides every number of channels.
     """
-    sizes = sizes_of(image_shape[1:], len(channels), network="resnet")
+    sizes = sizes_of(image_shape[1:], len(channels))
     widths = [image_shape[0], *channels]
     smallest = (widths[-1], *sizes[-1])
 
