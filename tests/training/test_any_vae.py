@@ -50,6 +50,8 @@ AXES = {
 }
 SMALL: dict[str, dict[str, Any]] = {
     "mlp": {"hidden": [24]},
+    "conv": {"channels": [8, 16], "hidden": [24]},
+    "resnet": {"channels": [8, 16], "groups": 4, "blocks": 1, "attention": True},
     "ladder": {"hidden": [24, 16], "top_dim": 3},
     "mmd": {"weight": 10.0},  # ten rows estimate MMD² to 0.1: times 1000 that hides what three steps gain
 }

@@ -66,8 +66,8 @@ def start_at_mean_image(model: VAE, mean_image: Tensor) -> None:
     bias, output = model.likelihood.initial_bias(mean_image), model.network.output_layer()
     target = getattr(output, "bias", None)
     if isinstance(target, Tensor):
-        # a linear layer has a bias for each pixel, a convolution one for each channel
-        target.copy_(bias.flatten() if target.numel() == bias.numel() else bias.flatten(1).mean(1))
+        # a convolution has a bias for each channel, other layers one for each pixel
+        target.copy_(bias.reshape(target.shape) if target.numel() == bias.numel() else bias.flatten(1).mean(1))
 
 
 INITIALIZATIONS: dict[str, Callable[[VAE, Tensor, torch.Generator], None] | None] = {

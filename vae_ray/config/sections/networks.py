@@ -59,7 +59,7 @@ class ResnetNetwork(Section):
             # a group of one channel and one pixel would always be 0 after the norm
             raise ValueError(
                 f"groups should divide each of channels {','.join(map(str, self.channels))} into at least 2 channels, "
-                f"for example {largest}"
+                f"such as {largest}"
             )
         return self
 
