@@ -213,4 +213,4 @@ def test_types_in_the_help_are_those_of_the_fields() -> None:
         "INT|HEIGHT,WIDTH", "auto|LOW,HIGH", "flip,shift:INT", "white|black|#RRGGBB",
     }  # fmt: skip
     assert by_type["INT|HEIGHT,WIDTH"] == ["data.image_size"]
-    assert set(by_type["INT,INT,..."]) == {"model.network.hidden", "model.prior.hidden"}
+    assert set(by_type["INT,INT,..."]) == {"model.network.hidden", "model.network.channels", "model.prior.hidden"}

@@ -42,6 +42,24 @@ def small_parameters() -> list[nn.Parameter]:
     return [nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((3, 5), (5,), (1, 2, 4))]
 
 
+@pytest.mark.parametrize("weight_layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("gradient_layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("grad_clip", [None, 0.5])
+def test_an_update_does_not_depend_on_memory_layouts(
+    weight_layout: torch.memory_format, gradient_layout: torch.memory_format, grad_clip: float | None
+) -> None:
+    """torch's fused kernels pair elements by their place in memory."""
+    generator = torch.Generator().manual_seed(2)
+    start, gradient = torch.randn(2, 6, 5, 4, 3, generator=generator)
+    contiguous, other = nn.Parameter(start.clone()), nn.Parameter(start.clone(memory_format=weight_layout))
+    for parameter, value in ((contiguous, gradient), (other, gradient.contiguous(memory_format=gradient_layout))):
+        optimizer = build_optimizer(OptimConfig(), [parameter])
+        for factor in (1.0, -0.3):
+            assert apply_gradients({"m": optimizer}, {"m": [factor * value]}, lr=0.1, grad_clip=grad_clip)
+    # the norm that clips is a sum in another order
+    torch.testing.assert_close(other, contiguous, rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("grad_clip", [None, 0.5])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize("name", sorted(OPTIMIZERS))

@@ -97,6 +97,8 @@ def apply_gradients(
     such an element would stay infinite. All workers hold the same gradients, so they all decide alike.
     """
     norms: dict[str, Tensor] = {}
+    parameters = {name: optimizer.param_groups[0]["params"] for name, optimizer in optimizers.items()}
+    gradients = {name: laid_out_like(parameters[name], values) for name, values in gradients.items()}
     for name, values in gradients.items():
         if grad_clip is not None:  # which makes the squares of the elements finite too
             norms[name] = nn.utils.get_total_norm(values)
@@ -109,10 +111,22 @@ def apply_gradients(
         return False
     for name, optimizer in optimizers.items():
         (parameter_group,) = optimizer.param_groups
-        for parameter, gradient in zip(parameter_group["params"], gradients[name], strict=True):
+        for parameter, gradient in zip(parameters[name], gradients[name], strict=True):
             parameter.grad = gradient
         if grad_clip is not None:
-            nn.utils.clip_grads_with_norm_(parameter_group["params"], grad_clip, norms[name])
+            nn.utils.clip_grads_with_norm_(parameters[name], grad_clip, norms[name])
         parameter_group["lr"] = lr
         optimizer.step()
     return True
+
+
+def laid_out_like(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> list[Tensor]:
+    """Each of `values` in the memory layout of its parameter; torch's fused kernels walk through memory, not indices.
+
+    (`torch.autograd.grad` gives a channels-last gradient of a contiguous weight where the feature maps are
+    channels-last; `backward` would have copied it.)
+    """
+    return [
+        value if value.stride() == parameter.stride() else torch.empty_like(parameter).copy_(value)
+        for parameter, value in zip(parameters, values, strict=True)
+    ]

@@ -128,7 +128,9 @@ class TrainState:
                 raise ValueError(f"the optimizer's state of {short_repr(prefix)} does not fit the parameter")
             optimizer.state.pop(parameter, None)
             if values:
-                optimizer.state[parameter] = {name: value.to(parameter.device) for name, value in values.items()}
+                # in the memory layout of the parameter, as the optimizer's kernels expect
+                moments = {name: torch.empty_like(parameter).copy_(values[name]) for name in MOMENTS}
+                optimizer.state[parameter] = {"step": values["step"].to(parameter.device), **moments}
         if remaining:
             raise ValueError(f"has {short_repr(next(iter(remaining)))}, which this model's training does not have")
         self.progress = Progress.from_scalars(scalars)
