@@ -35,7 +35,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["train", "digits", "--optim.lr", "fast"], "optim.lr: got 'fast'"),
     (["train", "digits", "--likelihood=poisson"], "likelihood: got 'poisson', should be one of bernoulli"),
     (["train", "digits", "--model.likelihood=gaussian"], "does not exist any more; use 'likelihood.name'"),
-    (["train", "digits", "--likelihood.scale=1"], "--likelihood gaussian"),
+    (["train", "mnist", "--likelihood.scale=1"], "--likelihood gaussian"),
     (["train", "digits", "--model.network.top-dim=3"], "--model.network ladder"),
     (["train", "digits", "--model.network=lader"], "did you mean 'ladder'"),
     (["train", "digits", HERE, "--model.network=no_such:net"], "there is no module 'no_such'"),

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -280,7 +281,7 @@ def test_auto_is_this_process_and_one_thread_for_a_small_network(
 
 
 def test_a_step_is_shared_out_among_threads_from_a_certain_size_on(quick: Experiment) -> None:
-    model = torch.nn.Linear(1000, 100, bias=False)
+    model = SimpleNamespace(network=torch.nn.Linear(1000, 100, bias=False))
     rows = round(SMALL_STEP_FLOPS / (6 * 1000 * 100))
     num = [
         num_threads(4, quick.with_overrides({"training.global_batch_size": size}), model)  # type: ignore[arg-type]

@@ -13,8 +13,15 @@ DATA = Path(__file__).parents[1] / "data"
 
 def test_an_experiment_file_of_0_1_is_read() -> None:
     old = Experiment.from_file(DATA / "run-v0.1" / "experiment.yaml")
-    today = Experiment.preset("digits").with_overrides(
-        {"workers": {"num": 0, "cpus": 1}, "run.storage": old.run.storage, "model.network.hidden": [256, 128]}
+    today = Experiment.from_dict(
+        {
+            "data": {"source": "digits", "num_validation": 144},
+            "model": {"network": {"name": "mlp", "hidden": [256, 128]}, "latent_dim": 10, "initialization": "he"},
+            "optim": {"lr": 2e-3, "schedule": "cosine"},
+            "training": {"epochs": 40, "global_batch_size": 64},
+            "workers": {"num": 0, "cpus": 1},
+            "run": {"storage": old.run.storage},
+        }
     )
     assert old == today
     assert Experiment.from_dict(old.to_dict()) == old

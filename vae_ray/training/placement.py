@@ -77,7 +77,7 @@ def num_threads(available: int, experiment: Experiment, model: VAE) -> int:
     Threads wait for each other several times a layer; on a busy machine such a barrier costs more than a small
     product. A function of the experiment alone, so that a resumed run computes as before.
     """
-    num_weights = sum(parameter.numel() for parameter in model.parameters())
+    num_weights = sum(parameter.numel() for parameter in model.network.parameters())
     rows = experiment.training.global_batch_size / max(1, _max_workers(experiment))
     # a product for the forward and two for the backward pass, each a multiplication and an addition a weight and row
     flops = 6 * num_weights * rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Protocol
 
@@ -105,6 +106,11 @@ def weighted_layers(module: nn.Module) -> list[nn.Module]:
     """The linear and convolutional layers inside `module`, in order."""
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)
     return [layer for layer in module.modules() if isinstance(layer, kinds)]
+
+
+def random_parameter(*shape: int, std: float = 1.0) -> nn.Parameter:
+    """Of mean 0 and standard deviation `std`; uniform, because a normal on the meta device imports torch's compiler."""
+    return nn.Parameter(torch.empty(shape).uniform_(-math.sqrt(3) * std, math.sqrt(3) * std))
 
 
 def with_gain(layer: nn.Module, gain: float) -> nn.Module:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vae_ray.models.dropout import Dropout
-from vae_ray.models.networks.base import with_gain
+from vae_ray.models.networks.base import random_parameter, with_gain
 from vae_ray.models.networks.mlp import ACTIVATIONS
 
 Size = tuple[int, int]
@@ -79,7 +79,7 @@ class LabelEmbedding(nn.Module):
 
     def __init__(self, num_classes: int, channels: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(num_classes, channels))
+        self.weight = random_parameter(num_classes, channels)
 
     def forward(self, condition: Tensor, ndim: int = 4) -> Tensor:
         """`(N, channels, 1, ...)` of `ndim` dimensions."""

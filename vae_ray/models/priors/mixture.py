@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vae_ray.models.latents import DiagonalGaussian, Distribution, bounded
+from vae_ray.models.networks.base import random_parameter
 from vae_ray.models.priors.base import Prior
 
 HALF_ULP = 2.0**-53
@@ -89,7 +90,7 @@ class MixturePrior(Prior):
 
     def __init__(self, latent_shape: tuple[int, ...], *, components: int, num_classes: int = 0, **_: Any) -> None:
         super().__init__(latent_shape)
-        self.means = nn.Parameter(INITIAL_SPREAD * torch.randn(components, *latent_shape))
+        self.means = random_parameter(components, *latent_shape, std=INITIAL_SPREAD)
         self.logvars = nn.Parameter(torch.full((components, *latent_shape), math.log(1 - INITIAL_SPREAD**2)))
         self.logits = nn.Parameter(torch.zeros(max(1, num_classes), components))
 

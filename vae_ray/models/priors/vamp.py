@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from vae_ray.errors import UserError
 from vae_ray.models.latents import DiagonalGaussian, Distribution
+from vae_ray.models.networks.base import random_parameter
 from vae_ray.models.priors.base import DrawImages, Prior, TopPosterior
 from vae_ray.models.priors.mixture import GaussianMixture
 
@@ -37,7 +38,7 @@ class VampPrior(Prior):
                 f"for example --model.prior.components {10 * num_classes}"
             )
         self.num_classes = num_classes
-        self.logits = nn.Parameter(torch.randn(components, *image_shape))
+        self.logits = random_parameter(components, *image_shape)
 
     def attach(self, top_posterior: TopPosterior) -> None:
         # a method of the VAE and no module: the encoder's weights are the network's, and in a copy the copy's
