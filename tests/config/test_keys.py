@@ -148,6 +148,15 @@ def test_an_entry_and_its_settings_may_come_in_any_order() -> None:
     assert orders[0].flat()["objective.beta_schedule.epochs"] == 3
 
 
+def test_an_entry_of_an_entry_that_was_just_chosen_can_be_chosen() -> None:
+    experiment = Experiment.from_dict({"objective": "mmd"})
+    given = {"objective": "elbo", "objective.beta-schedule": "linear", "objective.beta-schedule.epochs": "9"}
+    schedule = experiment.with_overrides(given).to_dict()["objective"]["beta_schedule"]
+    assert (schedule["name"], schedule["epochs"]) == ("linear", 9)
+    with pytest.raises(UserError, match=r"^objective\.beta_schedule\.epochs: the schedule 'constant' has no field"):
+        experiment.with_overrides({"objective": "elbo", "objective.beta_schedule.epochs": 9})
+
+
 def test_choosing_the_entry_that_is_chosen_changes_nothing() -> None:
     experiment = Experiment().with_overrides({"likelihood": {"name": "gaussian", "scale": 0.3}})
     assert experiment.with_overrides({"likelihood": "gaussian"}) == experiment

@@ -143,6 +143,7 @@ def _write(model: type[BaseModel], tree: dict[str, Any], key: str, value: Any, *
             raise UnknownKey
         axis = choice_of(field)
         if axis is not None:
+            node.setdefault(part, {axis.tag: getattr(field.default, axis.tag)})  # in an entry that was just chosen
             if not rest or rest == [axis.tag]:
                 _choose(axis, field, node, part, value, key=key)
                 return
