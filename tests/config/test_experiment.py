@@ -20,6 +20,7 @@ from vae_ray.models.likelihoods import LIKELIHOODS
 from vae_ray.models.networks import NETWORKS
 from vae_ray.models.priors import PRIORS
 from vae_ray.objectives import OBJECTIVES
+from vae_ray.objectives.schedules import SCHEDULES as RISES
 from vae_ray.storage.reading import parse_yaml
 from vae_ray.training.optimization import OPTIMIZERS
 from vae_ray.training.schedules import SCHEDULES
@@ -50,11 +51,14 @@ def test_every_field_is_documented_with_a_sentence(field: FieldDoc) -> None:
         ("optim.optimizer", OPTIMIZERS),
         ("model.initialization", INITIALIZATIONS),
         ("optim.schedule", SCHEDULES),
+        ("objective.beta_schedule", RISES),
+        ("objective.capacity_schedule", RISES),
     ],
 )
 def test_allowed_names_are_the_keys_of_the_table(key: str, table: dict[str, Any]) -> None:
-    (field,) = [field for field in FIELDS if field.key == key]
-    assert set(field.type.strip("{}").split(",")) - {"MODULE:NAME"} == set(table)
+    fields = [field for field in FIELDS if field.key == key]
+    assert fields
+    assert all(set(field.type.strip("{}").split(",")) - {"MODULE:NAME"} == set(table) for field in fields)
 
 
 def test_place_is_what_changes_no_number_of_a_run() -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+from tests.thread_workers import results_on_threads
 from vae_ray import Experiment
 from vae_ray.data.batches import Batch, Loader
 from vae_ray.data.dataset import Split
@@ -27,6 +29,15 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "resnet": {"name": "resnet", "channels": [4], "groups": 2, "blocks": 1, "attention": True, "latent": "spatial"},
     "ladder": {"name": "ladder", "hidden": [7, 6], "top_dim": 3},
 }
+
+OBJECTIVE_SETTINGS: dict[str, dict[str, Any]] = {"geco": {"target": 15.0}}
+"""What entries cannot do without."""
+REFUSED = [("dreg", "ladder")]
+"""Objectives and networks that do not fit."""
+
+
+def objective_section(name: str) -> dict[str, Any]:
+    return {"name": name, **OBJECTIVE_SETTINGS.get(name, {})}
 
 
 def experiment(**sections: Any) -> Experiment:
@@ -103,3 +114,30 @@ def record_gradients(state: TrainState) -> dict[str, GradientRecorder]:
     recorders = {name: GradientRecorder(members) for name, members in sets.items()}
     state.optimizers = dict(recorders)
     return recorders
+
+
+def gradients_and_means(state: TrainState, group: WorkerGroup) -> tuple[list[Tensor], dict[str, float]]:
+    """The gradient of every step of an epoch with the weights left as they are, and the means of the terms."""
+    (recorder,) = record_gradients(state).values()
+    means = run_epoch(state, 1, group)
+    return recorder.gradients, means
+
+
+def check_gradients_on_workers(objective: dict[str, Any], network: str, size: int) -> None:
+    """Assert that `size` workers have the gradients and terms of one process.
+
+    Also with workers that have no image: of the last batch's three, two of five workers get none.
+    """
+    config = experiment(model={"network": NETWORKS[network], "latent_dim": 2}, objective=objective)
+    expected, expected_means = gradients_and_means(begin(config), ALONE)
+    assert len(expected) == 5
+    assert min(float(gradient.abs().max()) for gradient in expected) > 0.01
+    states = [begin(config) for _ in range(size)]
+    results = results_on_threads(size, lambda group: gradients_and_means(states[group.rank], group))
+    for gradients, means in results:
+        for mine, first, reference in zip(gradients, results[0][0], expected, strict=True):
+            assert torch.equal(mine, first), "all workers hold the same bits"
+            scale = float(reference.abs().max())
+            torch.testing.assert_close(mine, reference, rtol=1e-10, atol=1e-12 * scale)
+        assert means == pytest.approx(expected_means, rel=1e-12)
+        assert means == results[0][1]

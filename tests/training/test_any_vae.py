@@ -7,6 +7,7 @@ to the bit, and every example keeps the noise of its place.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,10 +55,22 @@ SMALL: dict[str, dict[str, Any]] = {
     "resnet": {"channels": [8, 16], "groups": 4, "blocks": 1, "attention": True},
     "ladder": {"hidden": [24, 16], "top_dim": 3},
     "mmd": {"weight": 10.0},  # ten rows estimate MMD² to 0.1: times 1000 that hides what three steps gain
+    "flow": {"transforms": 2, "hidden": [16]},
+    "geco": {"target": 50.0, "step_size": 1e-9},  # a multiplier that grows would hide that the loss falls
 }
 """Settings of the entries that are not small by themselves, or not precise on a small batch."""
 REFUSED = [("mmd", "mixture"), ("mmd", "vamp"), ("mmd", "flow"), ("dreg", "ladder")]
+REFUSED += [("dip", prior) for prior in PRIORS if prior != "standard"]
 """Pairs that have no meaning; `preflight` says so in one line."""
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads of operations this small wait for each other, for minutes in all where other processes compute too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 class Case(NamedTuple):

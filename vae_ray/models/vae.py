@@ -32,6 +32,11 @@ class Output(NamedTuple):
         first, *others = (group.rate() for group in self.groups)
         return sum(others, start=first)
 
+    def log_ratio(self) -> Tensor:
+        """log q(z|x) - log p(z) of each sample in nats, summed over all groups: `(k * N,)`."""
+        first, *others = (group.log_ratio() for group in self.groups)
+        return sum(others, start=first)
+
 
 class VAE(nn.Module):
     """Images are `(N, C, H, W)` in [0, 1]. Outputs are float32 (float64 of a double model), also under autocast."""

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from vae_ray.errors import UserError
+from vae_ray.models.latents import DiagonalGaussian, Group, StandardNormal
 from vae_ray.models.likelihoods import Likelihood
 from vae_ray.models.vae import Output, repeated
 from vae_ray.parallel.global_batch import GlobalBatch
@@ -67,6 +69,20 @@ def of_global_batch(value: Tensor, batch: GlobalBatch) -> tuple[Tensor, Tensor]:
     the size of the global batch, and the mean over rows counts the value once.
     """
     return batch.size * value, value.detach().expand(batch.num_rows)
+
+
+def gaussian_posterior(group: Group, objective: str) -> DiagonalGaussian:
+    """The posterior of a group; raises `UserError` for one of another kind than the objective is defined for."""
+    if not isinstance(group.posterior, DiagonalGaussian):
+        kind = type(group.posterior).__name__
+        raise UserError(f"objective: {objective} needs posteriors that are a DiagonalGaussian, got a {kind}")
+    return group.posterior
+
+
+def require_standard_prior(group: Group, objective: str, reason: str) -> None:
+    """Raise `UserError` unless the prior of a group is N(0, I)."""
+    if not isinstance(group.prior, StandardNormal):
+        raise UserError(f"objective: {objective} needs --model.prior standard: {reason}")
 
 
 def mean_over_samples(values: Tensor) -> Tensor:

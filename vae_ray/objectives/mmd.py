@@ -11,11 +11,17 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from vae_ray.errors import UserError
-from vae_ray.models.latents import StandardNormal
 from vae_ray.models.likelihoods import Likelihood
 from vae_ray.models.vae import Output
-from vae_ray.objectives.base import MODEL, Losses, Objective, elbo_terms, mean_over_samples, of_global_batch
+from vae_ray.objectives.base import (
+    MODEL,
+    Losses,
+    Objective,
+    elbo_terms,
+    mean_over_samples,
+    of_global_batch,
+    require_standard_prior,
+)
 from vae_ray.parallel.global_batch import GlobalBatch
 
 
@@ -35,8 +41,7 @@ class Mmd(Objective):
         self, output: Output, x: Tensor, likelihood: Likelihood, settings: Mapping[str, float], batch: GlobalBatch
     ) -> Losses:
         top = output.groups[0]
-        if not isinstance(top.prior, StandardNormal):
-            raise UserError("objective: mmd needs --model.prior standard: its closed form is that of N(0, I)")
+        require_standard_prior(top, "mmd", "its closed form is that of N(0, I)")
         distortion, rate = map(mean_over_samples, elbo_terms(output, x, likelihood))
         coupled, by_row = of_global_batch(mmd_squared(batch.gather(top.z).flatten(1)), batch)
         separate = distortion + settings["beta"] * rate
