@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributions import MultivariateNormal
 
+from tests.objectives.linear import UnitGaussian
 from tests.thread_workers import results_on_threads
 from tests.training.small import ALONE, NETWORKS
 from vae_ray import Experiment
@@ -16,6 +18,8 @@ from vae_ray.data.batches import Loader
 from vae_ray.data.dataset import Split
 from vae_ray.evaluation.elbo import evaluate_split
 from vae_ray.evaluation.importance import importance_sampled_nll
+from vae_ray.models.networks import EncoderDecoder
+from vae_ray.models.priors import StandardPrior
 from vae_ray.models.vae import VAE, build_vae
 from vae_ray.parallel.group import WorkerGroup, shards_of
 
@@ -81,6 +85,48 @@ def test_the_number_of_workers_and_of_images_does_not_matter(network: str) -> No
         assert results == pytest.approx([expected] * size, rel=1e-6)  # float32 products of other sizes
     of_all = (64 * nll(vae, 120, num=64) + 6 * mean_of_last_six(vae)) / NUM_IMAGES
     assert of_all == pytest.approx(expected, rel=1e-12)
+
+
+class LinearGaussian(VAE):
+    """p(x|z) = N(W z + o, I), z of 2 dimensions, and an encoder that is p(z|x) but for a shift of its mean."""
+
+    def __init__(self, shift: float) -> None:
+        encoder = nn.Sequential(nn.Flatten(), nn.Linear(12, 4))
+        decoder = nn.Sequential(nn.Linear(2, 12), nn.Unflatten(1, SHAPE))
+        network = EncoderDecoder(encoder, decoder, (2,))
+        super().__init__(network, StandardPrior((2,)), UnitGaussian(), image_shape=SHAPE)
+        generator = torch.Generator().manual_seed(4)
+        # orthogonal columns: the posterior is a diagonal Gaussian
+        self.weight = torch.linalg.qr(torch.randn(12, 2, generator=generator)).Q * torch.tensor([2.0, 0.7])
+        self.offset = torch.rand(12, generator=generator)
+        variance = 1 / (1 + self.weight.square().sum(0))
+        gain = variance[:, None] * self.weight.T
+        with torch.no_grad():
+            decoder[0].weight.copy_(self.weight)
+            decoder[0].bias.copy_(self.offset)
+            encoder[1].weight.copy_(torch.cat([gain, torch.zeros(2, 12)]))
+            encoder[1].bias.copy_(torch.cat([shift - gain @ self.offset, variance.log()]))
+
+    def log_marginals(self, x: Tensor) -> Tensor:
+        covariance = self.weight.double() @ self.weight.double().T + torch.eye(12, dtype=torch.float64)
+        return MultivariateNormal(self.offset.double(), covariance).log_prob(x.double().flatten(1))
+
+
+@pytest.mark.parametrize("num_samples", [1, 2, 60])
+def test_samples_of_the_exact_posterior_give_log_p_of_x_whatever_their_number(num_samples: int) -> None:
+    vae = LinearGaussian(0.0)
+    x = split().gather(torch.arange(NUM_IMAGES)).float() / 255
+    # float32: terms of about 20 nats
+    assert nll(vae, num_samples) == pytest.approx(-float(vae.log_marginals(x).mean()), rel=3e-7)
+
+
+def test_samples_of_another_posterior_approach_log_p_of_x_from_above() -> None:
+    vae = LinearGaussian(0.4)
+    x = split().gather(torch.arange(NUM_IMAGES)).float() / 255
+    gaps = [nll(vae, k) + float(vae.log_marginals(x).mean()) for k in (1, 10, 10_000)]
+    assert gaps[0] > 3 * gaps[1] > 0.1
+    # log w has the variance s = 0.16 (1 + |W_1|²) + 0.16 (1 + |W_2|²) = 1.04, w / p(x) that of e^s - 1
+    assert abs(gaps[2]) < 5 * ((math.exp(1.04) - 1) / (10_000 * NUM_IMAGES)) ** 0.5
 
 
 def mean_of_last_six(vae: VAE) -> float:
