@@ -8,12 +8,16 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+import torch
 
 from tests.storage.servers import ObjectStore
 from vae_ray import Experiment, TrainResult, train
 
 hypothesis.settings.register_profile("any machine", deadline=None)  # a slow moment of a machine is no failure
 hypothesis.settings.load_profile("any machine")
+
+# two threads on a busy machine wait for each other at each small product: ten times as long
+torch.set_num_threads(1)
 
 # tests write modules that change within a second, which bytecode would hide, and look at what lies in directories
 sys.dont_write_bytecode = True

@@ -15,7 +15,9 @@ from vae_ray.cli.main import main
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> TrainedVAE:
-    overrides = {"model.condition": "label", "training.epochs": 15, "workers.num": 0}
+    # a standard prior: the code 0 is in its middle
+    model = {"model.condition": "label", "model.prior": "standard", "likelihood": "bernoulli"}
+    overrides = {**model, "training.epochs": 15, "training.global_batch_size": 64, "workers.num": 0}
     place = {"run.storage": str(tmp_path_factory.mktemp("runs")), "run.name": "conditional"}
     return TrainedVAE.load(train(Experiment.preset("digits").with_overrides({**overrides, **place})).run_dir)
 
