@@ -134,11 +134,14 @@ def test_an_entry_is_chosen_by_its_axis_and_comes_with_its_defaults() -> None:
     ladder = (
         Experiment()
         .with_overrides({"model.network.hidden": [8], "model.latent_dim": 3})
-        .with_overrides({"model.network": "ladder", "model.network.top-dim": "4"})
+        .with_overrides({"model.network": "ladder", "model.network.upper-dims": "4"})
     )
-    assert ladder.to_dict()["model"]["network"] == {"name": "ladder", "hidden": [256, 256], "top_dim": 4}
+    network = ladder.to_dict()["model"]["network"]
+    assert (network["name"], network["hidden"], network["upper_dims"]) == ("ladder", [256, 256], [4])
     assert ladder.model.latent_dim == 3
-    assert ladder == Experiment.from_dict({"model": {"network": {"name": "ladder", "top_dim": 4}, "latent_dim": 3}})
+    assert ladder == Experiment.from_dict(
+        {"model": {"network": {"name": "ladder", "upper_dims": [4]}, "latent_dim": 3}}
+    )
 
 
 def test_an_entry_and_its_settings_may_come_in_any_order() -> None:
@@ -222,4 +225,7 @@ def test_types_in_the_help_are_those_of_the_fields() -> None:
         "INT|HEIGHT,WIDTH", "auto|LOW,HIGH", "flip,shift:INT", "white|black|#RRGGBB",
     }  # fmt: skip
     assert by_type["INT|HEIGHT,WIDTH"] == ["data.image_size"]
-    assert set(by_type["INT,INT,..."]) == {"model.network.hidden", "model.network.channels", "model.prior.hidden"}
+    assert set(by_type["INT,INT,..."]) == {
+        *(f"model.network.{name}" for name in ("hidden", "channels", "upper_dims", "latent_groups")),
+        "model.prior.hidden",
+    }

@@ -17,7 +17,6 @@ from vae_ray.models.vae import build_vae
 from vae_ray.training.state import TrainState
 
 NUM_ROWS, WIDTHS, P = 2 * BLOCK_ROWS + 17, (5, 7), 0.3
-DROPPING = ["mlp", "conv", "resnet"]
 
 
 def masks(start: int, stop: int, *address: int, seed: int = 1, num_samples: int = 1) -> list[Tensor]:
@@ -77,7 +76,7 @@ def test_nothing_is_dropped_outside_of_the_context_also_after_an_error() -> None
 
 def test_a_model_without_dropout_has_no_layers_of_it() -> None:
     assert dropout_layers(nn.Sequential(nn.Linear(2, 3), Dropout(0.0, 3))) == []
-    assert all(not dropout_layers(build_vae(dropping(name, 0.0), (2, 3, 5), seed=1)) for name in DROPPING)
+    assert all(not dropout_layers(build_vae(dropping(name, 0.0), (2, 3, 5), seed=1)) for name in sorted(NETWORKS))
 
 
 # --- in training ----------------------------------------------------------------------------------------
@@ -101,7 +100,7 @@ def gradients(state: TrainState, group: Any = ALONE) -> list[Tensor]:
 
 @pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize("size", [2, 3, 5])
-@pytest.mark.parametrize("network", DROPPING)
+@pytest.mark.parametrize("network", sorted(NETWORKS))
 def test_any_number_of_workers_has_the_gradients_of_one_process(network: str, size: int, k: int) -> None:
     config = dropping(network)
     expected = gradients(state(config, k))
@@ -114,7 +113,7 @@ def test_any_number_of_workers_has_the_gradients_of_one_process(network: str, si
             torch.testing.assert_close(gradient, reference, rtol=1e-10, atol=1e-12 * scale)
 
 
-@pytest.mark.parametrize("network", DROPPING)
+@pytest.mark.parametrize("network", sorted(NETWORKS))
 def test_the_first_of_several_samples_of_a_model_is_the_only_one_of_one(network: str) -> None:
     model = build_vae(dropping(network), (2, 3, 5), seed=1).double().train()
     layers, rows = dropout_layers(model), slice(3, 9)

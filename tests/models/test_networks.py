@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from vae_ray import Experiment, UserError
+from vae_ray import Experiment
 from vae_ray.config.fields import literal_values
 from vae_ray.config.sections import likelihoods, model, objectives, optim
 from vae_ray.models.initialization import INITIALIZATIONS
-from vae_ray.models.latents import DiagonalGaussian, StandardNormal
+from vae_ray.models.latents import StandardNormal
 from vae_ray.models.likelihoods import LIKELIHOODS
 from vae_ray.models.networks import NETWORKS
 from vae_ray.models.noise import latent_noise
@@ -30,11 +30,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "mlp": {"hidden": [11, 10]},
     "conv": {"channels": [9, 11], "hidden": [10]},
     "resnet": {"channels": [6, 9], "groups": 3, "blocks": 1},
-    "ladder": {"hidden": [11, 10], "top_dim": 3},
+    "ladder": {"hidden": [11, 10], "upper_dims": [3]},
+    "conv ladder": {"name": "ladder", "kind": "conv", "channels": [9, 8], "latent_groups": [1, 2]},
 }
 
 
-@pytest.fixture(params=sorted(NETWORKS))
+@pytest.fixture(params=sorted({*NETWORKS, *SETTINGS}))
 def network(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -243,28 +244,6 @@ def test_generation_samples_every_group_from_its_prior(network: str, image_shape
     assert not torch.allclose(generated, model.generate(eps))
 
 
-def test_the_lower_prior_of_a_ladder_is_computed_from_the_upper_z() -> None:
-    model = build("ladder", (2, 3, 5))
-    output = model(images((2, 3, 5)), noise(model))
-    top, low = output.groups
-    assert isinstance(top.prior, StandardNormal)
-    assert isinstance(low.prior, DiagonalGaussian)
-    assert (top.z.shape, low.z.shape) == ((BATCH, 3), (BATCH, LATENT_DIM))
-    conditional = model.network.prior(model.network.expand(top.z))
-    torch.testing.assert_close(torch.cat([low.prior.mean, low.prior.logvar], dim=1), conditional)
-    assert not torch.allclose(low.prior.mean[0], low.prior.mean[1])
-    torch.testing.assert_close(output.rate(), top.rate() + low.rate())
-
-
-def test_a_group_that_is_left_out_of_a_code_is_at_the_mean_of_its_prior() -> None:
-    model = build("ladder", (2, 3, 5))
-    z_top = noise(model)[0]
-    mean, _ = model.network.prior(model.network.expand(z_top)).chunk(2, dim=1)
-    torch.testing.assert_close(model.decode([z_top, None]), model.decode([z_top, mean]))
-    z_low = noise(model)[1]
-    torch.testing.assert_close(model.decode([None, z_low]), model.decode([torch.zeros_like(z_top), z_low]))
-
-
 # --- weights --------------------------------------------------------------------------------------------
 
 
@@ -312,9 +291,3 @@ def test_number_of_parameters_of_the_notebook_is_the_closed_form() -> None:
     expected = (784 * 400 + 400) + (400 * 100 + 100) + 2 * (100 * 20 + 20)  # encoder
     expected += (20 * 100 + 100) + (100 * 400 + 400) + (400 * 784 + 784)  # decoder
     assert sum(parameter.numel() for parameter in model.parameters()) == expected == 715_024
-
-
-@pytest.mark.parametrize("hidden", [[], [7], [7, 6, 5]])
-def test_a_ladder_has_exactly_two_widths(hidden: list[int]) -> None:
-    with pytest.raises(UserError, match=r"model\.network\.hidden"):
-        Experiment.from_dict({"model": {"network": {"name": "ladder", "hidden": hidden}}})

@@ -28,7 +28,7 @@ def mlp() -> VAE:
 
 @pytest.fixture
 def ladder() -> VAE:
-    return build({"name": "ladder", "hidden": [7, 6], "top_dim": 3})
+    return build({"name": "ladder", "hidden": [7, 6], "upper_dims": [3]})
 
 
 def images() -> torch.Tensor:

@@ -27,12 +27,13 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "mlp": {"name": "mlp", "hidden": [7]},
     "conv": {"name": "conv", "channels": [3, 4], "hidden": [7]},
     "resnet": {"name": "resnet", "channels": [4], "groups": 2, "blocks": 1, "attention": True, "latent": "spatial"},
-    "ladder": {"name": "ladder", "hidden": [7, 6], "top_dim": 3},
+    "ladder": {"name": "ladder", "hidden": [7, 6], "upper_dims": [3]},
+    "conv ladder": {"name": "ladder", "kind": "conv", "channels": [5, 4], "latent_groups": [1, 2]},
 }
 
 OBJECTIVE_SETTINGS: dict[str, dict[str, Any]] = {"geco": {"target": 15.0}}
 """What entries cannot do without."""
-REFUSED = [("dreg", "ladder")]
+REFUSED = [("dreg", "ladder"), ("dreg", "conv ladder")]
 """Objectives and networks that do not fit."""
 
 

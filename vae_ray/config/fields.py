@@ -183,6 +183,7 @@ Location = Annotated[
 Widths = Annotated[
     tuple[Annotated[Int, Field(ge=1, le=65536)], ...], Field(max_length=256), BeforeValidator(_split_list)
 ]
+Counts = Annotated[tuple[Annotated[Int, Field(ge=0, le=256)], ...], Field(max_length=256), BeforeValidator(_split_list)]
 Fractions = Annotated[tuple[Annotated[Float, Field(ge=0)], ...], Field(max_length=256), BeforeValidator(_split_list)]
 ImageSize = Annotated[int | tuple[int, int] | None, BeforeValidator(_image_size), Shown("INT|HEIGHT,WIDTH")]
 ValueRange = Annotated[tuple[float, float] | Literal["auto"], BeforeValidator(_value_range), Shown("auto|LOW,HIGH")]

@@ -8,28 +8,38 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from vae_ray.errors import UserError
+
 RENAMED = {
     "model.hidden": "model.network.hidden",
     "model.likelihood": "likelihood.name",
     "model.gaussian_scale": "likelihood.scale",
     "training.nonfinite_limit": "training.nonfinite.limit",
     "training.rollback_lr_factor": "training.nonfinite.lr_factor",
+    "model.network.top_dim": "model.network.upper_dims",
 }
-"""Keys of 0.1 and what they are called today."""
+"""Keys of earlier versions and what they are called today."""
 
 
 def renamed_key(key: str) -> str | None:
-    """Today's name of a key of 0.1; None if it never had another one."""
+    """Today's name of a key of an earlier version; None if it never had another one."""
     return RENAMED.get(key)
 
 
 def migrated(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested plain data of any version as today's; what is not of an earlier version is returned as it is."""
+    """Nested plain data of any version as today's; what is not of an earlier version is returned as it is.
+
+    Raises `UserError` for a network that there is no more.
+    """
     sections = {key: dict(value) if isinstance(value, Mapping) else value for key, value in content.items()}
     model, training, data = (_section(sections, name) for name in ("model", "training", "data"))
     likelihood = dict(_section(sections, "likelihood"))
     if "hidden" in model and not isinstance(model.get("network"), Mapping):
         model["network"] = {"name": model.get("network", "mlp"), "hidden": model.pop("hidden")}
+    if "top_dim" in _section(model, "network") and model["network"].get("name") == "ladder":
+        raise UserError(
+            "model.network: a ladder with 'top_dim' was another network; train today's, with 'upper_dims' in its place"
+        )
     if "likelihood" in model or "gaussian_scale" in model:
         name, scale = model.pop("likelihood", "bernoulli"), model.pop("gaussian_scale", None)
         likelihood = {"name": name, **({"scale": scale} if name == "gaussian" and scale is not None else {})}

@@ -25,8 +25,8 @@ def he_at_the_mean_image(model: VAE, mean_image: Tensor, generator: torch.Genera
     output, posteriors = model.network.output_layer(), model.network.posterior_layers()
     for layer in weighted_layers(model.network):
         is_posterior = any(layer is each for each in posteriors)
-        hidden_gain = getattr(layer, "initial_gain", math.sqrt(2.0))
-        gain = OUTPUT_GAIN if layer is output else POSTERIOR_GAIN if is_posterior else hidden_gain
+        default = POSTERIOR_GAIN if is_posterior else math.sqrt(2.0)
+        gain = OUTPUT_GAIN if layer is output else getattr(layer, "initial_gain", default)
         fan_in, _ = fans(layer)
         _draw(layer, gain / math.sqrt(fan_in), generator)
     start_at_mean_image(model, mean_image)

@@ -41,12 +41,24 @@ class Distribution(Protocol):
         ...
 
 
+class Residual(NamedTuple):
+    """How far a Gaussian lies from another one; all `(N, *shape)`."""
+
+    origin: DiagonalGaussian
+    mean: Tensor
+    """The difference of the means."""
+    logvar: Tensor
+    """The difference of the log variances."""
+
+
 @dataclass(frozen=True)
 class DiagonalGaussian:
     """N(mean, diag(exp(logvar))); both `(N, *shape)`."""
 
     mean: Tensor
     logvar: Tensor
+    residual: Residual | None = None
+    """Of a posterior that is computed relative to its prior."""
 
     @property
     def sigma(self) -> Tensor:
@@ -70,8 +82,11 @@ class DiagonalGaussian:
             return 0.5 * torch.addcmul(torch.expm1(self.logvar) - self.logvar, self.mean, self.mean)
         if isinstance(prior, DiagonalGaussian):
             # KL = 1/2 ((m - m')^2 / s'^2 + s^2 / s'^2 - 1 - log(s^2 / s'^2))
-            difference = self.logvar - prior.logvar
-            squared = (self.mean - prior.mean).square() * torch.exp(-prior.logvar)
+            if self.residual is not None and self.residual.origin is prior:  # NVAE, eq. 2: nothing cancels
+                _, shift, difference = self.residual
+            else:
+                shift, difference = self.mean - prior.mean, self.logvar - prior.logvar
+            squared = shift.square() * torch.exp(-prior.logvar)
             return 0.5 * (squared + (torch.expm1(difference) - difference))  # two numbers of at least 0
         return None
 
@@ -128,6 +143,16 @@ def gaussian_from(parameters: Tensor) -> DiagonalGaussian:
     """
     mean, logvar = parameters.chunk(2, dim=1)
     return DiagonalGaussian(mean, bounded(logvar))
+
+
+def residual_from(parameters: Tensor, prior: DiagonalGaussian) -> DiagonalGaussian:
+    """The distribution whose differences from `prior` in mean and log variance are the halves of `parameters`.
+
+    Vahdat & Kautz 2020 (arXiv:2007.03898), section 3.2. The difference of the log variances is bounded softly.
+    """
+    mean, logvar = parameters.chunk(2, dim=1)
+    residual = Residual(prior, mean, bounded(logvar))
+    return DiagonalGaussian(prior.mean + residual.mean, prior.logvar + residual.logvar, residual)
 
 
 def bounded(logvar: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from vae_ray.config.fields import Choice, Float, Int, Section, UserEntry, Widths
+from vae_ray.config.fields import Choice, Counts, Float, Int, Section, UserEntry, Widths
 
 Activation = Literal["relu", "gelu", "silu", "tanh"]
 Channels = Annotated[Widths, Field(min_length=1, max_length=8)]
@@ -65,15 +65,40 @@ class ResnetNetwork(Section):
 
 
 class LadderNetwork(Section):
-    """Two groups of latent variables; the lower group's prior is computed from the upper (Sønderby et al. 2016)."""
+    """Groups of latent variables from the top down, posteriors residual to learned priors (Vahdat & Kautz 2020)."""
 
     name: Literal["ladder"] = "ladder"
-    hidden: Annotated[Widths, Field(min_length=2, max_length=2)] = Field(
-        (256, 256), description="Widths of the two deterministic layers, bottom first."
+    kind: Literal["dense", "conv"] = Field("dense", description="Fully connected, or convolutional with spatial z.")
+    hidden: Annotated[Widths, Field(min_length=1)] = Field(
+        (256, 256), description="dense: widths from the bottom up, each with a group."
     )
-    top_dim: Int = Field(
-        8, ge=1, le=65536, description="Latent dimensions of the top group; model.latent_dim is the lower's."
+    upper_dims: Widths = Field(
+        (8,),
+        description="dense: latent dimensions of the groups above the lowest, from the top down; the lowest has "
+        "model.latent_dim.",
     )
+    channels: Channels = Field(
+        (32, 64), description="conv: channels from the bottom up; each halves the sides of at least 4 pixels."
+    )
+    latent_groups: Counts = Field(
+        (1, 2), description="conv: groups at each of these sizes, model.latent_dim channels each; the last at least 1."
+    )
+    blocks: Int = Field(1, ge=1, le=64, description="Residual blocks at each size, and after each group.")
+    activation: Activation = Field("silu", description="Activation in the blocks.")
+    dropout: Dropout = Field(0.0, description="Probability with which a channel, or unit, is dropped in training.")
+
+    @model_validator(mode="after")
+    def _fits_the_kind(self) -> LadderNetwork:
+        for key in ("channels", "latent_groups") if self.kind == "dense" else ("hidden", "upper_dims"):
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} has no effect in a ladder of kind {self.kind}")
+        if 1 in (self.hidden if self.kind == "dense" else self.channels):
+            raise ValueError("a width of 1 carries nothing: after a norm it would always be 0; should be at least 2")
+        if self.kind == "dense" and len(self.upper_dims) != (num := len(self.hidden) - 1):
+            raise ValueError(f"upper_dims should have one number less than hidden: {num}, not {len(self.upper_dims)}")
+        if self.kind == "conv" and (len(self.latent_groups) != len(self.channels) or not self.latent_groups[-1]):
+            raise ValueError(f"latent_groups should be {len(self.channels)} numbers as channels, the last at least 1")
+        return self
 
 
 Network = Annotated[MlpNetwork | ConvNetwork | ResnetNetwork | LadderNetwork | UserEntry, Choice("network")]
