@@ -11,6 +11,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from vae_ray import Experiment, TrainedVAE, UserError, train
 from vae_ray.cli.main import main
+from vae_ray.models.vae import build_vae
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +53,22 @@ def test_a_path_leads_from_one_image_and_label_to_the_other(trained: TrainedVAE)
     path = trained.interpolate(images[:3], images[3:], labels[:3], labels[3:], steps=5)
     torch.testing.assert_close(path[:, 0], trained.reconstruct(images[:3], labels[:3]))
     torch.testing.assert_close(path[:, -1], trained.reconstruct(images[3:], labels[3:]))
+
+
+@pytest.mark.parametrize("prior", ["standard", "flow", "mixture", "vamp"])
+def test_a_path_of_a_conditional_hierarchy_leads_from_one_label_to_the_other(trained: TrainedVAE, prior: str) -> None:
+    network = {"name": "ladder", "kind": "conv", "channels": [8, 10], "latent_groups": [1, 2]}
+    model = {"condition": "label", "num_classes": 10, "network": network, "latent_dim": 3, "prior": {"name": prior}}
+    experiment = Experiment.from_dict({**trained.experiment.to_dict(), "model": model})
+    ladder = TrainedVAE(build_vae(experiment, trained.image_shape, seed=4), experiment, trained.checkpoint)
+    images, labels = trained.test_examples(6)
+    assert labels is not None
+    path = ladder.interpolate(images[:3], images[3:], labels[:3], labels[3:], steps=4)
+    # there and back in float32
+    torch.testing.assert_close(path[:, 0], ladder.reconstruct(images[:3], labels[:3]), rtol=0, atol=2e-5)
+    torch.testing.assert_close(path[:, -1], ladder.reconstruct(images[3:], labels[3:]), rtol=0, atol=2e-5)
+    assert not torch.allclose(ladder.generate(4, label=1), ladder.generate(4, label=2))
+    assert ladder.traverse(images, labels, steps=3).images.shape == (9, 3, *trained.image_shape)
 
 
 @pytest.mark.parametrize("labels", [None, 10, -1, 2.0, [1, 2], True, "seven"])

@@ -18,7 +18,9 @@ from vae_ray.data.sources.decoded import Decoded
 from vae_ray.data.sources.digits import Digits
 from vae_ray.data.splits import Splits
 from vae_ray.inference import INTERPOLATIONS, Method
+from vae_ray.models.coordinates import coordinates, movable
 from vae_ray.models.likelihoods import Bernoulli
+from vae_ray.models.vae import build_vae
 from vae_ray.storage.records import read_records
 from vae_ray.training.callbacks import decoder_of
 
@@ -163,6 +165,88 @@ def test_spherical_between_parallel_codes_is_finite_and_has_the_right_ends(facto
     path = INTERPOLATIONS["spherical"](a, factor * a, torch.linspace(0, 1, 4, dtype=torch.float64))
     assert bool(path.isfinite().all())
     torch.testing.assert_close(path[:, [0, -1]], torch.stack([a, factor * a], dim=1), rtol=1e-9, atol=1e-9)
+
+
+# --- hierarchies and spatial latents --------------------------------------------------------------------
+
+LADDERS = {
+    "dense": {"name": "ladder", "hidden": [24, 16, 12], "upper_dims": [2, 3]},
+    "conv": {"name": "ladder", "kind": "conv", "channels": [8, 10], "latent_groups": [1, 2]},
+}
+
+
+@pytest.fixture(params=["dense standard", "conv standard", "conv flow", "dense mixture", "conv vamp"])
+def hierarchy(request: pytest.FixtureRequest, model: TrainedVAE) -> TrainedVAE:
+    """A ladder with random weights and the images of the run."""
+    kind, prior = request.param.split()
+    sections = {"model": {"network": LADDERS[kind], "latent_dim": 4, "prior": {"name": prior}}}
+    experiment = Experiment.from_dict({**model.experiment.to_dict(), **sections})
+    return TrainedVAE(build_vae(experiment, model.image_shape, seed=2), experiment, model.checkpoint)
+
+
+@pytest.mark.parametrize("method", sorted(INTERPOLATIONS))
+def test_a_path_of_a_hierarchy_leads_through_the_noise_of_each_group(hierarchy: TrainedVAE, method: Method) -> None:
+    images = hierarchy.test_images(6)
+    start, end = images[:3], images[3:]
+    path = hierarchy.interpolate(start, end, steps=5, method=method)
+    # (z - m) / s * s + m, and what follows from it: some float32 roundings
+    torch.testing.assert_close(path[:, 0], hierarchy.reconstruct(start), rtol=0, atol=2e-5)
+    torch.testing.assert_close(path[:, -1], hierarchy.reconstruct(end), rtol=0, atol=2e-5)
+    shapes = hierarchy.model.latent_shapes
+    ends = []
+    for side in (start, end):
+        top, *lower = hierarchy.groups(side)
+        eps = [coordinates(top), *((g.z - g.prior.mean) / g.prior.sigma for g in lower)]
+        ends.append(torch.cat([each.flatten(1) for each in eps], dim=1))
+    quarter = INTERPOLATIONS[method](*ends, torch.tensor([0.25]))[:, 0]
+    parts = quarter.split([math.prod(shape) for shape in shapes], dim=1)
+    noise = [part.reshape(3, *shape) for part, shape in zip(parts, shapes, strict=True)]
+    params, _ = hierarchy.model.top_down(None, lambda group, q, p: movable(p).rsample(noise[group]), 3)
+    torch.testing.assert_close(path[:, 1], hierarchy.model.likelihood.mean(params), rtol=0, atol=2e-5)
+
+
+def test_a_traversal_of_a_hierarchy_shows_the_most_informative_of_all_groups(hierarchy: TrainedVAE) -> None:
+    moved = hierarchy.traverse(hierarchy.test_images(50), num_dimensions=5, steps=3)
+    assert moved.images.shape == (5, 3, *hierarchy.image_shape)
+    assert bool(((moved.images >= 0) & (moved.images <= 1)).all())
+    assert moved.rates == sorted(moved.rates, reverse=True)
+    # in the middle of every row all groups are at the middle of their priors
+    torch.testing.assert_close(moved.images[:, 1], moved.images[:1, 1].expand(5, -1, -1, -1), rtol=0, atol=1e-6)
+
+
+def test_a_representation_is_the_mean_of_the_top_group(hierarchy: TrainedVAE, model: TrainedVAE) -> None:
+    images = model.test_images(5)
+    assert torch.equal(model.representation(images), model.encode(images))
+    top = hierarchy.groups(images)[0].posterior
+    assert top is not None
+    vectors = hierarchy.representation(images)
+    assert torch.equal(vectors, top.mean.flatten(1))
+    assert vectors.shape == (5, math.prod(hierarchy.model.latent_shapes[0]))
+    codes = hierarchy.encode(images)
+    assert codes.shape == (5, hierarchy.latent_dim)
+    assert torch.equal(codes[:, : vectors.shape[1]], vectors)
+
+
+@pytest.mark.parametrize("hierarchy", ["dense standard", "conv standard", "conv flow"], indirect=True)
+def test_a_hierarchy_at_temperature_0_is_at_the_means_of_all_its_priors(hierarchy: TrainedVAE) -> None:
+    at_zero = hierarchy.generate(2, temperature=0.0)
+    params, _ = hierarchy.model.top_down(None, lambda group, q, p: p.mean, 2)
+    torch.testing.assert_close(at_zero, hierarchy.model.likelihood.mean(params), rtol=0, atol=1e-6)
+    assert not torch.allclose(at_zero, hierarchy.generate(2, temperature=1.0))
+
+
+def test_a_code_of_a_hierarchy_is_decoded_to_the_reconstruction(hierarchy: TrainedVAE) -> None:
+    images = hierarchy.test_images(4)
+    made = hierarchy.decode(hierarchy.encode(images))
+    torch.testing.assert_close(made, hierarchy.model.reconstruct(images), rtol=0, atol=2e-5)
+    assert torch.equal(made, hierarchy.reconstruct(images))
+
+
+def test_the_evaluation_of_a_hierarchy_has_the_rate_of_each_group(hierarchy: TrainedVAE) -> None:
+    found = hierarchy.evaluate("val")
+    rates = [found[f"val/rate_group_{g}"] for g in range(1, 4)]
+    assert "val/rate_group_4" not in found
+    assert sum(rates) == pytest.approx(found["val/rate"], rel=1e-5)  # float32 sums
 
 
 # --- evaluation -----------------------------------------------------------------------------------------

@@ -24,10 +24,11 @@ from vae_ray.errors import CorruptFile, UserError, one_line
 from vae_ray.evaluation.diagnosis import NUM_IMAGES, find_failures
 from vae_ray.evaluation.elbo import evaluate_split
 from vae_ray.evaluation.importance import Progress, importance_sampled_nll
+from vae_ray.models.coordinates import coordinates
 from vae_ray.models.interpolation import INTERPOLATIONS
 from vae_ray.models.latents import Distribution, Group
 from vae_ray.models.noise import latent_noise, num_elements
-from vae_ray.models.traversal import Traversal, check_means, decode_codes, join_groups, traverse
+from vae_ray.models.traversal import Traversal, check_means, decode_codes, join_groups, split_groups, traverse
 from vae_ray.models.vae import VAE, build_vae, shape_vae
 from vae_ray.parallel.group import SingleProcess, shards_of
 from vae_ray.storage.reading import short_repr
@@ -144,8 +145,15 @@ class TrainedVAE:
         return groups[0].posterior
 
     def encode(self, images: Any, labels: Any = None) -> Tensor:
-        """The posterior mean, `(N, latent_dim)`: a deterministic code of each image."""
+        """The posterior mean, `(N, latent_dim)`: a deterministic code of each image, of all latent groups together."""
         return join_groups(tuple(group.z for group in self.groups(images, labels)))
+
+    def representation(self, images: Any, labels: Any = None) -> Tensor:
+        """One vector of each image for other models, a classifier for example: `(N, dimensions)`.
+
+        The mean of the posterior, of the top group where there are several; a spatial latent is flattened.
+        """
+        return self.groups(images, labels)[0].z.flatten(1)
 
     def decode(self, z: Any, labels: Any = None) -> Tensor:
         """Means of p(x|z), images `(N, C, H, W)` in [0, 1], for codes `(N, latent_dim)`."""
@@ -156,6 +164,7 @@ class TrainedVAE:
         """Each image through its posterior mean and back: `(N, C, H, W)` in [0, 1]."""
         return self.decode(self.encode(images, labels), labels)
 
+    @torch.inference_mode()
     def interpolate(
         self,
         start: Any,
@@ -168,6 +177,9 @@ class TrainedVAE:
     ) -> Tensor:
         """Images `(N, steps, C, H, W)` along paths between the codes of `start` and `end`, each `(N, C, H, W)`.
 
+        A path leads through the noise of which the prior makes z, which is z itself for N(0, I). Of a hierarchy, and
+        of a flow, each point is as likely under the prior as its noise is.
+
         "linear" is a straight line; "spherical" also turns at constant speed (Shoemake 1985), so that
         points stay about as far from the origin as the prior's (White 2016, arXiv:1609.04468). In a conditional VAE a
         path leads from the one-hot `labels` to `end_labels` as well (None: the same), in a straight line.
@@ -175,7 +187,7 @@ class TrainedVAE:
         check_whole("steps", steps, least=2)
         check_choice("method", method, INTERPOLATIONS)
         end_labels = labels if end_labels is None else end_labels
-        a, b = self.encode(start, labels), self.encode(end, end_labels)
+        a, b = self._coordinates(start, labels), self._coordinates(end, end_labels)
         if len(a) != len(b):
             raise UserError(f"images: got {len(a)} starts and {len(b)} ends, should be as many of each")
         _check_num_images("steps", len(a) * int(steps))
@@ -183,12 +195,17 @@ class TrainedVAE:
         path = INTERPOLATIONS[method](a, b, t)
         first, last = self._condition(len(a), labels), self._condition(len(b), end_labels)
         condition = None if first is None or last is None else INTERPOLATIONS["linear"](first, last, t).flatten(0, 1)
-        return decode_codes(self.model, path.flatten(0, 1), condition).unflatten(0, (-1, steps))
+        eps = split_groups(path.flatten(0, 1), self.model.latent_shapes)
+        images = self.model.decode_coordinates(eps, condition)
+        check_means(images, self.model.likelihood, given=f"images: got codes up to {float(path.abs().max()):g}")
+        return images.unflatten(0, (-1, steps))
 
     def traverse(
         self, images: Any, labels: Any = None, *, num_dimensions: int = 10, steps: int = 11, extent: float = 3.0
     ) -> Traversal:
         """What each latent dimension does: images `(dimensions, steps, C, H, W)` along it, the others at 0.
+
+        Of a spatial latent a row moves a whole channel.
 
         Dimensions are in order of their rate over `images`; `extent` is in standard deviations of the prior. A
         conditional VAE is shown for the label of the first image.
@@ -211,8 +228,9 @@ class TrainedVAE:
     ) -> dict[str, float]:
         """`{"test/nelbo": ..., "test/distortion": ..., "test/rate": ...}` in nats per image.
 
-        "test/bits_per_dim" too of a likelihood over 256 levels (`labels()["support"]`). Over every image of the split
-        once, with one sampled z each, as in training.
+        "test/bits_per_dim" too of a likelihood over 256 levels (`labels()["support"]`), and of a model with several
+        latent groups "test/rate_group_1", ... from the top. Over every image of the split once, with one sampled z
+        each, as in training.
 
         Args:
             split: which images.
@@ -338,6 +356,9 @@ class TrainedVAE:
         if not is_whole or classes.shape not in ((), (num,)) or not ((classes >= 0) & (classes < num_classes)).all():
             raise UserError(f"labels: got {short_repr(labels)}, {allowed}")
         return self.model.one_hot(classes.to(self.device).expand(num))
+
+    def _coordinates(self, images: Any, labels: Any) -> Tensor:
+        return join_groups(tuple(map(coordinates, self.groups(images, labels))))
 
     def _floats(self, images: Any) -> Tensor:
         return as_images(images, self.image_shape).to(self.device)

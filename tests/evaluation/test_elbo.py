@@ -48,6 +48,18 @@ def test_evaluation_is_the_mean_over_all_images_written_out() -> None:
     assert evaluated(model, num_repeats=1) == pytest.approx(expected, rel=1e-6)  # float32 sums
 
 
+@pytest.mark.parametrize("network", ["ladder", "conv ladder"])
+def test_rates_of_the_groups_add_up_to_the_rate(network: str) -> None:
+    model, x = build(network), pixels().float() / 255
+    with torch.no_grad():
+        noise = latent_noise(model.latent_shapes, slice(0, NUM_IMAGES), SEED, "evaluation noise")
+        groups = model(x, noise).groups
+    found = evaluated(model, num_repeats=1)
+    by_group = [found[f"test/rate_group_{number}"] for number in range(1, len(groups) + 1)]
+    assert by_group == pytest.approx([float(group.rate().mean()) for group in groups], rel=1e-5)  # float32 sums
+    assert sum(by_group) == pytest.approx(found["test/rate"], rel=1e-6)
+
+
 @pytest.mark.parametrize("network", sorted(NETWORKS))
 @pytest.mark.parametrize("batch_size", [1, 7, 92, 1000])
 def test_evaluation_does_not_depend_on_the_batch_size(network: str, batch_size: int) -> None:

@@ -5,12 +5,14 @@ import math
 import pytest
 import torch
 
+from tests.training.small import NETWORKS
 from vae_ray import Experiment
+from vae_ray.models.coordinates import coordinates, movable
 from vae_ray.models.latents import DiagonalGaussian, Group, StandardNormal
 from vae_ray.models.priors import PRIORS
 from vae_ray.models.priors.flow import FlowDistribution
 from vae_ray.models.priors.mixture import GaussianMixture
-from vae_ray.models.traversal import elementwise_rate, join_groups, split_groups, traverse
+from vae_ray.models.traversal import decode_first_groups, elementwise_rate, join_groups, split_groups, traverse
 from vae_ray.models.vae import VAE, build_vae
 
 SHAPE = (1, 3, 5)
@@ -18,7 +20,7 @@ SHAPE = (1, 3, 5)
 
 def build(network: dict[str, object], prior: str = "standard") -> VAE:
     model = {"network": network, "latent_dim": 4, "prior": {"name": prior}}
-    return build_vae(Experiment.from_dict({"model": model}), SHAPE, seed=1).double()
+    return build_vae(Experiment.from_dict({"model": model}), SHAPE, seed=1).double().requires_grad_(False)
 
 
 @pytest.fixture
@@ -31,6 +33,11 @@ def ladder() -> VAE:
     return build({"name": "ladder", "hidden": [7, 6], "upper_dims": [3]})
 
 
+@pytest.fixture
+def conv_ladder() -> VAE:
+    return build({"name": "ladder", "kind": "conv", "channels": [8, 10], "latent_groups": [1, 2]})
+
+
 def images() -> torch.Tensor:
     return torch.rand(6, *SHAPE, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 
@@ -38,6 +45,7 @@ def images() -> torch.Tensor:
 def test_each_row_moves_its_own_dimension_from_minus_to_plus_extent(mlp: VAE) -> None:
     moved = traverse(mlp, images(), steps=5, extent=2.0, num_dimensions=3)
     assert moved.images.shape == (3, 5, *SHAPE)
+    assert moved.groups == [0, 0, 0]
     for row, dimension in enumerate(moved.dimensions):
         for step, value in enumerate([-2.0, -1.0, 0.0, 1.0, 2.0]):
             z = torch.zeros(1, 4, dtype=torch.float64)
@@ -47,12 +55,13 @@ def test_each_row_moves_its_own_dimension_from_minus_to_plus_extent(mlp: VAE) ->
 
 def test_the_lower_group_of_a_ladder_moves_around_the_mean_of_its_prior(ladder: VAE) -> None:
     moved = traverse(ladder, images(), steps=3, extent=2.0)
-    assert sorted(moved.dimensions) == list(range(3 + 4))
+    rows = [*zip(moved.groups, moved.dimensions, strict=True)]
+    assert sorted(rows) == [*((0, i) for i in range(3)), *((1, i) for i in range(4))]
     prior = ladder.network.top_down(None, lambda group, q, p: p.mean, ladder.prior(1, images()))[1][1].prior
-    for row, dimension in enumerate(moved.dimensions):
-        if dimension >= 3:
+    for row, (group, dimension) in enumerate(rows):
+        if group == 1:
             z = prior.mean.clone()
-            z[0, dimension - 3] += 2.0 * prior.sigma[0, dimension - 3]
+            z[0, dimension] += 2.0 * prior.sigma[0, dimension]
             expected = ladder.decode([torch.zeros(1, 3, dtype=torch.float64), z])[0]
             torch.testing.assert_close(moved.images[row, 2], expected, atol=1e-12, rtol=0)
 
@@ -65,6 +74,65 @@ def test_dimensions_come_in_order_of_their_rate(mlp: VAE, monkeypatch: pytest.Mo
     assert moved.dimensions == [1, 3, 2, 0]
     assert moved.rates == pytest.approx([4.5, 2.0, 0.5, 0.0])  # mean^2 / 2
     assert moved.row_labels()[0] == "z[1]  4.5 nats"
+
+
+def test_a_row_of_a_spatial_latent_moves_a_whole_channel(conv_ladder: VAE) -> None:
+    x = images()
+    moved = traverse(conv_ladder, x, steps=3, extent=2.0, num_dimensions=99)
+    rows = [*zip(moved.groups, moved.dimensions, strict=True)]
+    assert sorted(rows) == [(group, channel) for group in range(3) for channel in range(4)]
+    rates = [elementwise_rate(group) for group in conv_ladder.posteriors(x)]
+    for row, (group, channel) in enumerate(rows):
+        assert moved.rates[row] == pytest.approx(float(rates[group][:, channel].flatten(1).sum(1).mean()), rel=1e-9)
+        eps = [torch.zeros(1, *shape, dtype=torch.float64) for shape in conv_ladder.latent_shapes]
+        eps[group][:, channel] = 2.0
+        torch.testing.assert_close(moved.images[row, 2], conv_ladder.generate(tuple(eps))[0], atol=1e-12, rtol=0)
+    group, channel = rows[0]
+    assert moved.row_labels()[0] == f"group {group + 1}, z[{channel}]  {moved.rates[0]:.1f} nats"
+    assert moved.rates == sorted(moved.rates, reverse=True)
+
+
+@pytest.mark.parametrize("name", ["ladder", "conv_ladder"])
+def test_images_of_the_first_groups_end_with_the_reconstructions(name: str, request: pytest.FixtureRequest) -> None:
+    model, x = request.getfixturevalue(name), images()
+    rows, num = decode_first_groups(model, x), len(model.latent_shapes)
+    torch.testing.assert_close([*rows.values()][-1], model.reconstruct(x), atol=1e-12, rtol=0)
+    groups = model.posteriors(x)
+    for g, (label, made) in enumerate(rows.items(), 1):
+        z = [group.z for group in groups[:g]]
+        params, _ = model.top_down(None, lambda group, q, p, z=z: z[group] if group < len(z) else p.mean, len(x))
+        torch.testing.assert_close(made, model.likelihood.mean(params), atol=1e-12, rtol=0)
+        total = sum(float(group.rate().mean()) for group in groups[:g])
+        assert label == f"{'group 1' if g == 1 else f'groups 1-{g}'}  {total:.1f} nats"
+    assert len(rows) == num
+    assert list(decode_first_groups(model, x, most=2)) == [*list(rows)[:1], *list(rows)[-1:]]
+
+
+@pytest.mark.parametrize("prior", sorted(PRIORS))
+@pytest.mark.parametrize("network", sorted(NETWORKS))
+def test_coordinates_are_the_noise_of_which_the_priors_make_z(network: str, prior: str) -> None:
+    model, x = build(NETWORKS[network], prior), images()
+    for number, parameter in enumerate(model.prior.parameters()):  # a flow starts as the identity
+        noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number), dtype=parameter.dtype)
+        parameter.add_(0.1 * noise)
+    eps = tuple(map(coordinates, model.posteriors(x)))
+    # there and back, in float64
+    torch.testing.assert_close(model.decode_coordinates(eps), model.reconstruct(x), atol=1e-9, rtol=0)
+    eps = tuple(torch.randn(6, *shape, dtype=torch.float64) for shape in model.latent_shapes)
+    _, groups = model.top_down(None, lambda group, q, p: movable(p).rsample(eps[group]), 6)
+    for group, noise in zip(groups, eps, strict=True):
+        torch.testing.assert_close(coordinates(group), noise, atol=1e-9, rtol=1e-9)
+    if prior in ("standard", "flow"):
+        torch.testing.assert_close(model.decode_coordinates(eps), model.generate(eps), atol=1e-9, rtol=0)
+
+
+def test_a_traversal_of_a_hierarchy_goes_through_the_mean_of_a_mixture() -> None:
+    model = build(NETWORKS["conv ladder"], "mixture")
+    moved = traverse(model, images(), steps=3, extent=2.0, num_dimensions=99)
+    for row, (group, channel) in enumerate(zip(moved.groups, moved.dimensions, strict=True)):
+        eps = [torch.zeros(1, *shape, dtype=torch.float64) for shape in model.latent_shapes]
+        eps[group][:, channel] = 2.0
+        torch.testing.assert_close(moved.images[row, 2], model.decode_coordinates(tuple(eps))[0], atol=1e-12, rtol=0)
 
 
 def test_rates_by_dimension_add_up_to_the_rate(ladder: VAE) -> None:

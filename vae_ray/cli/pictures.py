@@ -127,5 +127,5 @@ def traverse(options: argparse.Namespace) -> dict[str, Any]:
     model = load_model(options)
     images, labels = _images(options, model, 1000)
     traversal = model.traverse(images, labels, num_dimensions=options.num, steps=options.steps)
-    title = _title(model, "one latent dimension at a time, -3 to 3")
+    title = _title(model, f"{traversal.title()}, -3 to 3")
     return _answer(grid(list(traversal.images), title=title, row_labels=traversal.row_labels()), options, model)

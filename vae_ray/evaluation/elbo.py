@@ -29,18 +29,22 @@ def evaluate_split(
 ) -> dict[str, float]:
     """`{"test/nelbo": ..., "test/distortion": ..., "test/rate": ...}` in nats per image of the split in `loader`.
 
+    Of a model with several latent groups also the rate of each, "test/rate_group_1", ..., from the top.
     Every image once over the whole group, with one sampled z each. The noise depends on the seed and on the image's
     position in the split: neither on the epoch, nor on the batch size, nor on the number of workers. Collective.
     A likelihood over 256 levels has "test/bits_per_dim" too; densities have none.
     """
     model.eval()
-    sums = TermSums(ELBO_TERMS, group.device)
+    num_groups = len(model.latent_shapes)
+    by_group = [f"rate_group_{number}" for number in range(1, num_groups + 1)] if num_groups > 1 else []
+    sums = TermSums((*ELBO_TERMS, *by_group), group.device)
     for x, rows, _, labels in loader.evaluation(batch_size=batch_size):
         noise = latent_noise(model.latent_shapes, rows, loader.seed, NOISE, device=x.device)
         with autocast(precision, x.device):
             output = model(x, noise, condition=model.condition(labels))
         distortion, rate = elbo_terms(output, x, model.likelihood)
-        sums.add({"distortion": distortion[0], "rate": rate[0]})
+        rates = {term: output.groups[number].rate() for number, term in enumerate(by_group)}
+        sums.add({"distortion": distortion[0], "rate": rate[0], **rates})
     means = sums.reduced(group).values
     if model.likelihood.support == "256 levels":
         means["bits_per_dim"] = bits_per_dim(means["nelbo"], model.image_shape)

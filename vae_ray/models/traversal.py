@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vae_ray.data.images import ROUNDING, as_tensor
 from vae_ray.errors import UserError
+from vae_ray.models.coordinates import movable
 from vae_ray.models.latents import Distribution, Group, Latents
 from vae_ray.models.likelihoods import Likelihood
 from vae_ray.models.noise import num_elements
@@ -27,19 +28,29 @@ logger = logging.getLogger(__name__)
 
 
 class Traversal(NamedTuple):
-    """Images decoded while one latent dimension at a time moves through its prior."""
+    """Images decoded while one latent dimension at a time, or one channel of a spatial z, moves through its prior."""
 
     images: Tensor
     """Means of p(x|z), `(dimensions, steps, C, H, W)` in [0, 1]."""
+    groups: list[int]
+    """Which group each row moves, from 0, the top one."""
     dimensions: list[int]
-    """Which dimension of the code each row moves, in order of falling rate."""
+    """Which dimension of its group, or channel, each row moves, in order of falling rate."""
     rates: list[float]
-    """The mean KL of each of them, in nats per image."""
+    """The mean KL of each of them, in nats per image; of a channel, of all its elements together."""
+    latent_shapes: tuple[tuple[int, ...], ...]
+    """Of each group of the model."""
 
     def row_labels(self) -> list[str]:
-        """`z[3]  2.1 nats` for every row."""
-        pairs = zip(self.dimensions, self.rates, strict=True)
-        return [f"z[{dimension}]  {rate:.1f} nats" for dimension, rate in pairs]
+        """`z[3]  2.1 nats` for every row; `group 2, z[3]  2.1 nats` of a model with several groups, from 1."""
+        rows = zip(self.groups, self.dimensions, self.rates, strict=True)
+        named = [f"group {group + 1}, z[{d}]  {rate:.1f} nats" for group, d, rate in rows]
+        return named if len(self.latent_shapes) > 1 else [label.partition(", ")[2] for label in named]
+
+    def title(self) -> str:
+        """What the rows are."""
+        is_spatial = any(len(shape) > 1 for shape in self.latent_shapes)
+        return f"one latent {'channel' if is_spatial else 'dimension'} at a time"
 
 
 @torch.inference_mode()
@@ -54,27 +65,55 @@ def traverse(
 ) -> Traversal:
     """Move each of the `num_dimensions` dimensions of largest rate from -`extent` to `extent`, the others at 0.
 
+    Of a spatial latent a channel moves, all its elements by the same. Lower groups follow: they stay at the mean of
+    their priors, which depend on the groups above.
+
     Dimensions are ordered by their mean KL over the images `x` `(N, C, H, W)` in [0, 1]. `extent` is in standard
     deviations of the group's prior, around its mean; of a flow, of its noise. A conditional VAE is shown for the class
     of the first image.
     """
-    rates = torch.cat([elementwise_rate(group).flatten(1).mean(0) for group in model.posteriors(x, condition)])
+    by_group = [rate_by_channel(group).mean(0) for group in model.posteriors(x, condition)]
+    rates, places = torch.cat(by_group), [(g, i) for g, each in enumerate(by_group) for i in range(len(each))]
     order = rates.argsort(descending=True, stable=True)[:num_dimensions]
-    noise = torch.zeros(len(order), steps, len(rates), device=x.device, dtype=x.dtype)
-    for row, dimension in enumerate(order.tolist()):
-        noise[row, :, dimension] = torch.linspace(-extent, extent, steps)
-    latents = split_groups(noise.flatten(0, 1), model.latent_shapes)
+    moved = [places[number] for number in order.tolist()]
+    noise = [torch.zeros(len(order), steps, *shape, device=x.device, dtype=x.dtype) for shape in model.latent_shapes]
+    for row, (group, dimension) in enumerate(moved):
+        path = noise[group][row, :, dimension]
+        path += torch.linspace(-extent, extent, steps).to(path).reshape(steps, *[1] * (path.ndim - 1))
+    latents = tuple(each.flatten(0, 1) for each in noise)
     same = None if condition is None else condition[:1].expand(len(latents[0]), -1)
 
     def along(group: int, posterior: Distribution | None, prior: Distribution) -> Tensor:
-        # the noise of a mixture also picks the component, among which z would jump
-        moved = prior.moment_matched() if isinstance(prior, GaussianMixture) else prior
-        return moved.rsample(latents[group])
+        return movable(prior).rsample(latents[group])
 
     params, _ = model.top_down(None, along, len(latents[0]), same)
     images = model.likelihood.mean(params)
     check_means(images, model.likelihood, given=f"extent: got {extent:g}")
-    return Traversal(images.unflatten(0, (len(order), steps)), order.tolist(), rates[order].tolist())
+    groups, dimensions = ([place[i] for place in moved] for i in (0, 1))
+    rows = images.unflatten(0, (len(order), steps))
+    return Traversal(rows, groups, dimensions, rates[order].tolist(), model.latent_shapes)
+
+
+@torch.inference_mode()
+def decode_first_groups(model: VAE, x: Tensor, condition: Tensor | None = None, *, most: int = 8) -> dict[str, Tensor]:
+    """What each group holds: means of p(x|z), `(N, C, H, W)`, by labels such as `groups 1-3  62.1 nats`.
+
+    The z of the first g groups are at the means of their posteriors given the images `x` `(N, C, H, W)`, those below at
+    the means of their priors; the rate is that of all g together. At most `most` values of g, evenly spread.
+    """
+    groups = model.posteriors(x, condition)
+    rates = torch.stack([rate_by_channel(group).sum(1).mean() for group in groups]).cumsum(0).tolist()
+    images = {}
+    for g in torch.linspace(1, len(groups), min(most, len(groups))).round().int().tolist():
+        z = [group.z if number < g else None for number, group in enumerate(groups)]
+        name = "group 1" if g == 1 else f"groups 1-{g}"
+        images[f"{name}  {rates[g - 1]:.1f} nats"] = model.decode(z, condition)
+    return images
+
+
+def rate_by_channel(group: Group) -> Tensor:
+    """KL(q || p) in nats of each channel of a spatial group, `(N, c)`, or dimension of a flat one, `(N, d)`."""
+    return elementwise_rate(group).unsqueeze(-1).flatten(2).sum(2)
 
 
 def elementwise_rate(group: Group) -> Tensor:

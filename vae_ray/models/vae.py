@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vae_ray.config.experiment import Experiment
+from vae_ray.models.coordinates import at_coordinates
 from vae_ray.models.latents import Distribution, Group, Latents, StandardNormal
 from vae_ray.models.likelihoods import Likelihood, build_likelihood
 from vae_ray.models.networks import Network, build_network
@@ -155,6 +156,15 @@ class VAE(nn.Module):
 
         num = next(len(z) for z in latents if z is not None)
         params, _ = self.top_down(None, given, num, condition)
+        return self.likelihood.mean(params)
+
+    def decode_coordinates(self, coordinates: Latents, condition: Tensor | None = None) -> Tensor:
+        """Means of p(x|z) for codes in the coordinates of `vae_ray.models.coordinates`, `(N, *shape)` a group."""
+
+        def located(group: int, posterior: Distribution | None, prior: Distribution) -> Tensor:
+            return at_coordinates(coordinates[group], prior)
+
+        params, _ = self.top_down(None, located, len(coordinates[0]), condition)
         return self.likelihood.mean(params)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from vae_ray.config.experiment import Experiment, is_place_key
 from vae_ray.data.cache import name_of
 from vae_ray.models.noise import latent_noise
-from vae_ray.models.traversal import traverse
+from vae_ray.models.traversal import decode_first_groups, traverse
 from vae_ray.models.vae import VAE
 from vae_ray.run_files.event_file import EventFile
 from vae_ray.run_files.image_grids import grid, pairs_grid, png_bytes, square_grid
@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 NUM_SAMPLES = 64
 NUM_RECONSTRUCTIONS = 32
+NUM_IN_A_ROW = 16
 TILE_PIXELS = 64
 """Larger images are reduced: pictures of every epoch are stored twice, of 256x256 colour images 7 MB with tiles of
 128 pixels, 2 MB with these. `vae-ray generate` and others make larger ones of a checkpoint."""
@@ -149,7 +150,10 @@ class Recorder:
 
 @torch.inference_mode()
 def _pictures(model: VAE, x: Tensor, labels: dict[str, Tensor], source: str, epoch: int) -> dict[str, Image.Image]:
-    """Pictures by kind: samples of the prior, reconstructions of images `x`, and traversals of the latent space."""
+    """Pictures by kind: samples of the prior, reconstructions of images `x`, and traversals of the latent space.
+
+    Of a model with several latent groups also what each of them holds.
+    """
     model.eval()
     x = x.to(next(model.parameters()).device)
     # the same noise in every epoch and in every run of these latent shapes: two grids differ only if their models do
@@ -157,7 +161,7 @@ def _pictures(model: VAE, x: Tensor, labels: dict[str, Tensor], source: str, epo
     condition = model.condition(labels)
     samples = model.generate(noise, condition=model.classes_in_turn(NUM_SAMPLES))
     reconstructions, traversal = model.reconstruct(x, condition), traverse(model, x, condition)
-    return {
+    pictures = {
         "samples": square_grid(
             samples, title=f"{source} · samples, z ~ p(z) · epoch {epoch}", largest_tile=TILE_PIXELS
         ),
@@ -169,8 +173,18 @@ def _pictures(model: VAE, x: Tensor, labels: dict[str, Tensor], source: str, epo
         ),
         "traversals": grid(
             list(traversal.images),
-            title=f"{source} · one latent dimension at a time, -3 to 3 · epoch {epoch}",
+            title=f"{source} · {traversal.title()}, -3 to 3 · epoch {epoch}",
             row_labels=traversal.row_labels(),
             largest_tile=TILE_PIXELS,
         ),
     }
+    if len(model.latent_shapes) > 1:
+        shown = slice(0, NUM_IN_A_ROW)
+        rows = decode_first_groups(model, x[shown], None if condition is None else condition[shown])
+        pictures["groups"] = grid(
+            [x[shown], *rows.values()],
+            title=f"{source} · first groups as inferred, those below at the mean of their prior · epoch {epoch}",
+            row_labels=["test images", *rows],
+            largest_tile=TILE_PIXELS,
+        )
+    return pictures
