@@ -10,9 +10,10 @@ import torch
 
 from vae_ray import Experiment, train
 from vae_ray.cli.main import main
-from vae_ray.evaluation.diagnosis import mean_image_nats
+from vae_ray.evaluation.diagnosis import find_failures, mean_image_nats
+from vae_ray.models.latents import DiagonalGaussian, Group, StandardNormal
 from vae_ray.models.likelihoods import LIKELIHOODS
-from vae_ray.models.vae import build_vae
+from vae_ray.models.vae import Output, build_vae
 from vae_ray.runs.results import TrainResult
 
 
@@ -30,6 +31,19 @@ def test_the_nats_of_the_mean_image_are_finite_for_every_likelihood(name: str) -
     nats = mean_image_nats(model, torch.zeros(3, 1, 8, 8), torch.zeros(1, 8, 8))
     assert nats is not None
     assert math.isfinite(nats)
+
+
+def test_a_spatial_latent_is_judged_by_its_channels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of 16 pixels of a channel carries 0.005 nats, too little for a dimension, and the channel 0.08."""
+    experiment = Experiment.from_dict({"model": {"network": {"name": "resnet", "latent": "spatial"}, "latent_dim": 2}})
+    model, x = build_vae(experiment, (1, 32, 32), seed=0), torch.rand(7, 1, 32, 32)
+    for nats, is_collapsed in ((0.005, False), (0.0005, True)):
+        mean = torch.full((7, 2, 4, 4), math.sqrt(2 * nats))  # KL = mean^2 / 2
+        group = Group(mean, DiagonalGaussian(mean, torch.zeros_like(mean)), StandardNormal(torch.zeros_like(mean)))
+        output = Output(torch.zeros(7, 1, 32, 32), (group,), 1)
+        monkeypatch.setattr(model, "forward", lambda *_, output=output, **__: output)
+        lines = find_failures(model, x, torch.full((1, 32, 32), 0.9), experiment)
+        assert any("posterior collapse" in line for line in lines) == is_collapsed
 
 
 def test_a_healthy_run_has_no_warning(trained_run: TrainResult) -> None:

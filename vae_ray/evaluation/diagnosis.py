@@ -7,7 +7,7 @@ from torch import Tensor
 
 from vae_ray.config.experiment import Experiment
 from vae_ray.models.noise import latent_noise
-from vae_ray.models.traversal import elementwise_rate
+from vae_ray.models.traversal import rate_by_channel
 from vae_ray.models.vae import VAE
 from vae_ray.objectives import build_objective
 from vae_ray.objectives.base import elbo_terms
@@ -17,7 +17,7 @@ NUM_IMAGES = 256
 LAST_STEP = 2**62
 """By which all schedules have ended."""
 INFORMATIVE_NATS = 0.01
-"""The rate from which on a latent dimension counts as carrying information."""
+"""The rate from which on a latent dimension, or channel of a spatial latent, counts as carrying information."""
 
 
 @torch.inference_mode()
@@ -41,7 +41,7 @@ def find_failures(
     distortion, rate = (float(term.mean()) for term in elbo_terms(output, x, model.likelihood))
     settings = build_objective(experiment.objective).settings(float(experiment.training.epochs), LAST_STEP)
     beta = min(1.0, settings.get("beta", 1.0))
-    largest = max(float(elementwise_rate(group).mean(0).max()) for group in output.groups)
+    largest = max(float(rate_by_channel(group).mean(0).max()) for group in output.groups)
     if largest < INFORMATIVE_NATS:  # and so about as good as the mean image
         return [
             f"no latent dimension carries information (posterior collapse): the largest rate of one is {largest:.2g} "
