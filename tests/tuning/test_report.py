@@ -36,7 +36,7 @@ from vae_ray.tuning.records import TrialRecord, read_trials
 from vae_ray.tuning.report.charts import trimmed
 from vae_ray.tuning.report.page import write_report
 from vae_ray.tuning.report.pictures import data_uri, limit_of
-from vae_ray.tuning.report.trials import reproduction
+from vae_ray.tuning.report.trials import as_text, reproduction, short_names
 
 HOSTILE = "</script><script>alert('text')</script>"
 HOSTILE_ATTRIBUTE = "\"'><img src=x onerror=alert('attribute')>"
@@ -51,15 +51,23 @@ TRIALS: dict[str, tuple[dict[str, Any], int, str]] = {
 }
 
 
-def build_sweep(path: Path, *, trials: dict[str, Any] = TRIALS, **description: Any) -> SweepDirectory:
-    """A sweep's directory as a sweep leaves it, without Ray, with hostile text."""
+def build_sweep(
+    path: Path, *, trials: dict[str, Any] = TRIALS, base: dict[str, Any] | None = None, **description: Any
+) -> SweepDirectory:
+    """A sweep's directory as a sweep leaves it, without Ray, with hostile text; `base` overrides its experiment."""
     directory = SweepDirectory(path)
     path.mkdir(parents=True)
-    base = digits_in_this_process(path / "trials").with_overrides(
-        {"training.epochs": 2, "workers.num": 1, "data.cache_dir": str(path / HOSTILE_ATTRIBUTE)}
+    experiment = digits_in_this_process(path / "trials").with_overrides(
+        {"training.epochs": 2, "workers.num": 1, "data.cache_dir": str(path / HOSTILE_ATTRIBUTE), **(base or {})}
     )
     defaults = {"metrics": ["val/nelbo"], "scheduler": "asha", "searcher": HOSTILE_ATTRIBUTE}
-    content = {"experiment": base.to_dict(), "search": SEARCH, "num_trials": len(trials), **defaults, **description}
+    content = {
+        "experiment": experiment.to_dict(),
+        "search": SEARCH,
+        "num_trials": len(trials),
+        **defaults,
+        **description,
+    }
     directory.write_description(content)
     for name, (overrides, epochs, state) in trials.items():
         reason = f"epoch {epochs + 1}: {HOSTILE} {HOSTILE_ATTRIBUTE}" if state in ("diverged", "failed") else ""
@@ -69,7 +77,7 @@ def build_sweep(path: Path, *, trials: dict[str, Any] = TRIALS, **description: A
         )
         if epochs:
             group = SingleProcess(torch.device("cpu"))
-            training = fit_epochs(base.with_overrides(overrides), directory.trial(name).path, group)
+            training = fit_epochs(experiment.with_overrides(overrides), directory.trial(name).path, group)
             for _ in range(epochs):
                 next(training)
             training.close()
@@ -245,6 +253,91 @@ def test_the_gallery_goes_by_latent_dim_and_then_by_beta(page: Page) -> None:
     assert order == [("2", ""), ("", "0.5"), ("", "1"), ("5", ""), ("", "0.125"), ("", "0.25"), ("", "8")]
 
 
+SEARCHED: dict[str, tuple[str, list[Any], list[str], dict[str, Any]]] = {
+    # key, values, captions in order, and what else the experiment has
+    "beta": ("objective.beta", [2.0, 0.5], ["0.5", "2"], {}),
+    "objective": ("objective.name", ["mmd", "elbo"], ["elbo", "mmd"], {}),
+    "sigma": ("likelihood.sigma", ["learned", "fixed"], ["fixed", "learned"], {"likelihood": "gaussian"}),
+    "network": ("model.network.name", ["mlp", "ladder"], ["ladder", "mlp"], {}),
+    "hidden": ("model.network.hidden", [[19, 8], [9, 8]], ["[9, 8]", "[19, 8]"], {}),
+    "channels": ("model.network.channels", [[8], [4, 12], [4]], ["[4]", "[4, 12]", "[8]"], {"model.network": "conv"}),
+    "attention": (
+        "model.network.attention",
+        [True, False],
+        ["false", "true"],
+        {"model.network": "resnet", "model.network.channels": [8], "model.network.groups": 2},
+    ),
+}
+
+
+@pytest.mark.parametrize(("key", "values", "captions", "base"), SEARCHED.values(), ids=SEARCHED)
+def test_the_gallery_and_the_plane_show_whatever_was_searched(
+    key: str, values: list[Any], captions: list[str], base: dict[str, Any], tmp_path: Path
+) -> None:
+    search, trials = {key: {"choice": values}}, [{key: value} for value in values]
+    trained = {f"{number:04}": (overrides, 1, "finished") for number, overrides in enumerate(trials)}
+    directory = build_sweep(tmp_path / "sweep", base=base, trials=trained, search=search, scheduler="none")
+    page = Page(reported(directory))
+    name = key.removesuffix(".name").rpartition(".")[2]
+    assert re.findall(rf"<figcaption><b>{name} ([^<]+)</b>", page.html) == captions
+    assert "<h3>latent_dim" not in page.html
+    plane = page.charts["plane"]
+    color = plane["layer"][1]["encoding"]["color"]
+    assert color["title"] == name
+    drawn = {point["trial"]: as_text(point["color"]) for point in plane["data"]["values"]}
+    assert drawn == {f"{number:04}": as_text(value) for number, value in enumerate(values)}
+    if name == "beta":
+        assert (color["type"], color["scale"]["type"]) == ("quantitative", "log")
+    else:
+        assert (color["type"], color["scale"]["domain"]) == ("nominal", captions)
+    axis = [label["label"] for label in page.charts["parallel"]["layer"][-1]["data"]["values"] if label["axis"] == key]
+    assert sorted(axis) == sorted(captions)
+    # the pictures of what each group holds are those of ladders only
+    assert ("groups of trial 0001" in page.html) == ("ladder" in captions)
+    assert ('id="show-groups"' in page.html) == ("ladder" in captions)
+
+
+def test_headings_are_of_the_first_key_and_captions_of_the_others(tmp_path: Path) -> None:
+    search = {"model.prior.hidden": {"choice": [[5], [6]]}, "model.network.hidden": {"choice": [[7], [8]]}}
+    trials = {
+        f"{number:04}": (
+            {"model.prior.hidden": [5 + number % 2], "model.network.hidden": [7 + number // 2]},
+            1,
+            "stopped",
+        )
+        for number in (3, 0, 2)
+    }
+    directory = build_sweep(
+        tmp_path / "sweep", base={"model.prior": "flow"}, trials=trials, search=search, scheduler="none"
+    )
+    page = Page(reported(directory))
+    order = re.findall(r"<h3>([^<]+)</h3>|<figcaption><b>([^<]+)</b>", page.html)
+    assert [(above.strip(), below) for above, below in order if "hidden" in above + below] == [
+        ("prior.hidden [5]", ""),
+        ("", "network.hidden [7]"),
+        ("", "network.hidden [8]"),
+        ("prior.hidden [6]", ""),
+        ("", "network.hidden [8]"),
+    ]
+    assert "in order of prior.hidden, network.hidden." in page.html
+
+
+@pytest.mark.parametrize(
+    ("keys", "names"),
+    [
+        (["model.latent_dim", "objective.beta", "model.network.name"], ["latent_dim", "beta", "network"]),
+        (["model.network.hidden", "model.prior.hidden"], ["network.hidden", "prior.hidden"]),
+        (
+            ["optim.schedule.name", "optim.schedule.epochs", "objective.beta_schedule.epochs"],
+            ["schedule", "schedule.epochs", "beta_schedule.epochs"],
+        ),
+        (["model.prior.hidden", "model.prior.name"], ["hidden", "prior"]),
+    ],
+)
+def test_names_of_keys_are_as_short_as_they_can_be(keys: list[str], names: list[str]) -> None:
+    assert list(short_names(keys).values()) == names
+
+
 def test_commands_train_the_trials_again(page: Page, directory: SweepDirectory) -> None:
     assert len(page.commands) == 1 + len(TRIALS), "that of the best trial is at the top too"
     base = Experiment.from_dict(directory.description()["experiment"])
@@ -274,7 +367,7 @@ def test_the_plane_has_the_best_checkpoints_of_the_ranked_trials(page: Page, rec
     for record in records[:3]:
         point = points[record.name]
         assert (point["rate"], point["distortion"]) == (record.value("val/rate"), record.value("val/distortion"))
-        assert (point["latent_dim"], point["beta"]) == tuple(record.overrides[key] for key in SEARCH)
+        assert (point["latent_dim"], point["color"]) == tuple(record.overrides[key] for key in SEARCH)
     front = leaderboard.non_dominated(records, ["val/rate", "val/distortion"])
     assert {name for name, point in points.items() if point["pareto_front"]} == {record.name for record in front}
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from vae_ray.tuning.leaderboard import rate_and_distortion
-from vae_ray.tuning.report.trials import ReportTrial, as_text
+from vae_ray.tuning.report.trials import ReportTrial, as_text, first_keys, in_order, short_names
 from vae_ray.tuning.space import Domain, SearchSpace, Values
 
 Spec = dict[str, Any]
@@ -58,7 +58,7 @@ def sweep_charts(
     specs = {f"curves-{number}": learning_curves(trials, metric, rungs) for number, metric in enumerate(metrics)}
     if ranked:
         specs["parallel"] = parallel_coordinates(ranked, space, metrics)
-        specs["plane"] = rate_distortion(ranked, metrics)
+        specs["plane"] = rate_distortion(ranked, space, metrics)
     return {name: spec for name, spec in specs.items() if spec["data"]["values"]}
 
 
@@ -143,26 +143,38 @@ def _axis(column: str, values: Sequence[Any], domain: Domain | None) -> tuple[li
     return [(number - low) / ((high - low) or 1) for number in numbers], texts
 
 
-def rate_distortion(trials: Sequence[ReportTrial], metrics: Sequence[str]) -> Spec:
-    """The rate-distortion plane of the ranked trials, and its Pareto front."""
+def rate_distortion(trials: Sequence[ReportTrial], space: SearchSpace, metrics: Sequence[str]) -> Spec:
+    """The rate-distortion plane of the ranked trials, and its Pareto front.
+
+    Size is latent_dim and color is beta, or the first other key whose values differ.
+    """
     rate, distortion = rate_and_distortion(metrics)
+    others = [key for key in first_keys(space.domains) if key != "model.latent_dim"]
+    varying = [key for key in others if len({as_text(trial.values([key]).get(key)) for trial in trials}) > 1]
+    colors = [trial.values(varying[:1]).get(varying[0]) if varying else None for trial in trials]
+    numbers = [color for color in colors if isinstance(color, int | float) and not isinstance(color, bool)]
+    are_numbers = len(numbers) == len(colors)
     points = [
         _point(
             trial,
             rate=trial.row[rate],
             distortion=trial.row[distortion],
-            beta=trial.beta,
-            latent_dim=trial.latent_dim,
+            latent_dim=trial.experiment.model.latent_dim,
+            color=color if are_numbers else as_text(color),
             pareto_front=trial.row["pareto_front"],
         )
-        for trial in trials
+        for trial, color in zip(trials, colors, strict=True)
     ]
-    color_scale = {"type": "log"} if all(trial.beta > 0 for trial in trials) else {"zero": False}
-    channels = {
-        "color": {"field": "beta", "type": "quantitative", "scale": {**RAMP, **color_scale}},
-        "size": _quantity("latent_dim", "latent_dim", range=[60, 480]),
-    }
-    varying = {name: channel for name, channel in channels.items() if len({p[channel["field"]] for p in points}) > 1}
+    encoding: Spec = {}
+    if len({point["latent_dim"] for point in points}) > 1:
+        encoding["size"] = _quantity("latent_dim", "latent_dim", range=[60, 480])
+    if varying:
+        title = short_names(space.domains)[varying[0]]
+        if are_numbers:
+            encoding["color"] = _quantity("color", title, **RAMP, **({"type": "log"} if min(numbers) > 0 else {}))
+        else:
+            domain = list(dict.fromkeys(as_text(color) for color in sorted(colors, key=in_order)))
+            encoding["color"] = {"field": "color", "type": "nominal", "title": title, "scale": {"domain": domain}}
     front = {
         "name": "front",
         "transform": [{"filter": "datum.pareto_front"}],
@@ -172,7 +184,7 @@ def rate_distortion(trials: Sequence[ReportTrial], metrics: Sequence[str]) -> Sp
     marks = {
         "name": "points",
         "mark": {"type": "point", "filled": True, "size": 130, "color": RAMP["range"][0], "tooltip": TOOLTIP},
-        "encoding": varying,
+        "encoding": encoding,
     }
     return {
         **BASE_SPEC,

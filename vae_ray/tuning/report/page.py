@@ -11,8 +11,7 @@ import functools
 import hashlib
 import shlex
 from collections import Counter
-from collections.abc import Callable, Sequence
-from itertools import groupby
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -26,9 +25,18 @@ from vae_ray.storage.atomic import atomic_write
 from vae_ray.tuning.directory import SweepDirectory
 from vae_ray.tuning.records import TrialRecord
 from vae_ray.tuning.report.charts import sweep_charts
-from vae_ray.tuning.report.trials import PICTURE_KINDS, as_text, report_trials, reproduction
+from vae_ray.tuning.report.trials import (
+    PICTURE_KINDS,
+    ReportTrial,
+    as_text,
+    first_keys,
+    in_order,
+    report_trials,
+    reproduction,
+    short_names,
+)
 from vae_ray.tuning.schedulers import rungs
-from vae_ray.tuning.space import SearchSpace
+from vae_ray.tuning.space import SearchSpace, Values
 
 
 def write_report(directory: SweepDirectory, records: Sequence[TrialRecord], table: Sequence[dict[str, Any]]) -> None:
@@ -42,7 +50,6 @@ def write_report(directory: SweepDirectory, records: Sequence[TrialRecord], tabl
     terms = dict.fromkeys([*metrics, *names, "test/nelbo", "test/bits_per_dim"])
     columns = [term for term in terms if table and term in table[0]]
     trials = report_trials(directory, base, records, table, [*columns, *space.domains])
-    in_order = sorted(trials, key=lambda trial: (trial.latent_dim, trial.beta, trial.record.name))
     epochs = max((trial.experiment.training.epochs for trial in trials), default=base.training.epochs)
     asha_rungs = rungs(epochs) if description["scheduler"] == "asha" else []
     values = {
@@ -57,14 +64,34 @@ def write_report(directory: SweepDirectory, records: Sequence[TrialRecord], tabl
         "trials": trials,
         "best": next((trial for trial in trials if trial.is_best), None),
         "states": Counter(trial.record.state for trial in trials),
-        "gallery": {size: list(group) for size, group in groupby(in_order, key=lambda trial: trial.latent_dim)},
-        "picture_kinds": PICTURE_KINDS,
+        "gallery": gallery(trials, space),
+        "gallery_keys": [short_names(space.domains)[key] for key in first_keys(space.domains)],
+        "picture_kinds": [kind for kind in PICTURE_KINDS if any(kind in trial.pictures for trial in trials)],
         "charts": sweep_charts(trials, space, metrics, asha_rungs),
         "bundle": Markup(_drawing_code()),
         "versions": versions(),
     }
     page = _environment().get_template("report.html.j2").render(values)
     atomic_write(directory.report, page.encode())
+
+
+def gallery(trials: Sequence[ReportTrial], space: SearchSpace) -> dict[str, list[tuple[ReportTrial, str]]]:
+    """Trials with their captions, such as `beta 0.5`, by heading, such as `latent_dim 10`; in order of their values.
+
+    The headings are the values of the first key if it has a few; the captions are those of the others.
+    """
+    keys, names = first_keys(space.domains), short_names(space.domains)
+
+    def assigned(values: Mapping[str, Any]) -> str:
+        return ", ".join(f"{names[key]} {as_text(value)}" for key, value in values.items())
+
+    num_above = 1 if len(keys) > 1 and isinstance(space.domains[keys[0]], Values) else 0
+    ordered = sorted(trials, key=lambda each: ([in_order(v) for v in each.values(keys).values()], each.record.name))
+    groups: dict[str, list[tuple[ReportTrial, str]]] = {}
+    for trial in ordered:
+        above, below = trial.values(keys[:num_above]), trial.values(keys[num_above:])
+        groups.setdefault(assigned(above), []).append((trial, assigned(below)))
+    return groups
 
 
 @functools.cache

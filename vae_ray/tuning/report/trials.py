@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,10 @@ from vae_ray.tuning.directory import SweepDirectory
 from vae_ray.tuning.records import LINEAGE_FILE, TrialRecord
 from vae_ray.tuning.report.pictures import data_uri, limit_of
 
-PICTURE_KINDS = ("samples", "reconstructions", "traversals")
+PICTURE_KINDS = ("samples", "reconstructions", "traversals", "groups")
+"""The last of models with several latent groups only."""
+FIRST_KEYS = ("model.latent_dim", "objective.beta")
+"""By which pictures are ordered and points are drawn, if they were searched."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +42,10 @@ class ReportTrial:
     def is_best(self) -> bool:
         return self.row["rank"] == 1
 
-    @property
-    def beta(self) -> float:
-        return float(self.experiment.flat().get("objective.beta", 1.0))
-
-    @property
-    def latent_dim(self) -> int:
-        return self.experiment.model.latent_dim
+    def values(self, keys: Sequence[str]) -> dict[str, Any]:
+        """The values of those of the keys that its best checkpoint has; under PBT they change."""
+        flat = self.experiment.flat()
+        return {key: flat[key] for key in keys if key in flat}
 
 
 def report_trials(
@@ -102,6 +102,39 @@ def _flags(experiment: Experiment, preset: Experiment) -> list[str]:
         if key not in ("run.name", "run.storage") and value != defaults.get(key)
         for word in (flag_of(key.removesuffix(".name")), value if isinstance(value, str) else json.dumps(value))
     ]
+
+
+def short_names(keys: Iterable[str]) -> dict[str, str]:
+    """Keys without the sections in front of them, as far as they stay distinct: `beta` for `objective.beta`.
+
+    Of an axis such as `model.network.name` what is chosen, `network`.
+    """
+    parts = {key: key.removesuffix(".name").split(".") for key in keys}
+
+    def ending(key: str, num: int) -> str:
+        return ".".join(parts[key][-num:])
+
+    return {
+        key: next(
+            ending(key, num)
+            for num in range(1, len(parts[key]) + 1)
+            if num == len(parts[key]) or [ending(other, num) for other in parts].count(ending(key, num)) == 1
+        )
+        for key in parts
+    }
+
+
+def first_keys(keys: Iterable[str]) -> list[str]:
+    """Searched keys in the order of the gallery: latent_dim, beta, and then the others as they were given."""
+    order = {key: number for number, key in enumerate(FIRST_KEYS)}
+    return sorted(keys, key=lambda key: order.get(key, len(order)))
+
+
+def in_order(value: object) -> tuple[bool, list[float], str]:
+    """By which values of a key are sorted: numbers, and lists of them, by size, and then all others as text."""
+    numbers = [each for each in (value if isinstance(value, list) else [value]) if isinstance(each, int | float)]
+    is_numeric = len(numbers) == (len(value) if isinstance(value, list) else 1)
+    return not is_numeric, numbers if is_numeric else [], "" if is_numeric else as_text(value)
 
 
 def as_text(value: object) -> str:
