@@ -1,6 +1,7 @@
 """Sprites: every combination of the factors once, whole, at its place; and the published file without its pickle."""
 
 import hashlib
+import itertools
 import math
 import pickle
 import zipfile
@@ -138,6 +139,20 @@ def test_the_rules_are_obeyed():
     part = next(Sprites().parts(7))
     resized = Sprites().read(part, ImageRules(size=(20, 32), channels=3)).images
     assert [image.shape for image in resized] == [(3, 20, 32)] * 7
+
+
+def test_a_stride_leaves_the_values_between_out_and_side_32_every_other_row_and_column():
+    stride = (2, 3, 13, 8, 16)
+    source = Sprites(side=32, stride=stride)
+    assert source.native_shape() == (1, 32, 32)
+    assert source.num_images == 2 * 2 * 4 * 4 * 2
+    rows = source.read(next(source.parts(1_000)), ImageRules())
+    codes = np.stack([rows.columns[name] for name in FACTORS], axis=1)
+    wanted = itertools.product(*(range(0, size, step) for size, step in zip(SIZES, stride, strict=True)))
+    assert sorted(map(tuple, codes.tolist())) == list(wanted)
+    assert np.array_equal(np.stack(rows.images)[:, 0], draw(codes)[:, ::2, ::2])
+    fingerprints = {Sprites(side=side, stride=each).fingerprint() for side in (32, 64) for each in (stride, (1,) * 5)}
+    assert len(fingerprints) == 4
 
 
 def test_what_it_says_of_itself():

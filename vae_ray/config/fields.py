@@ -144,6 +144,10 @@ def _channels(value: object) -> object:
     return {"1": 1, "3": 3}.get(value, value) if isinstance(value, str) else _refuse_bool(value)
 
 
+def _sprite_side(value: object) -> object:
+    return {"32": 32, "64": 64}.get(value, value) if isinstance(value, str) else value
+
+
 def _augmentations(value: object) -> object:
     steps = _split_list(value)
     if isinstance(steps, list | tuple) and all(re.fullmatch(AUGMENTATION, str(step), re.ASCII) for step in steps):
@@ -187,6 +191,7 @@ Counts = Annotated[tuple[Annotated[Int, Field(ge=0, le=256)], ...], Field(max_le
 Fractions = Annotated[tuple[Annotated[Float, Field(ge=0)], ...], Field(max_length=256), BeforeValidator(_split_list)]
 ImageSize = Annotated[int | tuple[int, int] | None, BeforeValidator(_image_size), Shown("INT|HEIGHT,WIDTH")]
 ValueRange = Annotated[tuple[float, float] | Literal["auto"], BeforeValidator(_value_range), Shown("auto|LOW,HIGH")]
+SpriteSide = Annotated[Literal[32, 64], BeforeValidator(_sprite_side), Shown("{32,64}")]
 Channels = Annotated[Literal["auto", 1, 3], BeforeValidator(_channels), Shown("{auto,1,3}")]
 Augmentations = Annotated[tuple[str, ...], BeforeValidator(_augmentations), Shown("flip,shift:INT")]
 Name = Annotated[str, Field(min_length=1), AfterValidator(_printable)]

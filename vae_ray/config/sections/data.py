@@ -19,7 +19,9 @@ from vae_ray.config.fields import (
     Location,
     Name,
     Section,
+    SpriteSide,
     ValueRange,
+    Widths,
     place,
 )
 
@@ -93,6 +95,12 @@ class SpritesData(DataConfig):
     source: Literal["sprites"] = "sprites"
     root: Location | None = place(
         None, description="The published dsprites .npz, or its directory; null generates the images."
+    )
+    image_size: SpriteSide = Field(64, description="Height and width; 32 takes every other row and column.")
+    stride: Annotated[Widths, Field(min_length=5, max_length=5)] = Field(
+        (1, 1, 1, 1, 1),
+        description="Of shape, scale, orientation, x and y every so many values are used: 1,2,4,2,2 leaves 23,040 "
+        "images.",
     )
     test_fraction: TestFraction = TEST_FRACTION
 

@@ -60,7 +60,7 @@ def _source_of_kind(kind: str, config: Any, root: Path) -> Source:
         case "sprites":
             from vae_ray.data.sources.sprites import Sprites
 
-            return Sprites(None if config.root is None else root)
+            return Sprites(None if config.root is None else root, side=config.image_size, stride=config.stride)
         case "folder":
             return Folder(_location(config))
         case "arrays":

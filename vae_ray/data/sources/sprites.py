@@ -38,6 +38,8 @@ FACTORS: dict[str, NDArray[np.float64]] = {
 SIZES = tuple(map(len, FACTORS.values()))
 NUM_SPRITES = math.prod(SIZES)
 """737,280: every combination once."""
+ALL = (1,) * len(SIZES)
+"""The stride that leaves none out."""
 SHAPES = ["square", "ellipse", "heart"]
 
 DRAWING_VERSION = 1
@@ -52,16 +54,21 @@ SPRITE_SIDE = SIDE - STEPS
 class Sprites:
     """The generated sprites, or with `root` those of the published .npz (the file, or a directory that holds it).
 
+    Of each factor every so many values are used as `stride` says, from code 0 on; the published file is then taken to
+    be in its order. Images of `side` 32 are every other row and column: larger pixels, still 0 or 255.
+
     Columns are the codes of the factors, int64; the published colour, which has one value, is left out. The rows have
     no split. Of the published file its pickled member is never read; while it is read, 512 bytes an image are held
     (360 MiB in all).
     """
 
-    def __init__(self, root: Path | None = None) -> None:
+    def __init__(self, root: Path | None = None, *, side: int = SIDE, stride: tuple[int, ...] = ALL) -> None:
         self.names = {"shape": SHAPES}
+        self.side, self.stride = side, stride
         self.file = None if root is None else _find_published(root)
         self.in_process = self.file is not None  # a copy of the pixels in each process would be too many
-        self.num_images: int | None = NUM_SPRITES if self.file is None else _num_published(self.file)
+        self.num_rows = NUM_SPRITES if self.file is None else _num_published(self.file)
+        self.num_images: int | None = len(_order(self.num_rows, stride))
 
     def describe(self) -> str:
         """What they are."""
@@ -70,14 +77,17 @@ class Sprites:
 
     def fingerprint(self) -> str:
         """Of the generated sprites the version of the drawing, else the file's path, size and time."""
+        drawing = f"sprites-{DRAWING_VERSION}"
+        if self.side != SIDE or self.stride != ALL:
+            drawing += f"-{self.side}-{','.join(map(str, self.stride))}"
         if self.file is None:
-            return f"sprites-{DRAWING_VERSION}"
+            return drawing
         stat = self.file.stat()
-        return f"sprites-{DRAWING_VERSION};{self.file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
+        return f"{drawing};{self.file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
 
     def native_shape(self) -> tuple[int, int, int]:
         """One channel."""
-        return 1, SIDE, SIDE
+        return 1, self.side, self.side
 
     def parts(self, num_rows: int) -> Iterator[Part]:
         """Ranges of rows."""
@@ -89,16 +99,17 @@ class Sprites:
     def read(self, part: Part, rules: ImageRules) -> Rows:
         """Draws the rows, or unpacks them; raises `UserError` for a damaged file."""
         start, stop = part.payload
+        rows = _order(self.num_rows, self.stride)[start:stop]
         if self.file is None:
-            codes = np.stack(np.unravel_index(_order(NUM_SPRITES)[start:stop], SIZES), axis=1)
+            codes = np.stack(np.unravel_index(rows, SIZES), axis=1)
             pixels = draw(codes)
         else:
             packed, all_codes = self._published
-            rows = _order(len(packed))[start:stop]
             codes = all_codes[rows]
             pixels = np.unpackbits(packed[rows], axis=1).reshape(-1, SIDE, SIDE) * np.uint8(255)
         columns = {name: codes[:, number].astype(np.int64) for number, name in enumerate(FACTORS)}
-        return Rows(list(convert_images(pixels, rules)), columns, [], Counter())
+        step = SIDE // self.side
+        return Rows(list(convert_images(pixels[:, ::step, ::step], rules)), columns, [], Counter())
 
     @functools.cached_property
     def _published(self) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
@@ -107,9 +118,14 @@ class Sprites:
 
 
 @functools.lru_cache(maxsize=1)
-def _order(num: int) -> NDArray[np.int64]:
-    """A permutation of the published row numbers, by the generator whose numbers NumPy never changes."""
-    return np.random.RandomState(0).permutation(num)
+def _order(num: int, stride: tuple[int, ...] = ALL) -> NDArray[np.int64]:
+    """A permutation of the published row numbers below `num` whose codes are multiples of `stride`.
+
+    By the generator whose numbers NumPy never changes.
+    """
+    codes = np.ix_(*(np.arange(0, size, step) for size, step in zip(SIZES, stride, strict=True)))
+    rows = np.ravel_multi_index(codes, SIZES).ravel()
+    return np.random.RandomState(0).permutation(rows[rows < num])
 
 
 # --- drawing
