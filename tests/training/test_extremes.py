@@ -1,4 +1,4 @@
-"""Large values: a learning rate of 1, images of one colour, a single image, 1 and 4,096 latent dimensions, 8x8 to 128x96.
+"""Large values: lr 1, images of one colour, a single image, 1 and 4,096 latent dimensions, images of 8x8 to 128x96.
 
 Five steps of every network: nothing is NaN or infinite, and no rate is negative beyond rounding.
 """
