@@ -74,11 +74,13 @@ def measure(objective: dict[str, Any], *, epochs: int, seed: int) -> Result:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--epochs", type=int, default=7)
+    parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--seeds", type=int, default=1, help="runs of each, with the seeds 0, 1, ...; means are shown")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    print(f"load average {os.getloadavg()[0]:.1f}; seeds 0 to {options.seeds - 1}; nats, of the test images' nelbo")
+    print(
+        f"load average {os.getloadavg()[0]:.1f}; seeds 0 to {options.seeds - 1}; in nats, nelbo and rate of the test images"
+    )
     print(
         f"{'objective':18}{'nelbo':>8}{'rate':>8}{'TC of z':>10}{'of means':>10}{'epochs':>8}{'seconds':>9}", flush=True
     )
