@@ -78,9 +78,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1, help="runs of each, with the seeds 0, 1, ...; means are shown")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    print(
-        f"load average {os.getloadavg()[0]:.1f}; seeds 0 to {options.seeds - 1}; in nats, nelbo and rate of the test images"
-    )
+    print(f"load average {os.getloadavg()[0]:.1f}; seeds 0 to {options.seeds - 1}; nats; nelbo, rate of test images")
     print(
         f"{'objective':18}{'nelbo':>8}{'rate':>8}{'TC of z':>10}{'of means':>10}{'epochs':>8}{'seconds':>9}", flush=True
     )
