@@ -228,4 +228,5 @@ def test_types_in_the_help_are_those_of_the_fields() -> None:
     assert set(by_type["INT,INT,..."]) == {
         *(f"model.network.{name}" for name in ("hidden", "channels", "upper_dims", "latent_groups")),
         "model.prior.hidden",
+        "data.stride",
     }
