@@ -11,7 +11,7 @@ from vae_ray.run_files.run_directory import RunDirectory
 
 EPOCHS = 16
 # epochs of half a second or more, saved several times in each
-RUN = ["digits", "--training.epochs", str(EPOCHS), "--training.global-batch-size", "16"]
+RUN = ["digits", "--training.epochs", str(EPOCHS), "--training.global-batch-size", "16", "--model.prior", "standard"]
 RUN += ["--training.test-every-epochs", "0", "--run.checkpoint-every-steps", "20", "--run.seed", "5"]
 
 

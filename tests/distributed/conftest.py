@@ -17,8 +17,12 @@ from vae_ray import Experiment, TrainResult, train
 DIGITS = {
     "data.num_validation": 157,
     "training.epochs": 3,
+    "training.global_batch_size": 64,
     "model.network.hidden": (48, 24),
     "model.latent_dim": 6,
+    "model.prior": "standard",
+    "likelihood": "bernoulli",
+    "optim.lr": 2e-3,
     "run.seed": 11,
 }
 

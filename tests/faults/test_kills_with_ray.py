@@ -55,6 +55,7 @@ def experiment(storage: Path, name: str, *, epochs: int, num_workers: int = 2) -
             "training.global_batch_size": 16,
             "training.test_every_epochs": 0,
             "model.network.hidden": (48, 24),
+            "model.prior": "standard",
             "run.checkpoint_every_steps": 9,
             "run.seed": 4,
             "run.storage": str(storage),
