@@ -14,17 +14,13 @@ from vae_ray.errors import UserError
 from vae_ray.models.latents import DiagonalGaussian
 from vae_ray.models.likelihoods import Likelihood
 from vae_ray.models.vae import Output
-from vae_ray.objectives.base import MODEL, Losses, Objective, elbo_terms, gaussian_posterior, mean_over_samples
-from vae_ray.objectives.iwae import negative_bound
+from vae_ray.objectives.base import MODEL, Losses, elbo_terms, gaussian_posterior, mean_over_samples
+from vae_ray.objectives.iwae import Iwae, negative_bound
 from vae_ray.parallel.global_batch import GlobalBatch
 
 
-class Dreg(Objective):
+class Dreg(Iwae):
     """`num_samples` is k. Terms and loss are IWAE's; only gradients through z differ."""
-
-    def __init__(self, *, num_samples: int = 5) -> None:
-        super().__init__()
-        self.num_samples = num_samples
 
     def losses(
         self, output: Output, x: Tensor, likelihood: Likelihood, settings: Mapping[str, float], batch: GlobalBatch
