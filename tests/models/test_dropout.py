@@ -127,3 +127,10 @@ def test_the_first_of_several_samples_of_a_model_is_the_only_one_of_one(network:
     torch.testing.assert_close(several.params[:6], one.params, rtol=1e-12, atol=1e-13)
     torch.testing.assert_close(several.rate()[:6], one.rate(), rtol=1e-12, atol=1e-13)
     assert not torch.allclose(model(x, eps, 5).params, several.params)
+
+
+def test_a_vamp_prior_encodes_its_inputs_without_dropout() -> None:
+    """There are more of them than rows of a mask."""
+    network = {**NETWORKS["mlp"], "dropout": 0.5}
+    state = begin(experiment(model={"network": network, "latent_dim": 2, "prior": {"name": "vamp", "components": 9}}))
+    assert run_epoch(state)["rate"] > 0

@@ -29,7 +29,7 @@ class Dropout(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` is `(rows, width, ...)` of N images, or of all samples of N images."""
-        if self.mask is None:
+        if self.mask is None or not self.training:  # a vamp prior encodes its pseudo-inputs in evaluation mode
             return x
         # the rows of the first sample are the first: the encoder, which sees each image once, has their masks
         mask = self.mask[: len(x)].to(x.dtype)
