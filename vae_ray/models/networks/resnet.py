@@ -1,7 +1,7 @@
 """Residual blocks with GroupNorm as encoder, and their mirror image as decoder; a flat or a spatial latent.
 
-He et al. 2016 (arXiv:1603.05027), Wu & He 2018 (arXiv:1803.08494). A strided convolution leads to each stage, which is a
-number of blocks at one size. A side of less than 4 is not halved: images of any size fit.
+He et al. 2016 (arXiv:1603.05027), Wu & He 2018 (arXiv:1803.08494). A strided convolution leads to each stage, which is
+a number of blocks at one size. A side of less than 4 is not halved: images of any size fit.
 """
 
 from __future__ import annotations
