@@ -185,7 +185,7 @@ def test_the_leaderboard_leads_to_the_command(browser: Browser, sweep: SweepDire
         assert not command.is_visible()
         page.locator(".leaderboard a", has_text="0001").click()
         command.wait_for(state="visible")
-        assert command.inner_text().startswith("vae-ray train digits ")
+        assert command.inner_text().startswith("vae-ray train notebook ")
 
 
 @pytest.mark.parametrize(

@@ -220,7 +220,9 @@ def _lines(x: Spec, y: Spec, line_color: Spec, **end_marks: Spec) -> list[Spec]:
 
 
 def _quantity(field: str, title: str, **scale: Any) -> Spec:
-    return {"field": field, "type": "quantitative", "title": title, "scale": {"zero": False, **scale}}
+    if scale.get("type") != "log":  # which has no zero: Vega-Lite warns
+        scale["zero"] = False
+    return {"field": field, "type": "quantitative", "title": title, "scale": scale}
 
 
 def _point(trial: ReportTrial, **values: Any) -> Spec:
