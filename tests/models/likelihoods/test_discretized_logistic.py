@@ -7,6 +7,7 @@ from torch import Tensor
 from tests.models.likelihoods.small import all_levels, build, random_images, random_params
 from vae_ray.models.latents import bounded
 from vae_ray.models.likelihoods import DiscretizedLogistic
+from vae_ray.models.likelihoods.discretized_logistic import log_mass
 
 COMPONENTS = 7
 
@@ -110,3 +111,24 @@ def test_float32_is_float64_to_rounding_at_the_edges_and_for_tiny_scales(mean: f
     torch.testing.assert_close(
         result.double(), expected, rtol=2e-6, atol=2e-6 + 5e-7 * (1 + abs(mean)) / smallest_scale
     )
+
+
+def test_derivatives_of_the_log_mass_are_those_of_its_expression() -> None:
+    """In every bin, the outermost ones too, from a ninth of a level to e^5, near and far."""
+    levels = torch.tensor([0, 1, 128, 254, 255])[:, None, None]
+    log_scale = torch.tensor([-7.5, -4.0, -1.0, 0.5, 5.0], dtype=torch.float64)[:, None].expand(5, 5, 4)
+    distance = torch.tensor([-1.9, -0.01, 0.003, 1.7], dtype=torch.float64).expand(5, 5, 4)
+    given = [each.clone().requires_grad_() for each in (distance, log_scale)]
+
+    def as_written(distance: Tensor, log_scale: Tensor) -> Tensor:
+        inverse = torch.exp(-log_scale)
+        above = torch.nn.functional.logsigmoid((distance + 1 / 255) * inverse) * (levels != 255)
+        below = torch.nn.functional.logsigmoid((1 / 255 - distance) * inverse) * (levels != 0)
+        width = torch.log(-torch.expm1(-2 / 255 * inverse)) * ((levels != 0) & (levels != 255))
+        return above + below + width
+
+    values = [function(*given) for function in (lambda d, s: log_mass(d, s, levels), as_written)]
+    torch.testing.assert_close(*values, rtol=1e-12, atol=1e-12)
+    weights = torch.rand(5, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    for ours, theirs in zip(*(torch.autograd.grad((value * weights).sum(), given) for value in values), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
