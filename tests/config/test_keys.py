@@ -104,6 +104,42 @@ def test_a_refusal_names_key_and_value_and_shows_an_example(key: str, value: obj
     assert "\n" not in message
 
 
+@pytest.mark.parametrize("field", [field for field in NUMBERS if field.type == "FLOAT"], ids=field_ids)
+def test_a_number_that_float32_cannot_hold_is_refused(field: FieldDoc) -> None:
+    with pytest.raises(UserError, match=rf"^{field.key}: got '1e\+?300', .*; for example --\S+ \S+$"):
+        with_entry(field).with_overrides({field.key: "1e300"})
+
+
+@pytest.mark.parametrize("field", [field for field in FIELDS if field.type.endswith(",...")], ids=field_ids)
+def test_a_list_that_is_too_long_is_refused_with_its_lengths(field: FieldDoc) -> None:
+    with pytest.raises(
+        UserError, match=rf"^{field.key}: got .*, should be at most \d+ values, not 300; for example --"
+    ):
+        with_entry(field).with_overrides({field.key: ["a:b" if "TEXT" in field.type else 8] * 300})
+
+
+@pytest.mark.parametrize(("overrides", "line"), [
+    ({"model.num_classes": "4"}, "model.num_classes: got '4', which has no effect without model.condition; for example "
+     "--model.condition label"),
+    ({"model.num_classes": "40000", "model.condition": "label"}, "model.num_classes: got '40000', should be less than "
+     "or equal to 10000; for example --model.num-classes null"),
+    ({"model.network": "resnet", "model.network.channels": "16,1"}, "model.network.channels: got '16,1', should each "
+     "be at least 2: after a norm a single value would always be 0; for example --model.network.channels 16,2"),
+    ({"model.network": "resnet", "model.network.groups": "5"}, "model.network.groups: got '5', should divide each of "
+     "channels 32,64,128 into groups of at least 2 channels; for example --model.network.groups 16"),
+    ({"model.network": "ladder", "model.network.hidden": "7"}, "model.network.upper_dims: got (8,), should be one "
+     "number less than hidden: 0, not 1; for example --model.network.upper-dims ''"),
+    ({"objective.capacity": "3", "objective.free_bits": "1"}, "objective.free_bits: got '1', should be 0 where "
+     "objective.capacity is given; for example --objective.free-bits 0.0"),
+    ({"objective": "geco", "objective.target": "nan"}, "objective.target: got 'nan', should be a finite number; for "
+     "example --objective.target 100"),
+])  # fmt: skip
+def test_values_that_do_not_go_together_are_refused_by_the_name_of_one(overrides: dict[str, str], line: str) -> None:
+    with pytest.raises(UserError) as refusal:
+        Experiment().with_overrides(overrides)
+    assert str(refusal.value) == line
+
+
 @pytest.mark.parametrize("field", FIELDS, ids=field_ids)
 def test_every_field_refuses_nonsense_with_its_own_name(field: FieldDoc) -> None:
     with pytest.raises(UserError, match=re.escape(field.key)):

@@ -104,7 +104,8 @@ def test_a_spatial_latent_has_the_size_of_the_smallest_feature_map() -> None:
 
 def test_groups_that_do_not_divide_the_channels_are_refused_in_a_line() -> None:
     for channels, groups, better in (([12, 18], 4, "3"), ([8], 8, "4"), ([7, 8], 2, "1")):
-        with pytest.raises(UserError, match=rf"model\.network.*groups should divide.*such as {better}\b"):
+        line = rf"^model\.network\.groups: got {groups}, should divide each of channels .*groups {better}$"
+        with pytest.raises(UserError, match=line):
             config("flat", channels=channels, groups=groups)
 
 

@@ -381,13 +381,23 @@ def test_he_keeps_the_scale_of_a_signal_through_both_passes(network: dict[str, A
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"hidden": [7, 6, 5]}, "upper_dims should have one number less than hidden: 2, not 1"),
+        (
+            {"hidden": [7, 6, 5]},
+            r"\.upper_dims: got \(8,\), should be one number less than hidden: 2, not 1; .*upper-dims 8,8$",
+        ),
         ({"hidden": []}, r"model\.network\.hidden"),
-        ({"hidden": [9, 1]}, "a width of 1 carries nothing"),
-        ({"channels": [8]}, "channels has no effect in a ladder of kind dense"),
-        ({"kind": "conv", "upper_dims": [3]}, "upper_dims has no effect in a ladder of kind conv"),
-        ({"kind": "conv", "channels": [8]}, "latent_groups should be 1 numbers as channels"),
-        ({"kind": "conv", "channels": [8, 1]}, "a width of 1 carries nothing"),
+        ({"hidden": [9, 1]}, r"^model\.network\.hidden: got \[9, 1\], should each be at least 2: .*hidden 9,2$"),
+        ({"channels": [8]}, r"\.channels: got \[8\], which has no effect in a ladder of kind dense; .*kind conv$"),
+        (
+            {"kind": "conv", "upper_dims": [3]},
+            r"\.upper_dims: got \[3\], which has no effect in a ladder of kind conv; .*kind dense$",
+        ),
+        (
+            {"kind": "conv", "channels": [8]},
+            r"\.latent_groups: got \(1, 2\), should be as many numbers as channels, 1, .*-groups 1$",
+        ),
+        ({"kind": "conv", "channels": [8, 1]}, r"^model\.network\.channels: got \[8, 1\], .*channels 8,2$"),
+        ({"kind": "conv", "channels": [0, 8]}, r"--model\.network\.channels 32,64$"),
         ({"kind": "conv", "latent_groups": [2, 0]}, "the last at least 1"),
         ({"kind": "round"}, r"model\.network\.kind: got 'round', should be"),
         ({"top_dim": 3}, "a ladder with 'top_dim' was another network; train today's"),

@@ -32,6 +32,8 @@ from vae_ray.storage.locations import parse_location, parse_path
 
 MAX_WORKERS = 4096
 MIN_PIXEL_SCALE = 0.001
+LARGEST_FLOAT = 1e30
+"""Of float32, which ends at 3.4e38; sums over images and dimensions need room."""
 MAX_IMAGE_SIDE = 8192
 AUGMENTATION = "flip|shift:[1-9][0-9]{0,2}"
 COLOUR = "white|black|#[0-9A-Fa-f]{6}"
@@ -43,6 +45,14 @@ class Section(BaseModel):
     """Base of all sections and entries: frozen, and no other keys than the declared ones."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class Misfit(ValueError):
+    """A value that does not go with others of its section. `instead` is one that does, or one of the field `field`."""
+
+    def __init__(self, reason: str, *, instead: Any, field: str | None = None) -> None:
+        super().__init__(reason)
+        self.instead, self.field = instead, field
 
 
 @dataclass(frozen=True)
@@ -71,6 +81,12 @@ def _refuse_bool(value: object) -> object:
     """Python counts `True` as 1; a number that was meant as a switch is a mistake."""
     if isinstance(value, bool):
         raise ValueError("a number is needed, not true or false")
+    return value
+
+
+def _refuse_overflow(value: float) -> float:
+    if abs(value) > LARGEST_FLOAT:
+        raise ValueError(f"should be between -{LARGEST_FLOAT:g} and {LARGEST_FLOAT:g}: float32 computes with it")
     return value
 
 
@@ -166,7 +182,7 @@ def _count_text(value: int | tuple[int, int] | str) -> int | str:
 
 
 Int = Annotated[int, BeforeValidator(_refuse_bool)]
-Float = Annotated[float, BeforeValidator(_refuse_bool), Field(allow_inf_nan=False)]
+Float = Annotated[float, BeforeValidator(_refuse_bool), Field(allow_inf_nan=False), AfterValidator(_refuse_overflow)]
 PixelScale = Annotated[Float, AfterValidator(_refuse_below_rounding)]
 WorkerCount = Annotated[
     int | tuple[int, int] | Literal["auto"],

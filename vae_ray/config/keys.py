@@ -17,11 +17,20 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from vae_ray.config.fields import Choice, Section, Shown, choice_of, literal_values
+from vae_ray.config.fields import Choice, Misfit, Section, Shown, choice_of, literal_values
 from vae_ray.config.migration import renamed_key
 from vae_ray.config.sections.run import NAME_RULE
 from vae_ray.errors import UserError
 from vae_ray.storage.reading import parse_yaml, short_repr
+
+EXAMPLES = {
+    "run.name": "my-run",
+    "run.callbacks": "my_callbacks:Log",
+    "data.augment": "flip",
+    "objective.target": "100",
+    "optim.schedule.epochs": (10, 20),
+}
+"""Values that messages show of fields whose default is none to try."""
 
 
 class FieldDoc(NamedTuple):
@@ -38,6 +47,8 @@ class FieldDoc(NamedTuple):
     is_place: bool
     is_axis: bool = False
     """Whether its value is the name of an entry; the key without the last part of `flat_key` means it too."""
+    owner: str = ""
+    """The class that declares it."""
 
 
 def field_docs(model: type[BaseModel], prefix: str = "", entry: str = "", is_place: bool = False) -> Iterator[FieldDoc]:
@@ -52,7 +63,8 @@ def field_docs(model: type[BaseModel], prefix: str = "", entry: str = "", is_pla
         else:
             shown = next((mark.text for mark in field.metadata if isinstance(mark, Shown)), None)
             kind = shown or _type_name(field.annotation)
-            yield FieldDoc(key, key, kind, field.default, field.description or "", entry, place)
+            text = field.description or ""
+            yield FieldDoc(key, key, kind, field.default, text, entry, place, owner=model.__name__)
 
 
 def _axis_docs(key: str, axis: Choice, field: FieldInfo, is_place: bool) -> Iterator[FieldDoc]:
@@ -230,27 +242,39 @@ def did_you_mean(wrong: str, names: Sequence[str]) -> str:
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
     """One line for the first of pydantic's errors: key, value received, what is allowed, what to try."""
     first = error.errors()[0]
-    docs = {doc.key: doc for doc in reversed(list(field_docs(model)))}  # the first entry that has the field
+    # of several entries that have the field the one that is chosen, else the first
+    every = sorted(field_docs(model), key=lambda doc: doc.owner in first["loc"], reverse=True)
+    docs = {doc.key: doc for doc in reversed(every)}
     # a location also names the classes of entries (which begin with a capital), members of unions and places in lists
     parts = [str(part) for part in first["loc"] if not str(part)[:1].isupper()]
     prefixes = [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
     key = next((prefix for prefix in prefixes if prefix in docs), prefixes[0])
-    hint = f"; for example {_example(docs[key])}" if key in docs else ""
+    cause = first.get("ctx", {}).get("error")
+    example = _misfit_example(key, cause) if isinstance(cause, Misfit) else _example(docs[key]) if key in docs else ""
+    hint = f"; for example {example}" if example else ""
     reason = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
     if key == "run.name":
         reason = f"should be {NAME_RULE}"
     elif first["type"] in ("too_short", "string_too_short") and not first["input"]:
         reason = "should not be empty"
+    elif first["type"] == "too_long":
+        reason = f"should be at most {first['ctx']['max_length']} values, not {first['ctx']['actual_length']}"
     elif first["type"] == "string_pattern_mismatch":
         reason = "should be MODULE:NAME of your own code, such as my_nets:tiny"
     return f"{key}: got {short_repr(first['input'])}, {reason}{hint}"
 
 
 def _example(doc: FieldDoc) -> str:
-    examples = {"run.name": "my-run", "run.callbacks": "my_callbacks:Log", "data.augment": "flip"}
-    default = examples.get(doc.key, doc.default)
-    text = ",".join(map(str, default)) if isinstance(default, tuple) else "null" if default is None else str(default)
-    return f"{flag_of(doc.key)} {text}".rstrip()
+    return _assignment(doc.key, EXAMPLES.get(doc.key, doc.default))
+
+
+def _misfit_example(key: str, misfit: Misfit) -> str:
+    return _assignment(key if misfit.field is None else f"{key.rpartition('.')[0]}.{misfit.field}", misfit.instead)
+
+
+def _assignment(key: str, value: Any) -> str:
+    text = ",".join(map(str, value)) if isinstance(value, tuple | list) else "null" if value is None else str(value)
+    return f"{flag_of(key)} {text or repr('')}"
 
 
 def flag_of(key: str) -> str:

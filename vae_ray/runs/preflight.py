@@ -13,6 +13,7 @@ from torch import nn
 from vae_ray.config import user_code
 from vae_ray.config.experiment import Experiment
 from vae_ray.config.sections.data import UserData
+from vae_ray.config.sections.model import MOST_CLASSES
 from vae_ray.data.cache import Progress, name_of
 from vae_ray.data.splits import Splits
 from vae_ray.errors import UserError, one_line
@@ -164,8 +165,6 @@ def check_workers(experiment: Experiment, model: VAE) -> None:
         )
 
 
-MOST_CLASSES = 10_000
-"""Of a conditional VAE; labels with larger values are no classes."""
 LARGEST_CHECKED_ON_CPU = 50_000_000
 """Weights of a model whose shapes are checked by a real pass. A pass on the meta device imports torch's compiler, which
 takes three seconds; a real one of a small model takes milliseconds."""

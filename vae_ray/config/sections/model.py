@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
-from vae_ray.config.fields import Int, Name, Section
+from vae_ray.config.fields import Int, Misfit, Name, Section
 from vae_ray.config.sections.networks import MlpNetwork, Network
 from vae_ray.config.sections.priors import Prior, StandardPrior
+
+MOST_CLASSES = 10_000
+"""Labels with larger values are no classes."""
 
 
 class ModelConfig(Section):
@@ -23,7 +26,10 @@ class ModelConfig(Section):
         "label; null gives none.",
     )
     num_classes: Int | None = Field(
-        None, ge=1, description="Number of values of those labels, 0, 1, ...; null takes it from the data."
+        None,
+        ge=1,
+        le=MOST_CLASSES,
+        description="Number of values of those labels, 0, 1, ...; null takes it from the data.",
     )
     initialization: Literal["torch", "he", "glorot"] = Field(
         "torch",
@@ -33,3 +39,10 @@ class ModelConfig(Section):
     encoder_range: Literal["unit", "signed"] = Field(
         "unit", description="Range of pixels fed to the encoder: unit [0, 1] or signed [-1, 1]."
     )
+
+    @field_validator("num_classes")
+    @classmethod
+    def _only_of_a_condition(cls, num_classes: int | None, info: ValidationInfo) -> int | None:
+        if num_classes is not None and info.data.get("condition") is None:
+            raise Misfit("which has no effect without model.condition", instead="label", field="condition")
+        return num_classes

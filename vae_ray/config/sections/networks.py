@@ -5,12 +5,23 @@ from __future__ import annotations
 import math
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
-from vae_ray.config.fields import Choice, Counts, Float, Int, Section, UserEntry, Widths
+from vae_ray.config.fields import Choice, Counts, Float, Int, Misfit, Section, UserEntry, Widths
 
 Activation = Literal["relu", "gelu", "silu", "tanh"]
+
+
+def _refuse_ones(widths: tuple[int, ...]) -> tuple[int, ...]:
+    if 1 in widths:
+        at_least_two = [max(2, width) for width in widths]
+        raise Misfit("should each be at least 2: after a norm a single value would always be 0", instead=at_least_two)
+    return widths
+
+
 Channels = Annotated[Widths, Field(min_length=1, max_length=8)]
+NormedChannels = Annotated[Channels, AfterValidator(_refuse_ones)]
+NormedWidths = Annotated[Widths, Field(min_length=1), AfterValidator(_refuse_ones)]
 Dropout = Annotated[Float, Field(ge=0, lt=1)]
 
 
@@ -39,7 +50,7 @@ class ResnetNetwork(Section):
     """Pre-activation residual blocks with GroupNorm (He et al. 2016)."""
 
     name: Literal["resnet"] = "resnet"
-    channels: Channels = Field(
+    channels: NormedChannels = Field(
         (32, 64, 128), description="Channels of the stages; each halves the sides of at least 4 pixels."
     )
     blocks: Int = Field(2, ge=1, le=64, description="Residual blocks of a stage.")
@@ -51,17 +62,17 @@ class ResnetNetwork(Section):
     activation: Activation = Field("silu", description="Activation in the blocks.")
     dropout: Dropout = Field(0.0, description="Probability with which a channel is dropped in training.")
 
-    @model_validator(mode="after")
-    def _groups_divide_channels(self) -> ResnetNetwork:
-        if any(width % self.groups or width == self.groups for width in self.channels):
-            common = math.gcd(*self.channels)
+    @field_validator("groups")
+    @classmethod
+    def _divides_channels(cls, groups: int, info: ValidationInfo) -> int:
+        channels: tuple[int, ...] = info.data.get("channels", ())
+        if any(width % groups or width == groups for width in channels):
+            common = math.gcd(*channels)
             largest = next((n for n in range(common // 2, 1, -1) if common % n == 0), 1)
             # a group of one channel and one pixel would always be 0 after the norm
-            raise ValueError(
-                f"groups should divide each of channels {','.join(map(str, self.channels))} into at least 2 channels, "
-                f"such as {largest}"
-            )
-        return self
+            parts = f"should divide each of channels {','.join(map(str, channels))} into groups of at least 2 channels"
+            raise Misfit(parts, instead=largest)
+        return groups
 
 
 class LadderNetwork(Section):
@@ -69,15 +80,13 @@ class LadderNetwork(Section):
 
     name: Literal["ladder"] = "ladder"
     kind: Literal["dense", "conv"] = Field("dense", description="Fully connected, or convolutional with spatial z.")
-    hidden: Annotated[Widths, Field(min_length=1)] = Field(
-        (256, 256), description="dense: widths from the bottom up, each with a group."
-    )
+    hidden: NormedWidths = Field((256, 256), description="dense: widths from the bottom up, each with a group.")
     upper_dims: Widths = Field(
         (8,),
         description="dense: latent dimensions of the groups above the lowest, from the top down; the lowest has "
         "model.latent_dim.",
     )
-    channels: Channels = Field(
+    channels: NormedChannels = Field(
         (32, 64), description="conv: channels from the bottom up; each halves the sides of at least 4 pixels."
     )
     latent_groups: Counts = Field(
@@ -87,18 +96,21 @@ class LadderNetwork(Section):
     activation: Activation = Field("silu", description="Activation in the blocks.")
     dropout: Dropout = Field(0.0, description="Probability with which a channel, or unit, is dropped in training.")
 
-    @model_validator(mode="after")
-    def _fits_the_kind(self) -> LadderNetwork:
-        for key in ("channels", "latent_groups") if self.kind == "dense" else ("hidden", "upper_dims"):
-            if getattr(self, key) != type(self).model_fields[key].default:
-                raise ValueError(f"{key} has no effect in a ladder of kind {self.kind}")
-        if 1 in (self.hidden if self.kind == "dense" else self.channels):
-            raise ValueError("a width of 1 carries nothing: after a norm it would always be 0; should be at least 2")
-        if self.kind == "dense" and len(self.upper_dims) != (num := len(self.hidden) - 1):
-            raise ValueError(f"upper_dims should have one number less than hidden: {num}, not {len(self.upper_dims)}")
-        if self.kind == "conv" and (len(self.latent_groups) != len(self.channels) or not self.latent_groups[-1]):
-            raise ValueError(f"latent_groups should be {len(self.channels)} numbers as channels, the last at least 1")
-        return self
+    @field_validator("hidden", "upper_dims", "channels", "latent_groups")
+    @classmethod
+    def _fits_the_kind(cls, value: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
+        given, name = info.data, str(info.field_name)
+        kind = given.get("kind")
+        its_kind = "dense" if name in ("hidden", "upper_dims") else "conv"
+        if kind != its_kind and value != cls.model_fields[name].default:
+            raise Misfit(f"which has no effect in a ladder of kind {kind}", instead=its_kind, field="kind")
+        if kind == its_kind and name == "upper_dims" and len(value) != (num := len(given.get("hidden", ())) - 1):
+            raise Misfit(f"should be one number less than hidden: {num}, not {len(value)}", instead=[8] * num)
+        if kind == its_kind and name == "latent_groups":
+            num = len(given.get("channels", ()))
+            if len(value) != num or not any(value[-1:]):
+                raise Misfit(f"should be as many numbers as channels, {num}, the last at least 1", instead=[1] * num)
+        return value
 
 
 Network = Annotated[MlpNetwork | ConvNetwork | ResnetNetwork | LadderNetwork | UserEntry, Choice("network")]

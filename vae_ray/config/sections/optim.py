@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator
 
-from vae_ray.config.fields import Choice, Float, Fractions, Int, Section
+from vae_ray.config.fields import Choice, Float, Fractions, Int, Misfit, Section
 
 
 class ConstantRate(Section):
@@ -36,13 +36,20 @@ class StepDecay(Section):
         (0.1,), description="Factor of optim.lr after each of them; a single one is applied again at each."
     )
 
-    @model_validator(mode="after")
-    def _as_many(self) -> StepDecay:
-        if len(self.factors) not in (1, len(self.epochs)):
-            raise ValueError(f"factors should be one number, or as many as the {len(self.epochs)} epochs")
-        if list(self.epochs) != sorted(set(self.epochs)):
-            raise ValueError("epochs should rise, for example 10,20")
-        return self
+    @field_validator("epochs")
+    @classmethod
+    def _rise(cls, epochs: tuple[float, ...]) -> tuple[float, ...]:
+        if (rising := sorted(set(epochs))) != list(epochs):
+            raise Misfit("should be in rising order", instead=rising)
+        return epochs
+
+    @field_validator("factors")
+    @classmethod
+    def _as_many(cls, factors: tuple[float, ...], info: ValidationInfo) -> tuple[float, ...]:
+        num = len(info.data.get("epochs", factors))
+        if len(factors) not in (1, num):
+            raise Misfit(f"should be one number, or as many as the {num} epochs", instead=0.1)
+        return factors
 
 
 class OneCycle(Section):
