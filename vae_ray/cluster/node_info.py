@@ -25,7 +25,7 @@ from ray._common.utils import get_system_memory  # knows a container's limit, un
 from vae_ray.distributed.nodes import NodeAnswer, check_shared_storage, on_every_node
 from vae_ray.distributed.ray_temp_dir import default_temp_dir, temp_dir_problem
 from vae_ray.errors import UserError
-from vae_ray.storage.filesystems import check_writable
+from vae_ray.storage.filesystems import check_writable, missing_directories, removed_if_empty
 from vae_ray.storage.locations import absolute, cache_root, is_uri
 
 ANSWER = "vae-ray examination: "
@@ -83,23 +83,17 @@ def storage_problem(storage: str) -> str:
 
     Leaves nothing there.
     """
-    failed, missing = list[NodeAnswer](), list[Path]()
+    failed = list[NodeAnswer]()
     try:
         storage = absolute(storage, key="run.storage")
-        directory = Path(storage)
-        if not is_uri(storage):
-            missing = [path for path in (directory, *directory.parents) if not path.exists()]
         check_writable(storage)
         if ray.is_initialized() and is_uri(storage):  # each node writes itself, with its own network and credentials
             failed = [answer for answer in on_every_node(check_writable, storage) if answer.error is not None]
         elif ray.is_initialized():
-            check_shared_storage(directory)
+            with removed_if_empty(missing_directories(Path(storage))):
+                check_shared_storage(Path(storage))
     except UserError as error:
         return str(error).removeprefix("run.storage: ")
-    finally:
-        for path in missing:
-            with contextlib.suppress(OSError):
-                path.rmdir()
     return "; ".join(f"{answer.address}: {answer.error}" for answer in failed)
 
 

@@ -15,7 +15,7 @@ from vae_ray.data.cache import name_of
 from vae_ray.data.splits import Splits
 from vae_ray.errors import CorruptFile, UserError
 from vae_ray.run_files.run_directory import WRITER_LOCK_SECONDS, RunDirectory
-from vae_ray.storage.filesystems import check_writable
+from vae_ray.storage.filesystems import check_writable, missing_directories, removed_if_empty
 from vae_ray.storage.lease import lease
 from vae_ray.storage.locations import absolute, join_location
 from vae_ray.storage.retry import describe_os_error
@@ -45,7 +45,7 @@ def exclusive_run(directory: SyncedDirectory, *, name: str, before: Callable[[],
     """Hold the directory of a run or sweep for the body, at a URI in a working copy, unless `before` raises.
 
     Raises `UserError` if another driver holds it: by a lock, or where the storage is a URI by a lease. A new directory
-    disappears again if the body raises `UserError` before it has written anything.
+    disappears again, with its storage if that is new, if the body raises `UserError` before it has written anything.
     """
     if directory.mirror is not None:
         with lease(directory.mirror.remote, name=name), directory.working_copy():
@@ -53,7 +53,7 @@ def exclusive_run(directory: SyncedDirectory, *, name: str, before: Callable[[],
             yield
         return
     before()  # so that nothing is made where something is refused
-    is_new = not directory.path.exists()
+    new = missing_directories(directory.path)
     directory.path.mkdir(parents=True, exist_ok=True)
     lock = directory.path / ".driver.lock"
     try:
@@ -62,8 +62,9 @@ def exclusive_run(directory: SyncedDirectory, *, name: str, before: Callable[[],
             try:
                 yield
             except UserError:
-                if is_new and not is_taken(directory.path):
-                    shutil.rmtree(directory.path, ignore_errors=True)
+                if new and not is_taken(directory.path):
+                    with removed_if_empty(new):
+                        shutil.rmtree(directory.path, ignore_errors=True)
                 raise
     except filelock.Timeout as error:
         if Path(error.lock_file) != lock:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from pathlib import Path
 from typing import TypeVar
 from urllib.parse import urlsplit
 
@@ -48,14 +50,15 @@ def open_filesystem(uri: str, *, key: str) -> tuple[pyarrow.fs.FileSystem, str]:
 
 
 def check_writable(location: str, *, key: str = "run.storage") -> None:
-    """Raise `UserError`, within seconds, unless this process can write to `location`."""
+    """Raise `UserError`, within seconds, unless this process can write to `location`; leaves no directory there."""
     name = f".vae_ray-probe-{os.getpid()}"
     if not is_uri(location):
         directory = local_path(location, key=key)
         try:
-            directory.mkdir(parents=True, exist_ok=True)
-            (directory / name).write_bytes(b"")
-            (directory / name).unlink()
+            try:
+                _probe_directory(directory, name)
+            except FileNotFoundError:  # another process, which probes as well, has just removed it
+                _probe_directory(directory, name)
         except OSError as error:
             remedy = "start new runs with another --storage" if key == "run.storage" else "choose another directory"
             raise UserError(
@@ -77,6 +80,29 @@ def check_writable(location: str, *, key: str = "run.storage") -> None:
             f"{key}: got {location!r}, cannot be written ({one_line(error)[:200]}); check the address, that the bucket "
             "exists, and the credentials in the environment"
         ) from None
+
+
+def _probe_directory(directory: Path, name: str) -> None:
+    with removed_if_empty(missing_directories(directory)):
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_bytes(b"")
+        (directory / name).unlink()
+
+
+def missing_directories(directory: Path) -> list[Path]:
+    """`directory` and those above it that do not exist, the lowest first."""
+    return [path for path in (directory, *directory.parents) if not os.path.exists(path)]
+
+
+@contextlib.contextmanager
+def removed_if_empty(directories: list[Path]) -> Iterator[None]:
+    """After its body remove those of `directories`, the lowest first, that nothing is in."""
+    try:
+        yield
+    finally:
+        for path in directories:
+            with contextlib.suppress(OSError):
+                path.rmdir()
 
 
 def with_timeout(action: Callable[[], T]) -> T:
