@@ -11,13 +11,27 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.training.small import ALONE, NETWORKS, NUM_IMAGES, REFUSED, SEED, SHAPE, experiment, objective_section
+from tests.training.small import (
+    ALONE,
+    NETWORKS,
+    NUM_IMAGES,
+    REFUSED,
+    SEED,
+    SHAPE,
+    batches,
+    begin,
+    experiment,
+    objective_section,
+    parameters,
+    run_epoch,
+)
 from vae_ray import Experiment, UserError
 from vae_ray.models.noise import latent_noise
 from vae_ray.models.vae import build_vae
 from vae_ray.objectives import OBJECTIVES, Objective, build_objective
 from vae_ray.objectives.base import MODEL, Losses
 from vae_ray.parallel.global_batch import GlobalBatch
+from vae_ray.runs.preflight import checked_model
 
 
 def losses(name: str, network: str, *, num_rows: int = 6) -> tuple[Objective, Losses]:
@@ -41,6 +55,34 @@ def test_terms_by_row_have_the_loss_as_their_sum(name: str, network: str) -> Non
     assert all(term.shape == (6,) for term in given.terms.values())
     torch.testing.assert_close(given.terms["loss"].sum(), given.loss[MODEL], rtol=1e-12, atol=0)
     assert bool((given.terms["rate"] > 0).all())
+
+
+LAST_BATCHES = [objective_section(name) for name in sorted(OBJECTIVES)]
+LAST_BATCHES += [{"name": "beta_tc", "estimator": "weighted"}, {"name": "dip", "variant": "I"}]
+
+
+@pytest.mark.parametrize("section", LAST_BATCHES, ids=str)
+def test_a_last_batch_of_one_image_trains_as_any_other(section: dict[str, object]) -> None:
+    state = begin(experiment(objective=section))
+    before = parameters(state.model)
+    (*_, last) = given = list(batches(global_batch_size=NUM_IMAGES - 1))
+    assert len(last.x) == 1
+    assert all(torch.isfinite(torch.tensor([*run_epoch(state, data=given).values()])))
+    after = parameters(state.model)
+    assert bool(torch.isfinite(after).all())
+    assert not torch.equal(after, before)
+
+
+@pytest.mark.parametrize("name", sorted(OBJECTIVES))
+def test_an_objective_that_compares_images_refuses_batches_of_one(name: str) -> None:
+    config = experiment(objective=objective_section(name), training={"global_batch_size": 1})
+    if build_objective(config.objective).min_images == 1:
+        checked_model(config, SHAPE, num_training=NUM_IMAGES)
+        return
+    assert name in ("beta_tc", "dip", "mmd")
+    line = rf"^training\.global_batch_size: got 1, but {name} compares the images of a batch, should be at least 2; for"
+    with pytest.raises(UserError, match=line):
+        checked_model(config, SHAPE, num_training=NUM_IMAGES)
 
 
 @pytest.mark.parametrize("name", sorted(OBJECTIVES))

@@ -73,5 +73,7 @@ def test_loss_counts_the_mmd_of_the_global_batch_once_for_each_image() -> None:
 
 def test_a_prior_without_the_closed_form_is_refused() -> None:
     z = normal(4, 3, seed=6)
-    with pytest.raises(UserError, match=r"mmd needs --model\.prior standard"):
+    with pytest.raises(
+        UserError, match=r"^objective: got mmd, which needs the prior N\(0, I\), not a Diag.*: its closed .*standard$"
+    ):
         losses_of(z, DiagonalGaussian(z, z))

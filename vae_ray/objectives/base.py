@@ -37,6 +37,8 @@ class Objective(nn.Module):
     """Names of what it logs besides loss, distortion and rate."""
     num_samples: int = 1
     """Samples of z for each image, k."""
+    min_images: int = 1
+    """Images that a global batch needs; the last one of an epoch may have fewer, its losses must be finite."""
 
     def settings(self, epochs: float, steps: int) -> dict[str, float]:
         """Scheduled values after that many (fractional) epochs and steps, as in `{"beta": 0.4}`; they are logged."""
@@ -75,14 +77,21 @@ def gaussian_posterior(group: Group, objective: str) -> DiagonalGaussian:
     """The posterior of a group; raises `UserError` for one of another kind than the objective is defined for."""
     if not isinstance(group.posterior, DiagonalGaussian):
         kind = type(group.posterior).__name__
-        raise UserError(f"objective: {objective} needs posteriors that are a DiagonalGaussian, got a {kind}")
+        raise UserError(
+            f"objective: got {objective}, which needs posteriors that are a DiagonalGaussian, not a {kind}; for "
+            "example --objective elbo"
+        )
     return group.posterior
 
 
 def require_standard_prior(group: Group, objective: str, reason: str) -> None:
     """Raise `UserError` unless the prior of a group is N(0, I)."""
     if not isinstance(group.prior, StandardNormal):
-        raise UserError(f"objective: {objective} needs --model.prior standard: {reason}")
+        kind = type(group.prior).__name__
+        raise UserError(
+            f"objective: got {objective}, which needs the prior N(0, I), not a {kind}: {reason}; for example "
+            "--model.prior standard"
+        )
 
 
 def mean_over_samples(values: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ class BetaTc(Objective):
     """The parts are those of the top group, flattened; the rate of all other groups has weight 1."""
 
     terms = ("mutual_information", "total_correlation", "dimension_kl")
+    min_images = 2
 
     def __init__(
         self,

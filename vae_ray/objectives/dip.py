@@ -30,6 +30,7 @@ class Dip(Objective):
     """The covariance is that of the top group, flattened, over the whole global batch."""
 
     terms = ("off_diagonal", "diagonal")
+    min_images = 2
 
     def __init__(
         self, *, variant: str = "II", beta: float = 1.0, off_diagonal: float = 10.0, diagonal: float = 10.0

@@ -27,8 +27,8 @@ class Dreg(Iwae):
     ) -> Losses:
         if len(output.groups) > 1:
             raise UserError(
-                f"objective: dreg is for one latent group, but this network has {len(output.groups)}, whose posteriors "
-                "depend on the samples above them; for example --objective iwae"
+                f"objective: got dreg, which is for one latent group, but this network has {len(output.groups)}, whose "
+                "posteriors depend on the samples above them; for example --objective iwae"
             )
         (group,) = output.groups
         distortion, rate = elbo_terms(output, x, likelihood)

@@ -29,6 +29,7 @@ class Mmd(Objective):
     """`weight` is in nats; the MMD is that of the top group, over the whole global batch."""
 
     terms = ("mmd",)
+    min_images = 2
 
     def __init__(self, *, beta: float = 0.0, weight: float = 1000.0) -> None:
         super().__init__()

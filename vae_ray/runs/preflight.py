@@ -178,6 +178,11 @@ def checked_model(experiment: Experiment, image_shape: tuple[int, int, int], *, 
     Raises `UserError` that names the network, prior, likelihood or objective if it does not fit.
     """
     objective = build_objective(experiment.objective)
+    if (batch := experiment.training.global_batch_size) < objective.min_images:
+        raise UserError(
+            f"training.global_batch_size: got {batch}, but {experiment.objective.name} compares the images of a batch, "
+            f"should be at least {objective.min_images}; for example --training.global-batch-size 64"
+        )
     sizes = f"images of shape {image_shape} and model.latent_dim {experiment.model.latent_dim}"
     with misfit_named("model.network", f"{experiment.model.network.name} does not fit {sizes}"):
         model = shape_vae(experiment, image_shape)

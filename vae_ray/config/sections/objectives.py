@@ -9,6 +9,9 @@ from pydantic import Field, ValidationInfo, field_validator
 from vae_ray.config.fields import Choice, Float, Int, Section, UserEntry
 from vae_ray.config.sections.schedules import ConstantSchedule, Schedule
 
+MOST_SAMPLES = 10_000
+"""Of a step's images; they are in memory together."""
+
 
 class ElboObjective(Section):
     """distortion + beta * rate (Higgins et al. 2017); with capacity or free bits in the place of the rate."""
@@ -47,14 +50,16 @@ class IwaeObjective(Section):
     """The bound of k importance samples (Burda et al. 2016)."""
 
     name: Literal["iwae"] = "iwae"
-    num_samples: Int = Field(5, ge=1, description="Samples of z for each image, k; 1 gives the negative ELBO.")
+    num_samples: Int = Field(
+        5, ge=1, le=MOST_SAMPLES, description="Samples of z for each image, k; 1 gives the negative ELBO."
+    )
 
 
 class DregObjective(Section):
     """The bound of k importance samples with doubly reparametrized gradients of the encoder (Tucker et al. 2019)."""
 
     name: Literal["dreg"] = "dreg"
-    num_samples: Int = Field(5, ge=1, description="Samples of z for each image, k.")
+    num_samples: Int = Field(5, ge=1, le=MOST_SAMPLES, description="Samples of z for each image, k.")
 
 
 class BetaTcObjective(Section):

@@ -37,7 +37,8 @@ class TrainingConfig(Section):
     global_batch_size: Int = Field(
         64,
         ge=1,
-        description="Images a step, over all workers together; the last batch of an epoch may be smaller.",
+        description="Images a step, over all workers together; the last batch of an epoch may be smaller. At least 2 "
+        "for beta_tc, dip and mmd.",
     )
     evaluation_batch_size: Int = place(
         1000,
