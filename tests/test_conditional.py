@@ -95,7 +95,7 @@ def test_more_images_than_there_are_are_refused(trained: TrainedVAE) -> None:
 def test_a_model_without_labels_refuses_them(tmp_path: Path) -> None:
     overrides = {"training.epochs": 1, "workers.num": 0, "run.storage": str(tmp_path)}
     model = TrainedVAE.load(train(Experiment.preset("digits").with_overrides(overrides)).run_dir)
-    with pytest.raises(UserError, match=r"labels: this model is not conditional; train one with"):
+    with pytest.raises(UserError, match=r"^label: got 3, but this model is not conditional; train one with"):
         model.generate(2, label=3)
 
 
@@ -104,4 +104,12 @@ def test_pictures_on_the_command_line(trained: TrainedVAE, tmp_path: Path, capsy
     for arguments in (["generate", "--label", "7"], ["generate"], ["reconstruct"], ["interpolate"], ["traverse"]):
         assert main([arguments[0], run, "--out", out, *arguments[1:]]) == 0
     assert main(["generate", run, "--out", out, "--label", "10"]) == 2
-    assert "labels: got 10, should be the class of each image, 0 to 9" in capsys.readouterr().err
+    assert capsys.readouterr().err == "vae-ray: --label: got 10, should be a class, 0 to 9\n"
+    assert main(["reconstruct", run, "--out", out, "--label", "3"]) == 2
+    assert "--label: got '3', but test images have labels; leave it out, or add --images" in capsys.readouterr().err
+    np.save(tmp_path / "own.npy", np.zeros((2, 8, 8), dtype=np.uint8))
+    own = ["reconstruct", run, "--out", out, "--images", str(tmp_path / "own.npy")]
+    for given, refused in (([], "none, but this model is conditional on 'label';"), (["--label", "x"], "'x',")):
+        assert main([*own, *given]) == 2
+        assert f"--label: got {refused} should be a class, 0 to 9" in capsys.readouterr().err
+    assert main([*own, "--label", "3"]) == 0

@@ -125,7 +125,7 @@ class TrainedVAE:
         check_whole("seed", seed, least=0)
         temperature = finite_float("temperature", temperature, least=0)
         noise = latent_noise(self.model.latent_shapes, slice(0, num), seed, "generate", device=self.device)
-        condition = self.model.classes_in_turn(num) if label is None else self._condition(num, label)
+        condition = self.model.classes_in_turn(num) if label is None else self._condition(num, label, key="label")
         images = self.model.generate(noise, temperature=temperature, condition=condition)
         check_means(images, self.model.likelihood, given=f"temperature: got {temperature:g}")
         return images
@@ -335,26 +335,38 @@ class TrainedVAE:
             raise UserError(f"{message}; use the run's images, for example with --data.root DIR")
         logger.warning("%s; these numbers and pictures do not compare with the run's", message)
 
-    def _condition(self, num: int, labels: Any) -> Tensor | None:
+    def class_of(self, label: int | str | None, *, key: str = "label") -> int | None:
+        """The class that a number or a name stands for; None, and only that, of a model that is not conditional.
+
+        Raises `UserError`, which begins with `key`, for any other.
+        """
+        condition = self._condition(1, label, key=key)
+        return None if condition is None else int(condition.argmax())
+
+    def _condition(self, num: int, labels: Any, *, key: str = "labels") -> Tensor | None:
         """One-hot rows of the labels `(num,)`, or of one for all; raises `UserError` if they do not fit the model."""
         name, num_classes = self.model.condition_on, self.model.num_classes
         if name is None:
             if labels is not None:
-                raise UserError("labels: this model is not conditional; train one with --model.condition label")
+                raise UserError(
+                    f"{key}: got {short_repr(labels)}, but this model is not conditional; train one with "
+                    "--model.condition label"
+                )
             return None
-        allowed = f"should be the class of each image, 0 to {num_classes - 1}, or one for all"
+        which = "the class of each image, {}, or one for all" if key == "labels" else "a class, {}"
+        allowed = "should be " + which.format(f"0 to {num_classes - 1}")
         if labels is None:
-            raise UserError(f"labels: this model is conditional on {name!r}; {allowed}")
+            raise UserError(f"{key}: got none, but this model is conditional on {name!r}; {allowed}")
         if isinstance(labels, str):
             names = self.target_names.get(name, [])
             if labels not in names:
                 named = f"; their names are {', '.join(names)}" if names else ""
-                raise UserError(f"labels: got {labels!r}, {allowed}{named}")
+                raise UserError(f"{key}: got {labels!r}, {allowed}{named}")
             labels = names.index(labels)
-        classes = as_tensor(labels, key="labels")
+        classes = as_tensor(labels, key=key)
         is_whole = not classes.is_floating_point() and not classes.is_complex() and classes.dtype != torch.bool
         if not is_whole or classes.shape not in ((), (num,)) or not ((classes >= 0) & (classes < num_classes)).all():
-            raise UserError(f"labels: got {short_repr(labels)}, {allowed}")
+            raise UserError(f"{key}: got {short_repr(labels)}, {allowed}")
         return self.model.one_hot(classes.to(self.device).expand(num))
 
     def _coordinates(self, images: Any, labels: Any) -> Tensor:

@@ -33,6 +33,10 @@ def load_model(options: argparse.Namespace) -> TrainedVAE:
 def _images(options: argparse.Namespace, model: TrainedVAE, num: int) -> tuple[Tensor, Any]:
     """The first `num` images of `--images`, else of the test split; and the labels of a conditional VAE's."""
     if options.images is None:
+        if options.label is not None:
+            raise UserError(
+                f"--label: got {options.label!r}, but test images have labels; leave it out, or add --images"
+            )
         return model.test_examples(num, spread=True)
     from vae_ray.data.image_files import read_images
     from vae_ray.data.sources import rules_for
@@ -40,13 +44,13 @@ def _images(options: argparse.Namespace, model: TrainedVAE, num: int) -> tuple[T
 
     rules = rules_for(model.experiment.data, model.image_shape)
     images = read_images(local_path(options.images, key="--images"), model.image_shape, num=num, rules=rules)
-    return images, _label(options)
+    return images, _label(options, model)
 
 
-def _label(options: argparse.Namespace) -> int | str | None:
-    """`--label`, a class or its name."""
+def _label(options: argparse.Namespace, model: TrainedVAE) -> int | None:
+    """The class that `--label`, a number or a name, stands for."""
     label: str | None = options.label
-    return int(label) if label is not None and label.isdecimal() else label
+    return model.class_of(int(label) if label is not None and label.isdecimal() else label, key="--label")
 
 
 def _name_of_images(options: argparse.Namespace) -> str:
@@ -91,7 +95,8 @@ def generate(options: argparse.Namespace) -> dict[str, Any]:
     from vae_ray.run_files.image_grids import square_grid
 
     model = load_model(options)
-    images = model.generate(options.num, seed=options.seed, temperature=options.temperature, label=_label(options))
+    label = None if options.label is None else _label(options, model)
+    images = model.generate(options.num, seed=options.seed, temperature=options.temperature, label=label)
     return _answer(square_grid(images, title=_title(model, "samples, z ~ p(z)")), options, model)
 
 
