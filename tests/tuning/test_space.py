@@ -293,3 +293,13 @@ def test_a_file_that_is_no_yaml_is_named(content: bytes, tmp_path: Path) -> None
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     assert f"{tmp_path}/no.yaml: cannot be read" in loading_fails(f"{tmp_path}/no.yaml")
     assert f"{tmp_path}: cannot be read" in loading_fails(str(tmp_path))
+
+
+def test_combinations_are_all_of_the_choices_at_both_ends_of_the_ranges_or_each_value_once() -> None:
+    choices = {"model.prior.name": {"choice": ["standard", "vamp"]}, "model.latent_dim": {"grid": [2, 5, 9]}}
+    space = SearchSpace.from_dict({**choices, "optim.lr": {"loguniform": [1e-4, 1e-2]}})
+    points = [tuple(each.values()) for each in space.combinations(6)]
+    assert points == [(p, d, lr) for lr in (1e-4, 1e-2) for p in ("standard", "vamp") for d in (2, 5, 9)]
+    few = [tuple(each.values()) for each in space.combinations(5)]
+    assert len(few) == 6
+    assert [{*values} for values in zip(*few, strict=True)] == [{"standard", "vamp"}, {2, 5, 9}, {1e-4, 1e-2}]

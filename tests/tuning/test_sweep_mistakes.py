@@ -30,6 +30,13 @@ SEARCHES = {
     "seed": "run.seed: {int: [0, 9]}",
     "lr": "optim.lr: {loguniform: [1e-4, 1e-2]}",
     "grid": "model.latent_dim: {grid: [2, 5]}",
+    "objectives": "{objective.name: {choice: [elbo, dip]}, optim.lr: {loguniform: [1e-4, 1e-2]}}",
+    "networks": "{model.network.name: {grid: [mlp, ladder]}, objective.num_samples: {int: [2, 5]}}",
+    "no_target": "objective.name: {choice: [elbo, geco]}",
+    "priors": "{model.prior.name: {choice: [standard, vamp]}, objective.name: {choice: [elbo, mmd]}}",
+    "of_another": "{objective.name: {choice: [elbo, mmd]}, objective.free_bits: {uniform: [0, 2]}}",
+    "condition": "model.condition: {choice: [null, label]}",
+    "num_classes": "model.num_classes: {choice: [4, 10]}",
 }
 
 
@@ -81,6 +88,38 @@ MISTAKES: list[tuple[str, list[str], str]] = [
     ("batch too large", searching("large_batch"), "search: training.global_batch_size: got 5000"),
     ("the validation split to search", searching("num_validation"), "data.num_validation: cannot be searched"),
     ("the seed to search", searching("seed"), "run.seed: cannot be searched, each trial would have other noise"),
+    (
+        "an objective for another prior",
+        [*searching("objectives"), "--model.prior=vamp"],
+        "search: objective.name dip: objective: got dip, which needs the prior N(0, I), not a Gaussian",
+    ),
+    (
+        "a network for another objective",
+        [*searching("networks"), "--objective=dreg"],
+        "search: model.network.name ladder, objective.num_samples 2: objective: got dreg, which is for one",
+    ),
+    ("an objective without its target", searching("no_target"), "search: objective.name geco: objective.target: got"),
+    (
+        "a prior for another objective",
+        searching("priors"),
+        "search: model.prior.name vamp, objective.name mmd: objective: got mmd, which needs the prior N(0, I), not a",
+    ),
+    (
+        "a setting of another objective",
+        searching("of_another"),
+        "search: objective.name mmd, objective.free_bits 0.0: objective.free_bits: the objective 'mmd' has no field",
+    ),
+    ("the condition to search", searching("condition"), "search: model.condition: cannot be searched, -log p(x) and"),
+    (
+        "fewer classes than there are",
+        [*searching("num_classes"), "--model.condition=label"],
+        "search: model.num_classes: got 4, but 'label' has 10 classes",
+    ),
+    (
+        "batches of one image",
+        [*searching("lr"), "--training.global-batch-size=1", "--objective=mmd", "--model.prior=standard"],
+        "training.global_batch_size: got 1, but mmd compares the images of a batch, should be at least 2",
+    ),
     ("the rate alone", ["sweep", "digits", "--metric", "val/rate"], "a collapsed trial"),
     ("training metrics", ["sweep", "digits", "--metric=train/nelbo"], "or --data.num-validation 0"),
     ("two splits", ["sweep", "digits", "--metric=val/nelbo,train/rate"], "metric: got 'train/rate'"),
@@ -276,3 +315,10 @@ def test_a_key_that_a_user_s_own_code_does_not_take_is_refused_before_anything_s
     err = mistake(capsys, "sweep", "digits", "--objective", "own_objective:plain")
     assert "search: objective.beta: own_objective:plain has no setting 'beta'; it takes no settings; name other" in err
     assert content_of(place) == before
+
+
+def test_a_sweep_of_a_conditional_vae_has_the_number_of_classes() -> None:
+    conditional = Experiment.preset("digits").with_overrides({"model.condition": "label", "workers.num": 1})
+    search = {"model.prior.name": {"choice": ["standard", "vamp"]}}
+    _, experiment, _ = preflighted(settings_of(search=search), conditional)
+    assert experiment.model.num_classes == 10

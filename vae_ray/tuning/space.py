@@ -30,6 +30,7 @@ SIGNIFICANT_DIGITS = 4
 INCOMPARABLE = {
     "data.source": "each trial would have other images",
     "data.num_validation": "each trial would be measured on other images",
+    "model.condition": "-log p(x) and -log p(x | label) are different quantities",
     "likelihood.name": "likelihoods measure images in different units (probabilities and densities)",
     "run.seed": "each trial would have other noise and another validation split",
 }
@@ -202,6 +203,21 @@ class SearchSpace:
     def size(self) -> float:
         """How many configurations there are."""
         return math.prod(domain.size() for domain in self.domains.values())
+
+    def combinations(self, most: int) -> Iterator[dict[str, Any]]:
+        """Every combination of the choices, with all ranges at their lower ends and at their upper ends.
+
+        Of more than `most` combinations only so many that each value is in one.
+        """
+        for end in (0, 1):
+            values = [
+                domain.values if isinstance(domain, Values) else domain.boundary_values()[end : end + 1]
+                for domain in self.domains.values()
+            ]
+            points: Iterable[tuple[Any, ...]] = itertools.product(*values)
+            if math.prod(map(len, values)) > most:
+                points = itertools.islice(zip(*map(itertools.cycle, values), strict=True), max(map(len, values)))
+            yield from (dict(zip(self.domains, point, strict=True)) for point in points)
 
     def grid(self) -> list[dict[str, Any]]:
         """Every combination of the values; raises `UserError` for a range, which has infinitely many."""

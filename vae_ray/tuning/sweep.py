@@ -21,18 +21,23 @@ from vae_ray.data.splits import Splits
 from vae_ray.distributed.connection import connect
 from vae_ray.errors import UserError
 from vae_ray.runs.exclusive import exclusive_run, is_taken, run_location
-from vae_ray.runs.preflight import Checked, preflight, with_absolute_paths
+from vae_ray.runs.preflight import Checked, checked_model, preflight, with_absolute_paths
 from vae_ray.storage.locations import absolute
 from vae_ray.training.checkpointing import selection_metric
 from vae_ray.tuning.directory import SweepDirectory
 from vae_ray.tuning.run_trials import run_trials
 from vae_ray.tuning.settings import SweepSettings, settings
+from vae_ray.tuning.space import SearchSpace
 from vae_ray.tuning.summary import SweepResult, summarize_sweep
 
 logger = logging.getLogger(__name__)
 
 MAX_VALIDATION_IMAGES = 2000
 """All trials are measured on the same ones, so their differences are less noisy than the numbers."""
+
+MOST_COMBINATIONS = 32
+"""Of a space's choices, of which a model is built before the first trial; each takes up to a second."""
+MODEL_SECTIONS = ("model.", "likelihood.", "objective.", "training.global_batch_size")
 
 
 def sweep(
@@ -131,15 +136,34 @@ def preflighted(checked: SweepSettings, experiment: Experiment) -> tuple[SweepSe
             )
     space = checked.space.checked(experiment)
     found = preflight(experiment)
+    experiment = found.requested
     for key, domain in space.domains.items():
         # what the Experiment does not know by itself: how many images there are, what a user's own code takes
-        is_open = bool(experiment.user_code()) or key.startswith(("data.", "training.global_batch_size"))
+        is_open = bool(experiment.user_code()) or key.startswith(
+            ("data.", "training.global_batch_size", "model.num_classes")
+        )
         for value in domain.boundary_values() if is_open else ():
             try:
                 preflight(experiment.with_overrides({key: value}))
             except UserError as error:
                 raise UserError(f"search: {error}; name other keys with --search") from None
+    _check_combinations(space, experiment, found.splits)
     return replace(checked, space=space), experiment, found
+
+
+def _check_combinations(space: SearchSpace, experiment: Experiment, splits: Splits) -> None:
+    """Raise `UserError` if values of the space do not go together: settings of another entry, or no possible model."""
+    possible = set[str]()
+    for overrides in space.combinations(MOST_COMBINATIONS):
+        try:
+            trial = experiment.with_overrides(overrides)
+            parts = repr((trial.model, trial.likelihood, trial.objective, trial.training.global_batch_size))
+            if parts not in possible:
+                checked_model(trial, splits.train.image_shape, num_training=len(splits.train_indices))
+            possible.add(parts)
+        except UserError as error:
+            values = ", ".join(f"{key} {value}" for key, value in overrides.items() if key.startswith(MODEL_SECTIONS))
+            raise UserError(f"search: {values}: {error}; or leave one of these values out of --search") from None
 
 
 @contextlib.contextmanager
