@@ -176,7 +176,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
         {"data.source": "own_code:Diary"},
         r"data\.source: own_code:Diary returned a Diary, should return images, yield blocks of them, or return a dict",
     ),
-    ({"objective": "mmd", "model.prior": "own_code:Moving"}, r"objective: mmd needs --model\.prior standard"),
+    ({"objective": "mmd", "model.prior": "own_code:Moving"}, r"objective: got mmd, which needs the prior N"),
     ({"objective": "own_code:ByRow"}, r"own_code:ByRow fails .* the loss of 'model' has shape \(3\), should be \(\)"),
     ({"objective": "own_code:WithoutTerms"}, r"own_code:WithoutTerms fails on a batch .* have no 'forgotten'"),
     (

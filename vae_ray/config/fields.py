@@ -32,8 +32,8 @@ from vae_ray.storage.locations import parse_location, parse_path
 
 MAX_WORKERS = 4096
 MIN_PIXEL_SCALE = 0.001
-LARGEST_FLOAT = 1e30
-"""Of float32, which ends at 3.4e38; sums over images and dimensions need room."""
+LARGEST_FLOAT = 3.4e38
+"""Of float32, in which a run computes."""
 MAX_IMAGE_SIDE = 8192
 AUGMENTATION = "flip|shift:[1-9][0-9]{0,2}"
 COLOUR = "white|black|#[0-9A-Fa-f]{6}"
@@ -86,7 +86,7 @@ def _refuse_bool(value: object) -> object:
 
 def _refuse_overflow(value: float) -> float:
     if abs(value) > LARGEST_FLOAT:
-        raise ValueError(f"should be between -{LARGEST_FLOAT:g} and {LARGEST_FLOAT:g}: float32 computes with it")
+        raise ValueError(f"should be at most {LARGEST_FLOAT:g} in magnitude, the end of float32")
     return value
 
 

@@ -11,6 +11,8 @@ from vae_ray.config.sections.schedules import ConstantSchedule, Schedule
 
 MOST_SAMPLES = 10_000
 """Of a step's images; they are in memory together."""
+MOST_NATS = 1e30
+"""So that a sum over images and dimensions is a float32."""
 
 
 class ElboObjective(Section):
@@ -22,6 +24,7 @@ class ElboObjective(Section):
     capacity: Float | None = Field(
         None,
         ge=0,
+        le=MOST_NATS,
         description="Nats at which the rate is held: beta * |rate - capacity|, with beta the gamma of Burgess et al. "
         "2018, for example 100; null holds it nowhere.",
     )
@@ -31,6 +34,7 @@ class ElboObjective(Section):
     free_bits: Float = Field(
         0.0,
         ge=0,
+        le=MOST_NATS,
         description="Nats up to which the mean rate of a group or dimension is free: it costs max(free_bits, mean "
         "rate) (Kingma et al. 2016).",
     )
