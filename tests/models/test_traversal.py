@@ -5,15 +5,27 @@ import math
 import pytest
 import torch
 
-from tests.training.small import NETWORKS
+from tests.training.small import ALONE, NETWORKS
 from vae_ray import Experiment
+from vae_ray.data.batches import Loader
+from vae_ray.data.dataset import Split
+from vae_ray.evaluation.elbo import evaluate_split
 from vae_ray.models.coordinates import coordinates, movable
-from vae_ray.models.latents import DiagonalGaussian, Group, StandardNormal
+from vae_ray.models.latents import DiagonalGaussian, Distribution, Group, StandardNormal
+from vae_ray.models.noise import EVALUATION_NOISE, latent_noise
 from vae_ray.models.priors import PRIORS
 from vae_ray.models.priors.flow import FlowDistribution
 from vae_ray.models.priors.mixture import GaussianMixture
-from vae_ray.models.traversal import decode_first_groups, elementwise_rate, join_groups, split_groups, traverse
-from vae_ray.models.vae import VAE, build_vae
+from vae_ray.models.traversal import (
+    decode_first_groups,
+    elementwise_rate,
+    join_groups,
+    mean_rates,
+    split_groups,
+    traverse,
+)
+from vae_ray.models.vae import VAE, Output, build_vae
+from vae_ray.parallel.group import shards_of
 
 SHAPE = (1, 3, 5)
 
@@ -21,6 +33,12 @@ SHAPE = (1, 3, 5)
 def build(network: dict[str, object], prior: str = "standard") -> VAE:
     model = {"network": network, "latent_dim": 4, "prior": {"name": prior}}
     return build_vae(Experiment.from_dict({"model": model}), SHAPE, seed=1).double().requires_grad_(False)
+
+
+def sampled_groups(model: VAE, x: torch.Tensor) -> tuple[Group, ...]:
+    """The groups with the z that evaluation draws with seed 0."""
+    noise = latent_noise(model.latent_shapes, slice(0, len(x)), 0, EVALUATION_NOISE)
+    return model(x, tuple(eps.double() for eps in noise)).groups
 
 
 @pytest.fixture
@@ -69,7 +87,8 @@ def test_the_lower_group_of_a_ladder_moves_around_the_mean_of_its_prior(ladder: 
 def test_dimensions_come_in_order_of_their_rate(mlp: VAE, monkeypatch: pytest.MonkeyPatch) -> None:
     mean = torch.tensor([[0.0, 3.0, 1.0, 2.0]] * 6, dtype=torch.float64)
     posterior = DiagonalGaussian(mean, torch.zeros_like(mean))
-    monkeypatch.setattr(mlp, "posteriors", lambda x, condition: (Group(mean, posterior, StandardNormal(mean)),))
+    group = Group(mean, posterior, StandardNormal(mean))
+    monkeypatch.setattr(mlp, "forward", lambda x, noise, condition: Output(x, (group,), 1))
     moved = traverse(mlp, images())
     assert moved.dimensions == [1, 3, 2, 0]
     assert moved.rates == pytest.approx([4.5, 2.0, 0.5, 0.0])  # mean^2 / 2
@@ -81,7 +100,7 @@ def test_a_row_of_a_spatial_latent_moves_a_whole_channel(conv_ladder: VAE) -> No
     moved = traverse(conv_ladder, x, steps=3, extent=2.0, num_dimensions=99)
     rows = [*zip(moved.groups, moved.dimensions, strict=True)]
     assert sorted(rows) == [(group, channel) for group in range(3) for channel in range(4)]
-    rates = [elementwise_rate(group) for group in conv_ladder.posteriors(x)]
+    rates = [elementwise_rate(group) for group in sampled_groups(conv_ladder, x)]
     for row, (group, channel) in enumerate(rows):
         assert moved.rates[row] == pytest.approx(float(rates[group][:, channel].flatten(1).sum(1).mean()), rel=1e-9)
         eps = [torch.zeros(1, *shape, dtype=torch.float64) for shape in conv_ladder.latent_shapes]
@@ -97,15 +116,32 @@ def test_images_of_the_first_groups_end_with_the_reconstructions(name: str, requ
     model, x = request.getfixturevalue(name), images()
     rows, num = decode_first_groups(model, x), len(model.latent_shapes)
     torch.testing.assert_close([*rows.values()][-1], model.reconstruct(x), atol=1e-12, rtol=0)
-    groups = model.posteriors(x)
+    groups, sampled = model.posteriors(x), sampled_groups(model, x)
     for g, (label, made) in enumerate(rows.items(), 1):
         z = [group.z for group in groups[:g]]
         params, _ = model.top_down(None, lambda group, q, p, z=z: z[group] if group < len(z) else p.mean, len(x))
         torch.testing.assert_close(made, model.likelihood.mean(params), atol=1e-12, rtol=0)
-        total = sum(float(group.rate().mean()) for group in groups[:g])
+        total = sum(float(group.rate().mean()) for group in sampled[:g])
         assert label == f"{'group 1' if g == 1 else f'groups 1-{g}'}  {total:.1f} nats"
     assert len(rows) == num
     assert list(decode_first_groups(model, x, most=2)) == [*list(rows)[:1], *list(rows)[-1:]]
+    first = decode_first_groups(model, x, num_shown=2)
+    assert {label: len(made) for label, made in first.items()} == dict.fromkeys(rows, 2)  # rates are of all images
+
+
+@pytest.mark.parametrize("network", ["mlp", "ladder", "conv ladder"])
+@pytest.mark.parametrize("prior", sorted(PRIORS))
+def test_rates_of_a_traversal_and_of_groups_are_those_of_evaluation(network: str, prior: str) -> None:
+    model, num = build(NETWORKS[network], prior).float(), 90  # more than a block of noise
+    pixels = torch.randint(0, 256, (num, *SHAPE), generator=torch.Generator().manual_seed(4), dtype=torch.uint8)
+    loader = Loader(Split.in_memory(pixels), torch.arange(num), seed=0, shards=shards_of(ALONE))
+    metrics, x = evaluate_split(model, loader, "test", ALONE, batch_size=32), loader.images(torch.arange(num))
+    rates = [float(each.sum()) for each in mean_rates(model, x)]
+    names = [f"test/rate_group_{number}" for number in range(1, len(rates) + 1)] if len(rates) > 1 else ["test/rate"]
+    assert rates == pytest.approx([metrics[name] for name in names], rel=1e-4, abs=1e-5)  # float32 sums
+    assert sum(traverse(model, x, num_dimensions=999, steps=2).rates) == pytest.approx(sum(rates), rel=1e-5)
+    if len(rates) > 1:
+        assert list(decode_first_groups(model, x))[-1].endswith(f"  {metrics['test/rate']:.1f} nats")
 
 
 @pytest.mark.parametrize("prior", sorted(PRIORS))
@@ -126,13 +162,31 @@ def test_coordinates_are_the_noise_of_which_the_priors_make_z(network: str, prio
         torch.testing.assert_close(model.decode_coordinates(eps), model.generate(eps), atol=1e-9, rtol=0)
 
 
-def test_a_traversal_of_a_hierarchy_goes_through_the_mean_of_a_mixture() -> None:
-    model = build(NETWORKS["conv ladder"], "mixture")
-    moved = traverse(model, images(), steps=3, extent=2.0, num_dimensions=99)
+@pytest.mark.parametrize("network", ["mlp", "conv ladder"])
+@pytest.mark.parametrize("prior", ["mixture", "vamp"])
+def test_a_traversal_under_a_mixture_starts_at_the_first_images_code(network: str, prior: str) -> None:
+    """A dimension goes through the prior's deviations around its mean, the others of the top group stay at the code."""
+    model, x = build(NETWORKS[network], prior), images()
+    moved = traverse(model, x, steps=3, extent=2.0, num_dimensions=99)
+    top, *_ = model.posteriors(x[:1])
+    around = top.prior.moment_matched()
+    assert isinstance(top.prior, GaussianMixture)
+    assert len(moved.dimensions) == sum(shape[0] for shape in model.latent_shapes)
     for row, (group, channel) in enumerate(zip(moved.groups, moved.dimensions, strict=True)):
-        eps = [torch.zeros(1, *shape, dtype=torch.float64) for shape in model.latent_shapes]
-        eps[group][:, channel] = 2.0
-        torch.testing.assert_close(moved.images[row, 2], model.decode_coordinates(tuple(eps))[0], atol=1e-12, rtol=0)
+        for step, value in enumerate([-2.0, 0.0, 2.0]):
+            z = top.posterior.mean.clone()
+            if group == 0:
+                z[:, channel] = around.mean[:, channel] + value * around.sigma[:, channel]
+
+            def along(g: int, q: object, p: Distribution, z=z, at=(group, channel), value=value) -> torch.Tensor:
+                eps = torch.zeros_like(p.mean)
+                eps[:, at[1]] = value if g == at[0] else 0.0
+                return z if g == 0 else p.rsample(eps)
+
+            params, _ = model.top_down(None, along, 1)
+            # there and back through the coordinates
+            torch.testing.assert_close(moved.images[row, step], model.likelihood.mean(params)[0], atol=1e-9, rtol=0)
+    assert moved.title().startswith("code of the first image, one latent ")
 
 
 def test_rates_by_dimension_add_up_to_the_rate(ladder: VAE) -> None:
@@ -148,8 +202,7 @@ def test_a_rate_without_closed_form_is_shared_out_evenly() -> None:
     z, mean, logvar = torch.randn(3, 6, 2, 5, generator=torch.Generator().manual_seed(2))
     group = Group(z, Sampled(mean, logvar), StandardNormal(torch.zeros_like(z)))
     rates = elementwise_rate(group)
-    assert rates.shape == (6, 2, 5)
-    torch.testing.assert_close(rates, (group.rate() / 10)[:, None, None].expand_as(rates))
+    torch.testing.assert_close(rates, (group.rate().mean() / 10).expand(6, 2, 5))
 
 
 def test_codes_of_several_groups_are_joined_and_split_again() -> None:
@@ -160,20 +213,6 @@ def test_codes_of_several_groups_are_joined_and_split_again() -> None:
 
 
 # --- priors without a closed form -----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("prior", ["mixture", "vamp"])
-def test_a_traversal_of_a_mixture_goes_through_its_mean_by_its_deviations(prior: str) -> None:
-    model = build({"name": "mlp", "hidden": [7]}, prior)
-    moved = traverse(model, images(), steps=3, extent=2.0)
-    distribution = model.prior(1, images())
-    assert isinstance(distribution, GaussianMixture)
-    around = distribution.moment_matched()
-    for row, dimension in enumerate(moved.dimensions):
-        for step, value in enumerate([-2.0, 0.0, 2.0]):
-            z = around.mean.clone()
-            z[0, dimension] += value * around.sigma[0, dimension]
-            torch.testing.assert_close(moved.images[row, step], model.decode([z])[0], atol=1e-12, rtol=0)
 
 
 def test_a_traversal_of_a_flow_moves_its_noise() -> None:
@@ -196,9 +235,13 @@ def test_rates_by_dimension_tell_the_informative_ones_from_the_others(prior: str
     mean, logvar = matched.mean.clone(), 2 * sigma.log()
     mean[:, 1] += 0.99 * sigma[:, 1] * eps
     logvar[:, 1] += 2 * math.log(0.1)
-    rates = elementwise_rate(Group(mean, DiagonalGaussian(mean, logvar), distribution)).mean(0).tolist()
+    posterior = DiagonalGaussian(mean, logvar)
+    noise = torch.randn(num, 4, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    group = Group(posterior.rsample(noise), posterior, distribution)
+    rates = elementwise_rate(group).mean(0).tolist()
     assert rates[2] == pytest.approx(0, abs=1e-12)
     assert rates[1] == pytest.approx(math.log(10), abs=0.3)  # of a Gaussian channel: log(1 / 0.1) on average
+    assert sum(rates) == pytest.approx(float(group.rate().mean()), rel=1e-12)
 
 
 def test_the_moments_of_a_flow_are_those_of_its_samples() -> None:

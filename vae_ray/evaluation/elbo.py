@@ -8,12 +8,10 @@ import torch
 
 from vae_ray.data.batches import Loader
 from vae_ray.evaluation.metrics import ELBO_TERMS, TermSums, bits_per_dim, labelled
-from vae_ray.models.noise import latent_noise
+from vae_ray.models.noise import EVALUATION_NOISE, latent_noise
 from vae_ray.models.vae import VAE
 from vae_ray.objectives.base import elbo_terms
 from vae_ray.parallel.group import WorkerGroup
-
-NOISE = "evaluation noise"
 
 
 def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[object]:
@@ -39,7 +37,7 @@ def evaluate_split(
     by_group = [f"rate_group_{number}" for number in range(1, num_groups + 1)] if num_groups > 1 else []
     sums = TermSums((*ELBO_TERMS, *by_group), group.device)
     for x, rows, _, labels in loader.evaluation(batch_size=batch_size):
-        noise = latent_noise(model.latent_shapes, rows, loader.seed, NOISE, device=x.device)
+        noise = latent_noise(model.latent_shapes, rows, loader.seed, EVALUATION_NOISE, device=x.device)
         with autocast(precision, x.device):
             output = model(x, noise, condition=model.condition(labels))
         distortion, rate = elbo_terms(output, x, model.likelihood)

@@ -18,6 +18,8 @@ from vae_ray.models.latents import Latents
 from vae_ray.seeds import stream
 
 BLOCK_ROWS = 64
+EVALUATION_NOISE = "evaluation noise"
+"""The address of what evaluation draws."""
 
 Shapes = tuple[tuple[int, ...], ...]
 

@@ -179,10 +179,9 @@ def _pictures(model: VAE, x: Tensor, labels: dict[str, Tensor], source: str, epo
         ),
     }
     if len(model.latent_shapes) > 1:
-        shown = slice(0, NUM_IN_A_ROW)
-        rows = decode_first_groups(model, x[shown], None if condition is None else condition[shown])
+        rows = decode_first_groups(model, x, condition, num_shown=NUM_IN_A_ROW)
         pictures["groups"] = grid(
-            [x[shown], *rows.values()],
+            [x[:NUM_IN_A_ROW], *rows.values()],
             title=f"{source} · first groups as inferred, those below at the mean of their prior · epoch {epoch}",
             row_labels=["test images", *rows],
             largest_tile=TILE_PIXELS,
