@@ -49,6 +49,12 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["train", "digits", HERE, "--storage", "x" * 300], "run.storage: got 'xxx"),
     (["train", "digits", HERE, "--training.global-batch-size=5000"], "at most the 1294"),
     (["train", "digits", HERE, "--data.num-validation=1438"], "less than the 1438"),
+    (["train", "digits", "--objective=iwae", "--objective.num-samples=100000000"], "less than or equal to 4096"),
+    (["train", "digits", "--model.condition=label", "--model.num-classes=100000000"], "less than or equal to 10000"),
+    (
+        ["train", "digits", HERE, "--model.network.hidden=65536,65536,65536"],
+        "model.network: got 17,190,617,172 weights, which need 275.0 GB",
+    ),
     (["train", "digits", "--workers.num=65"], "workers.num: got 65"),
     (["train", "mnist", HERE, "--data.root=/no", "--data.download=no"], "/no/MNIST/raw/train"),
     (["train", "digits", "--dry-run", "--run.seed=-1"], "run.seed: got '-1'"),

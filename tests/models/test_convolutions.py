@@ -97,9 +97,9 @@ def test_constant_images_in_a_batch_of_one_give_finite_values_and_gradients(
 
 
 def test_a_spatial_latent_has_the_size_of_the_smallest_feature_map() -> None:
-    model = checked_model(config("spatial", latent_dim=5), (3, 33, 20), num_training=100)
+    model = checked_model(config("spatial", latent_dim=5), (3, 33, 20), num_training=100).model
     assert model.latent_shapes == ((5, 4, 2),)
-    assert checked_model(config("flat", latent_dim=5), (3, 33, 20), num_training=100).latent_shapes == ((5,),)
+    assert checked_model(config("flat", latent_dim=5), (3, 33, 20), num_training=100).model.latent_shapes == ((5,),)
 
 
 def test_groups_that_do_not_divide_the_channels_are_refused_in_a_line() -> None:

@@ -453,5 +453,5 @@ def test_the_shapes_of_a_large_model_are_checked_without_memory(
     monkeypatch.setattr(preflight, "LARGEST_CHECKED_ON_CPU", 0)
     condition = {"condition": "label", "num_classes": num_classes} if num_classes else {}
     config = Experiment.from_dict({"model": {"prior": {"name": prior}, **condition}})
-    model = preflight.checked_model(config, IMAGE, num_training=9)
+    model = preflight.checked_model(config, IMAGE, num_training=9).model
     assert all(parameter.is_meta for parameter in model.parameters())

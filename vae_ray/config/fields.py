@@ -31,6 +31,10 @@ from pydantic_core import CoreSchema, core_schema
 from vae_ray.storage.locations import parse_location, parse_path
 
 MAX_WORKERS = 4096
+MAX_SAMPLES = 4096
+"""Of z for each image in an objective: all are decoded together."""
+MAX_CLASSES = 10_000
+"""Of a conditional VAE."""
 MIN_PIXEL_SCALE = 0.001
 LARGEST_FLOAT = 3.4e38
 """Of float32, in which a run computes."""

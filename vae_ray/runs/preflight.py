@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import math
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple
@@ -12,8 +14,8 @@ from torch import nn
 
 from vae_ray.config import user_code
 from vae_ray.config.experiment import Experiment
+from vae_ray.config.fields import MAX_CLASSES, MAX_SAMPLES
 from vae_ray.config.sections.data import UserData
-from vae_ray.config.sections.model import MOST_CLASSES
 from vae_ray.data.cache import Progress, name_of
 from vae_ray.data.splits import Splits
 from vae_ray.errors import UserError, one_line
@@ -24,6 +26,7 @@ from vae_ray.objectives import Objective, build_objective
 from vae_ray.objectives.base import Losses
 from vae_ray.parallel.global_batch import GlobalBatch
 from vae_ray.parallel.group import SingleProcess
+from vae_ray.runs.memory import check_memory, is_out_of_memory, saved_for_backward
 from vae_ray.storage.filesystems import check_writable
 from vae_ray.storage.locations import absolute
 from vae_ray.training import placement
@@ -75,7 +78,7 @@ def preflight(experiment: Experiment, *, progress: Progress | None = None) -> Ch
             f"training.global_batch_size: got {batch}, should be at most the {num_training} training images; "
             f"for example --training.global-batch-size {min(64, num_training)}"
         )
-    model = checked_model(experiment, splits.train.image_shape, num_training=num_training)
+    model, image_bytes, num_samples = checked_model(experiment, splits.train.image_shape, num_training=num_training)
     for path in experiment.run.callbacks:
         user_code.call(path, {}, key="run.callbacks")
     warnings = [f"data: {line}" for line in splits.dataset.warnings]
@@ -84,6 +87,7 @@ def preflight(experiment: Experiment, *, progress: Progress | None = None) -> Ch
         return Checked(requested, placement.with_one_thread_if_small(experiment, model), splits, warnings)
     experiment = placement.resolve_local(experiment, model)
     check_workers(experiment, model)
+    check_memory(experiment, model, image_bytes=image_bytes, num_samples=num_samples)
     if experiment.workers.num == 0:
         local_device(experiment)
     else:
@@ -141,7 +145,7 @@ def with_num_classes(experiment: Experiment, splits: Splits) -> Experiment:
             "out of the data, or leave out model.condition"
         )
     least = max(int(values.max()) + 1, len(splits.dataset.description.names.get(name, ())))
-    if least > MOST_CLASSES:
+    if least > MAX_CLASSES:
         raise UserError(f"model.condition: {name!r} has values up to {least - 1}, should be classes 0, 1, ...")
     if given is not None and given < least:
         raise UserError(f"model.num_classes: got {given}, but {name!r} has {least} classes; leave it out")
@@ -168,12 +172,25 @@ def check_workers(experiment: Experiment, model: VAE) -> None:
 LARGEST_CHECKED_ON_CPU = 50_000_000
 """Weights of a model whose shapes are checked by a real pass. A pass on the meta device imports torch's compiler, which
 takes three seconds; a real one of a small model takes milliseconds."""
+MOST_PIXELS_ON_CPU = 2**20
+"""Of all rows of that pass together, in all channels: layers take some hundred times that in memory."""
 CHECKED_ROWS = 3
 """Unlike any other dimension that is likely."""
 
 
-def checked_model(experiment: Experiment, image_shape: tuple[int, int, int], *, num_training: int) -> VAE:
-    """The model, without memory for its weights where possible, after one pass that checks every shape.
+class CheckedModel(NamedTuple):
+    """What a pass of a few images found."""
+
+    model: VAE
+    """Without memory for its weights where possible."""
+    image_bytes: int
+    """Memory that one image takes from the forward to the backward pass, at least."""
+    num_samples: int
+    """Of an image, in the objective."""
+
+
+def checked_model(experiment: Experiment, image_shape: tuple[int, int, int], *, num_training: int) -> CheckedModel:
+    """The model after one pass that checks every shape.
 
     Raises `UserError` that names the network, prior, likelihood or objective if it does not fit.
     """
@@ -183,22 +200,32 @@ def checked_model(experiment: Experiment, image_shape: tuple[int, int, int], *, 
             f"training.global_batch_size: got {batch}, but {experiment.objective.name} compares the images of a batch, "
             f"should be at least {objective.min_images}; for example --training.global-batch-size 64"
         )
+    num_samples = objective.num_samples
     sizes = f"images of shape {image_shape} and model.latent_dim {experiment.model.latent_dim}"
+    if num_samples > MAX_SAMPLES:  # a user's own; of ours the field says so
+        raise UserError(f"objective.num_samples: got {num_samples}, should be at most {MAX_SAMPLES}")
     with misfit_named("model.network", f"{experiment.model.network.name} does not fit {sizes}"):
         model = shape_vae(experiment, image_shape)
     if experiment.run.initial_weights is not None:
         initial_weights(str(experiment.run.initial_weights), model)
-    is_small = sum(parameter.numel() for parameter in model.parameters()) <= LARGEST_CHECKED_ON_CPU
+    num_pixels = CHECKED_ROWS * num_samples * math.prod(image_shape)
+    is_small = (
+        sum(parameter.numel() for parameter in model.parameters()) <= LARGEST_CHECKED_ON_CPU
+        and num_pixels <= MOST_PIXELS_ON_CPU
+    )
     with torch.device("cpu"):
         checked = build_vae(experiment, image_shape, seed=0) if is_small else model
     is_meta = any(parameter.is_meta for parameter in checked.parameters())  # not a user's own code
     with torch.device("meta" if is_meta else "cpu"), torch.enable_grad():
-        _check_pass(checked, experiment, objective, num_training=num_training)
-    return model
+        image_bytes = _check_pass(checked, experiment, objective, num_training=num_training)
+    return CheckedModel(model, image_bytes, num_samples)
 
 
-def _check_pass(model: VAE, experiment: Experiment, objective: Objective, *, num_training: int) -> None:
-    """One pass of three images through `model` on torch's current default device, each part checked by itself."""
+def _check_pass(model: VAE, experiment: Experiment, objective: Objective, *, num_training: int) -> int:
+    """One pass of three images through `model` on torch's current default device, each part checked by itself.
+
+    Returns the bytes that are kept for the backward pass, for each image.
+    """
     config, shape = experiment.model, model.image_shape
     num = CHECKED_ROWS * objective.num_samples
     with misfit_named("objective", f"{experiment.objective.name} fails"):
@@ -209,27 +236,30 @@ def _check_pass(model: VAE, experiment: Experiment, objective: Objective, *, num
     latents = tuple(torch.zeros(num, *each) for each in model.latent_shapes)
     condition = model.classes_in_turn(CHECKED_ROWS)
     repeated_condition = None if condition is None else repeated(condition, objective.num_samples)
+    named = functools.partial(misfit_named, num_samples=objective.num_samples)
     network = f"{config.network.name} does not fit images of shape {shape} and model.latent_dim {config.latent_dim}"
-    with misfit_named("model.prior", f"{config.prior.name} is not a distribution of {num} rows"):
+    with named("model.prior", f"{config.prior.name} is not a distribution of {num} rows"):
         prior = model.prior(num, x) if condition is None else model.prior(num, x, repeated_condition)
         _check_shape("the mean", prior.mean, latents[0].shape)
         _check_shape("a sample", prior.rsample(latents[0]), latents[0].shape)
         _check_shape("log_prob", prior.log_prob(latents[0]), (num,))
-    with misfit_named("model.network", network):
+    with named("model.network", network):
         if isinstance(model.network, EncoderDecoder):
             num_channels, *sides = model.latent_shapes[0]
             (encoded,) = model.network.bottom_up(x, condition)
             _check_shape("the encoder's output", encoded, (CHECKED_ROWS, 2 * num_channels, *sides))
-        output = model(x, latents, objective.num_samples, condition)
+        with saved_for_backward((CHECKED_ROWS, num)) as saved_by_model:
+            output = model(x, latents, objective.num_samples, condition)
         params_shape = (num, model.likelihood.num_params(shape[0]), *shape[1:])
         _check_shape("the decoder's output", output.params, params_shape)
-    with misfit_named("likelihood", f"{experiment.likelihood.name} does not fit images of shape {shape}"):
+    with named("likelihood", f"{experiment.likelihood.name} does not fit images of shape {shape}"):
         images = x.repeat(objective.num_samples, 1, 1, 1)
         _check_shape("log_prob", model.likelihood.log_prob(output.params, images), (num,))
         _check_shape("the mean", model.likelihood.mean(output.params), images.shape)
     batch = GlobalBatch(CHECKED_ROWS, slice(0, CHECKED_ROWS), num_training, SingleProcess(x.device))
-    with misfit_named("objective", f"{experiment.objective.name} fails on a batch"):
-        losses = objective.losses(output, x, model.likelihood, objective.settings(0.0, 0), batch)
+    with named("objective", f"{experiment.objective.name} fails on a batch"):
+        with saved_for_backward((CHECKED_ROWS, num)) as saved_by_objective:
+            losses = objective.losses(output, x, model.likelihood, objective.settings(0.0, 0), batch)
         if not isinstance(losses, Losses):
             raise TypeError(f"returned a {type(losses).__name__}, should return vae_ray.objectives.base.Losses")
         terms = ("loss", *ELBO_TERMS, *objective.terms)
@@ -241,17 +271,24 @@ def _check_pass(model: VAE, experiment: Experiment, objective: Objective, *, num
                 raise ValueError(f"its loss of {name!r} does not depend on any weight")
         for name in terms:
             _check_shape(f"the term {name!r}", losses.terms[name], (CHECKED_ROWS,))
+    return sum((saved_by_model | saved_by_objective).values()) // CHECKED_ROWS
 
 
 @contextlib.contextmanager
-def misfit_named(key: str, what: str) -> Iterator[None]:
-    """In its body an error (of shapes, of a user's code) is a `UserError` that begins with `key`."""
+def misfit_named(key: str, what: str, *, num_samples: int = 1) -> Iterator[None]:
+    """In its body an error (of shapes, of a user's code) is a `UserError` that begins with `key`.
+
+    Memory that a pass with several samples is refused is the samples' fault, whoever asked for the last of it.
+    """
     try:
         yield
     except UserError:
         raise
     except user_code.FAILURES as error:
         reason = f"{type(error).__name__}: {one_line(error)[:200]}"
+        if is_out_of_memory(error):
+            key = "objective.num_samples" if num_samples > 1 else key
+            what = f"got {num_samples}, too many for the memory" if num_samples > 1 else "does not fit into memory"
         raise UserError(f"{key}: {what} ({reason})") from None
 
 

@@ -21,11 +21,12 @@ from vae_ray.checkpoints.listing import own_checkpoint
 from vae_ray.config import user_code
 from vae_ray.config.experiment import Experiment
 from vae_ray.config.sections.run import NAME_PATTERN, NAME_RULE
-from vae_ray.errors import CorruptFile, TrainingFailed, UserError, WorkersFailed
+from vae_ray.errors import CorruptFile, TrainingFailed, UserError, WorkersFailed, one_line
 from vae_ray.parallel.group import SingleProcess
 from vae_ray.run_files.progress import ProgressView, preparation_view
 from vae_ray.run_files.run_directory import SWEEP_FILE, RunDirectory
 from vae_ray.runs.exclusive import as_user_error, discard_stale_results, open_run, run_location
+from vae_ray.runs.memory import is_out_of_memory
 from vae_ray.runs.preflight import local_device, preflight, with_absolute_paths
 from vae_ray.runs.results import TrainResult, result_from, summarise
 from vae_ray.storage.locations import absolute, is_uri, split_location
@@ -177,11 +178,23 @@ def _warn_of_stretched_schedule(experiment: Experiment) -> None:
 Execute = Callable[[Experiment, str, torch.device], None]
 
 
+def _fit_here(experiment: Experiment, location: str, device: torch.device) -> None:
+    try:
+        fit(experiment, location, SingleProcess(device))
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise TrainingFailed(
+            f"out of memory ({one_line(error)[:200]}); a smaller training.global_batch_size, "
+            "training.evaluation_batch_size or model needs less"
+        ) from error
+
+
 @contextlib.contextmanager
 def _execution(experiment: Experiment) -> Iterator[tuple[Experiment, torch.device, Execute]]:
     """The experiment without `auto`, the device, and the function that trains: here, or on Ray."""
     if experiment.workers.num == 0:
-        yield experiment, local_device(experiment), lambda e, location, device: fit(e, location, SingleProcess(device))
+        yield experiment, local_device(experiment), _fit_here
         return
     from vae_ray.distributed.connection import connect  # here, because a run without workers needs no Ray
     from vae_ray.distributed.launch import fit as fit_on_ray

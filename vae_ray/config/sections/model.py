@@ -6,12 +6,9 @@ from typing import Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from vae_ray.config.fields import Int, Misfit, Name, Section
+from vae_ray.config.fields import MAX_CLASSES, Int, Misfit, Name, Section
 from vae_ray.config.sections.networks import MlpNetwork, Network
 from vae_ray.config.sections.priors import Prior, StandardPrior
-
-MOST_CLASSES = 10_000
-"""Labels with larger values are no classes."""
 
 
 class ModelConfig(Section):
@@ -28,7 +25,7 @@ class ModelConfig(Section):
     num_classes: Int | None = Field(
         None,
         ge=1,
-        le=MOST_CLASSES,
+        le=MAX_CLASSES,
         description="Number of values of those labels, 0, 1, ...; null takes it from the data.",
     )
     initialization: Literal["torch", "he", "glorot"] = Field(

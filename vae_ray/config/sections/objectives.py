@@ -6,11 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from vae_ray.config.fields import Choice, Float, Int, Section, UserEntry
+from vae_ray.config.fields import MAX_SAMPLES, Choice, Float, Int, Section, UserEntry
 from vae_ray.config.sections.schedules import ConstantSchedule, Schedule
 
-MOST_SAMPLES = 10_000
-"""Of a step's images; they are in memory together."""
 MOST_NATS = 1e30
 """So that a sum over images and dimensions is a float32."""
 
@@ -55,7 +53,10 @@ class IwaeObjective(Section):
 
     name: Literal["iwae"] = "iwae"
     num_samples: Int = Field(
-        5, ge=1, le=MOST_SAMPLES, description="Samples of z for each image, k; 1 gives the negative ELBO."
+        5,
+        ge=1,
+        le=MAX_SAMPLES,
+        description="Samples of z for each image, k, decoded together; 1 gives the negative ELBO.",
     )
 
 
@@ -63,7 +64,7 @@ class DregObjective(Section):
     """The bound of k importance samples with doubly reparametrized gradients of the encoder (Tucker et al. 2019)."""
 
     name: Literal["dreg"] = "dreg"
-    num_samples: Int = Field(5, ge=1, le=MOST_SAMPLES, description="Samples of z for each image, k.")
+    num_samples: Int = Field(5, ge=1, le=MAX_SAMPLES, description="Samples of z for each image, k, decoded together.")
 
 
 class BetaTcObjective(Section):
