@@ -55,7 +55,8 @@ def test_activations_of_pseudo_inputs_do_not_grow_with_the_batch() -> None:
 
 
 MISTAKES: list[tuple[dict[str, Any], float, str]] = [
-    ({"model.network": "mlp", "model.network.hidden": [2000]}, 2, "model.network: got 290,074 weights, which need 4.6 MB"),
+    ({"model.network": "mlp", "model.network.hidden": [2000]}, 2,
+     "model.network: got 290,074 weights, which need 4.6 MB"),
     ({"model.network": "mlp", "model.network.hidden": [9], "model.prior": "vamp", "model.prior.components": 4000}, 3,
      "model.prior: got 256,000 weights, which need 4.1 MB"),
     ({"objective": "iwae", "objective.num_samples": 4000}, 99, "objective.num_samples: got 4000, needs "),

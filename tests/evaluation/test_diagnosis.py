@@ -85,5 +85,63 @@ def test_a_model_that_is_not_better_than_the_mean_image_is_named(
     assert warning.endswith(f"; try {hint}")
 
 
+COLLAPSED: list[tuple[dict[str, Any], str]] = [
+    ({"objective.beta": 0.5}, "a smaller --objective.beta than 0.5"),
+    ({"objective.beta": 0.0}, "more --training.epochs"),
+    ({"objective.beta": 100.0, "objective.capacity": 0.5}, "a larger --objective.capacity than 0.5"),
+    ({"objective.beta": 0.01, "objective.capacity": 25.0}, "a larger --objective.beta than 0.01"),
+    ({"objective.beta": 7.0, "objective.free_bits": 0.001}, "a larger --objective.free-bits than 0.001"),
+    ({"objective.beta": 7.0, "objective.free_bits": 2.0}, "more --training.epochs"),
+    ({"objective.beta": 7.0, "objective.free_bits": 2.0, "optim.lr": 0.5}, "a smaller --optim.lr than 0.5"),
+    ({"objective": "geco", "objective.target": 40.0}, "a smaller --objective.target than 40"),
+    ({"objective": "iwae"}, "more --training.epochs"),
+    ({"objective": "dreg", "optim.lr": 0.5}, "a smaller --optim.lr than 0.5"),
+    ({"objective": "beta_tc", "objective.beta": 6.0, "objective.gamma": 9.0}, "a smaller --objective.gamma than 9"),
+    ({"objective": "dip", "objective.beta": 1.0}, "a smaller --objective.beta than 1"),
+    ({"objective": "mmd"}, "more --training.epochs"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "hint"), COLLAPSED, ids=lambda value: str(value)[:60])
+def test_what_is_proposed_against_collapse_suits_the_objective(overrides: dict[str, Any], hint: str) -> None:
+    experiment = Experiment().with_overrides(overrides)
+    model = build_vae(experiment, (1, 8, 8), seed=0)
+    for parameter in model.network.parameters():  # q(z|x) is N(0, I)
+        torch.nn.init.zeros_(parameter)
+    (line,) = find_failures(model, torch.rand(5, 1, 8, 8), torch.full((1, 8, 8), 0.9), experiment)
+    assert line.startswith("no latent dimension carries information (posterior collapse)")
+    assert line.endswith(f"; try {hint}")
+    for key in [word.removeprefix("--").replace("-", "_") for word in hint.split() if word.startswith("--")]:
+        assert key in experiment.flat()
+
+
+COUNTED: list[tuple[dict[str, Any], float, str]] = [
+    ({}, 1.0, "nelbo"),
+    ({"objective.beta": 4.0}, 1.0, "nelbo"),
+    ({"objective.beta": 0.25}, 0.25, "distortion + 0.25 rate"),
+    ({"objective": "geco", "objective.target": 40.0}, 0.0, "distortion"),
+    ({"objective": "beta_tc", "objective.alpha": 0.5}, 0.5, "distortion + 0.5 rate"),
+    ({"objective.beta": 100.0, "objective.capacity": 3.0}, 1.0, "distortion + (rate - 3)"),
+    ({"objective.free_bits": 0.25}, 1.0, "distortion + (rate - 0.25)"),
+    ({"objective.free_bits": 0.25, "objective.free_bits_per": "dimension"}, 1.0, "distortion + (rate - 0.5)"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "weight", "name"), COUNTED, ids=lambda value: str(value)[:60])
+def test_the_rate_counts_as_in_the_loss(
+    overrides: dict[str, Any], weight: float, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a posterior N(3, 1) in each of two dimensions the rate is 9 nats."""
+    experiment = Experiment().with_overrides({"model.latent_dim": 2, **overrides})
+    model, x = build_vae(experiment, (1, 8, 8), seed=0), torch.full((7, 1, 8, 8), 0.5)
+    z = torch.full((7, 2), 3.0)
+    group = Group(z, DiagonalGaussian(z, torch.zeros_like(z)), StandardNormal(torch.zeros_like(z)))
+    monkeypatch.setattr(model, "forward", lambda *_, **__: Output(torch.full((7, 1, 8, 8), 0.1), (group,), 1))
+    distortion = float(-model.likelihood.log_prob(torch.full((1, 1, 8, 8), 0.1), x[:1]))
+    free = float(name.partition("- ")[2].removesuffix(")") or 0.0)
+    (line,) = find_failures(model, x, torch.full((1, 8, 8), 0.5), experiment)
+    assert f": {name} {distortion + weight * (9 - free):.5g} against " in line
+
+
 def test_the_rate_of_an_autoencoder_is_not_held_against_it(quick: Experiment) -> None:
     assert train(quick.with_overrides({"objective.beta": 0.0})).warnings == []
