@@ -17,7 +17,7 @@ from vae_ray.models.latents import DiagonalGaussian, StandardNormal, residual_fr
 from vae_ray.models.networks.blocks import Sequence, sizes_of
 from vae_ray.models.networks.ladder import Ladder
 from vae_ray.models.noise import latent_noise
-from vae_ray.models.vae import VAE, build_vae
+from vae_ray.models.vae import VAE, build_vae, shape_vae
 from vae_ray.objectives.base import elbo_terms
 
 SHAPE, BATCH = (2, 9, 11), 5
@@ -407,3 +407,22 @@ def test_settings_that_do_not_fit_each_other_are_refused(settings: dict[str, Any
     with pytest.raises(UserError, match=message) as error:
         Experiment.from_dict({"model": {"network": {"name": "ladder", **settings}}})
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("network", "latent_dim", "shapes"),
+    [
+        ({"name": "ladder", "hidden": [256, 128, 64], "upper_dims": [4, 8]}, 16, ((4,), (8,), (16,))),
+        (
+            {"name": "ladder", "kind": "conv", "channels": [32, 64], "latent_groups": [1, 2]},
+            5,
+            ((5, 7, 7), (5, 7, 7), (5, 14, 14)),
+        ),
+    ],
+    ids=["dense", "conv"],
+)
+def test_the_groups_of_the_examples_in_docs_models(
+    network: dict[str, Any], latent_dim: int, shapes: tuple[tuple[int, ...], ...]
+) -> None:
+    experiment = Experiment.from_dict({"model": {"network": network, "latent_dim": latent_dim}})
+    assert shape_vae(experiment, (1, 28, 28)).latent_shapes == shapes

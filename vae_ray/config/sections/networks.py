@@ -80,17 +80,21 @@ class LadderNetwork(Section):
 
     name: Literal["ladder"] = "ladder"
     kind: Literal["dense", "conv"] = Field("dense", description="Fully connected, or convolutional with spatial z.")
-    hidden: NormedWidths = Field((256, 256), description="dense: widths from the bottom up, each with a group.")
+    hidden: NormedWidths = Field(
+        (256, 256), description="dense: widths from the image up, each with a group; the last one's is the top group."
+    )
     upper_dims: Widths = Field(
         (8,),
         description="dense: latent dimensions of the groups above the lowest, from the top down; the lowest has "
         "model.latent_dim.",
     )
     channels: NormedChannels = Field(
-        (32, 64), description="conv: channels from the bottom up; each halves the sides of at least 4 pixels."
+        (32, 64), description="conv: channels from the image up; each halves the sides of at least 4 pixels."
     )
     latent_groups: Counts = Field(
-        (1, 2), description="conv: groups at each of these sizes, model.latent_dim channels each; the last at least 1."
+        (1, 2),
+        description="conv: groups at each of these sizes, the largest first, of model.latent_dim channels each; the last "
+        "at least 1.",
     )
     blocks: Int = Field(1, ge=1, le=64, description="Residual blocks at each size, and after each group.")
     activation: Activation = Field("silu", description="Activation in the blocks.")
