@@ -93,8 +93,8 @@ class LadderNetwork(Section):
     )
     latent_groups: Counts = Field(
         (1, 2),
-        description="conv: groups at each of these sizes, the largest first, of model.latent_dim channels each; the last "
-        "at least 1.",
+        description="conv: groups at each of these sizes, the largest first, of model.latent_dim channels each; the "
+        "last at least 1.",
     )
     blocks: Int = Field(1, ge=1, le=64, description="Residual blocks at each size, and after each group.")
     activation: Activation = Field("silu", description="Activation in the blocks.")
