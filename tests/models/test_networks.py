@@ -99,22 +99,20 @@ def test_names_of_the_configuration_are_those_of_the_table(names: set[str], tabl
         *(("bernoulli", each) for each in sorted(PRIORS) if each != "standard"),
     ],
 )
-@pytest.mark.parametrize("num_samples", [1, 3])
-def test_shapes_of_a_pass(
-    network: str, image_shape: tuple[int, int, int], likelihood: str, prior: str, num_samples: int
-) -> None:
+def test_shapes_of_a_pass(network: str, image_shape: tuple[int, int, int], likelihood: str, prior: str) -> None:
     model = build(network, image_shape, likelihood={"name": likelihood}, model={"prior": {"name": prior}})
-    rows = num_samples * BATCH
-    output = model(images(image_shape), noise(model, num_samples), num_samples)
     num_params = model.likelihood.num_params(image_shape[0])
-    assert output.params.shape == (rows, num_params, *image_shape[1:])
-    assert output.rate().shape == (rows,)
-    for group, shape in zip(output.groups, model.latent_shapes, strict=True):
-        assert group.z.shape == group.posterior.mean.shape == group.prior.mean.shape == (rows, *shape)
-    x = images(image_shape).repeat(num_samples, 1, 1, 1)
-    assert model.likelihood.log_prob(output.params, x).shape == (rows,)
-    for made in (model.likelihood.mean(output.params), model.likelihood.sample(output.params)):
-        assert made.shape == (rows, *image_shape)
+    for num_samples in (1, 3):
+        rows = num_samples * BATCH
+        output = model(images(image_shape), noise(model, num_samples), num_samples)
+        assert output.params.shape == (rows, num_params, *image_shape[1:])
+        assert output.rate().shape == (rows,)
+        for group, shape in zip(output.groups, model.latent_shapes, strict=True):
+            assert group.z.shape == group.posterior.mean.shape == group.prior.mean.shape == (rows, *shape)
+        x = images(image_shape).repeat(num_samples, 1, 1, 1)
+        assert model.likelihood.log_prob(output.params, x).shape == (rows,)
+        for made in (model.likelihood.mean(output.params), model.likelihood.sample(output.params)):
+            assert made.shape == (rows, *image_shape)
     for made in (model.reconstruct(images(image_shape)), model.generate(noise(model))):
         assert made.shape == (BATCH, *image_shape)
         assert bool(((made >= 0) & (made <= 1)).all())

@@ -24,8 +24,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("size", [2, 3, 5])
-@pytest.mark.parametrize("network", ["mlp", "ladder"])
-@pytest.mark.parametrize("variant", VARIANTS)
+SIZES = (2, 3, 5)
+NETWORKS = ("mlp", "ladder")
+CASES = [(v, NETWORKS[(i + j) % 2], size) for i, v in enumerate(VARIANTS) for j, size in enumerate(SIZES)]
+"""Every variant with every number of workers, on the two networks in turn."""
+
+
+@pytest.mark.parametrize(("variant", "network", "size"), CASES)
 def test_any_number_of_workers_has_the_gradients_of_one_process(variant: str, network: str, size: int) -> None:
     check_gradients_on_workers(VARIANTS[variant], network, size)

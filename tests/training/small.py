@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -35,6 +35,13 @@ OBJECTIVE_SETTINGS: dict[str, dict[str, Any]] = {"geco": {"target": 15.0}}
 """What entries cannot do without."""
 REFUSED = [("dreg", "ladder"), ("dreg", "conv ladder")]
 """Objectives and networks that do not fit."""
+
+
+def in_turn(pairs: Iterable[tuple[str, str]], sizes: Sequence[int] = (2, 3, 5)) -> list[tuple[str, str, int]]:
+    """Each pair with one of the sizes, which go round along both axes: every entry meets every size somewhere."""
+    given = list(pairs)
+    places = [list(dict.fromkeys(pair[axis] for pair in given)).index for axis in (0, 1)]
+    return [(one, other, sizes[(places[0](one) + places[1](other)) % len(sizes)]) for one, other in given]
 
 
 def objective_section(name: str) -> dict[str, Any]:

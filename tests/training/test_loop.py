@@ -26,6 +26,7 @@ from tests.training.small import (
     begin,
     check_gradients_on_workers,
     experiment,
+    in_turn,
     objective_section,
     parameters,
     record_gradients,
@@ -155,14 +156,17 @@ def test_an_epoch_that_is_continued_is_the_epoch_that_was_not_interrupted() -> N
 
 # --- workers --------------------------------------------------------------------------------------------
 
-SIZES = [1, 2, 3, 5]
+PAIRS = [pair for pair in itertools.product(sorted(OBJECTIVES), NETWORKS) if pair not in REFUSED]
+ON_WORKERS = [*in_turn(PAIRS), *((objective, "mlp", 1) for objective in sorted(OBJECTIVES))]
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize(
-    ("objective", "network"),
-    [pair for pair in itertools.product(sorted(OBJECTIVES), sorted(NETWORKS)) if pair not in REFUSED],
-)
+def test_every_objective_and_every_network_meets_every_number_of_workers() -> None:
+    for axis, names in ((0, OBJECTIVES), (1, NETWORKS)):
+        met = {(case[axis], case[2]) for case in ON_WORKERS}
+        assert met >= set(itertools.product(names, (2, 3, 5)))
+
+
+@pytest.mark.parametrize(("objective", "network", "size"), ON_WORKERS)
 def test_any_number_of_workers_has_the_gradients_and_metrics_of_one_process(
     objective: str, network: str, size: int
 ) -> None:
