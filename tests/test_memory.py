@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import resource
+import types
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,18 @@ def test_each_of_several_workers_here_has_a_copy(quick: Experiment, monkeypatch:
                 memory.check_memory(config, model, image_bytes=0, num_samples=1)
         else:
             memory.check_memory(config, model, image_bytes=0, num_samples=1)
+
+
+def test_a_gpu_holds_one_workers_copy_and_images(quick: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    properties = types.SimpleNamespace(total_memory=5 * MIB)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: properties)
+    model = checked_model(quick, SHAPE, num_training=99).model
+    on_gpus = quick.with_overrides({"workers.num": 4, "workers.device": "cuda", "training.global_batch_size": 50})
+    assert memory.memory_of(on_gpus) == (5 * MIB, "a GPU here has", 1, 13)
+    memory.check_memory(on_gpus, model, image_bytes=300_000, num_samples=1)
+    with pytest.raises(UserError, match=r"^training.global_batch_size: got 50, needs 5.2 MB .* but a GPU here has 5.2"):
+        memory.check_memory(on_gpus, model, image_bytes=400_000, num_samples=1)
 
 
 @pytest.mark.parametrize(
