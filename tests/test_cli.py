@@ -166,7 +166,16 @@ def test_an_empty_name_of_images_is_refused(trained_run: TrainResult, capsys: py
 def test_presets_lists_every_preset_with_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["presets", "--json"]) == 0
     answer = one_object(capsys.readouterr().out)
-    assert set(answer) == {"binary-mnist", "digits", "images", "iwae", "mnist", "notebook", "sprites"}
+    assert set(answer) == {
+        "binary-mnist",
+        "cifar",
+        "digits",
+        "images",
+        "iwae",
+        "mnist",
+        "notebook",
+        "sprites",
+    }
     assert all(text.endswith(".") for text in answer.values())
 
 

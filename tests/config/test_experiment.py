@@ -99,7 +99,16 @@ def test_notebook_preset_is_what_the_notebook_was() -> None:
 
 
 def test_presets_train_the_data_set_they_are_named_after() -> None:
-    assert set(preset_names()) == {"binary-mnist", "digits", "images", "iwae", "mnist", "notebook", "sprites"}
+    assert set(preset_names()) == {
+        "binary-mnist",
+        "cifar",
+        "digits",
+        "images",
+        "iwae",
+        "mnist",
+        "notebook",
+        "sprites",
+    }
     assert {name: Experiment.preset(name).data.source for name in ("digits", "images", "mnist")} == {
         "digits": "digits",
         "images": "auto",
