@@ -457,7 +457,8 @@ OVERRIDES: dict[str, st.SearchStrategy[Any]] = {
 @settings(max_examples=150)
 @given(st.sampled_from(preset_names()), st.fixed_dictionaries({}, optional=OVERRIDES))
 def test_a_reproduction_reads_back_as_the_same_experiment(preset: str, overrides: dict[str, Any]) -> None:
-    experiment = Experiment.preset(preset).with_overrides({"data.source": "mnist", **overrides})
+    network = {"model.network": "mlp"} if "model.network.hidden" in overrides else {}
+    experiment = Experiment.preset(preset).with_overrides({"data.source": "mnist", **network, **overrides})
     assert _experiment_of(reproduction(experiment)) == _without_place(experiment)
 
 
