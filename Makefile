@@ -30,7 +30,7 @@ ray: $(INSTALLED)  ## real Ray workers: training, sweeps, the pages' examples
 	$(BIN)/pytest -m "ray and not faults" $(CORE_RAY)
 
 test-ray: $(INSTALLED)  ## the other tests with Ray: drivers that end, restored sweeps, jobs, object stores, nodes
-	$(BIN)/pytest --numprocesses=2 --dist=loadfile -m "ray and not faults" $(addprefix --ignore=,$(CORE_RAY))
+	$(BIN)/pytest -m "ray and not faults" $(addprefix --ignore=,$(CORE_RAY))
 
 test-system: $(INSTALLED)  ## the HTML report in a real browser: needs Debian's chromium
 	$(BIN)/pytest -m system

@@ -19,7 +19,7 @@ from vae_ray.storage.locations import is_uri, join_location
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster")]
 
-LONG = {"training.epochs": 4, "training.global_batch_size": 8, "training.test_every_epochs": 0}
+LONG = {"training.epochs": 3, "training.global_batch_size": 8, "training.test_every_epochs": 0}
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def content(checkpoint: Path | str, name: str) -> bytes:
 
 def assert_resumes_to_the_same_bits(experiment: Experiment, undisturbed: TrainResult) -> TrainResult:
     resumed = train(experiment, resume=True)
-    assert [line["epoch"] for line in resumed.history] == [1, 2, 3, 4]
+    assert [line["epoch"] for line in resumed.history] == [1, 2, 3]
     for name in ("weights.safetensors", "training_state.safetensors"):
         assert content(resumed.last_checkpoint, name) == content(undisturbed.last_checkpoint, name)
     assert resumed.metrics == undisturbed.metrics
