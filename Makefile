@@ -22,7 +22,7 @@ lint: $(INSTALLED)
 types: $(INSTALLED)
 	$(BIN)/mypy
 
-unit: $(INSTALLED)  ## no Ray, under three minutes on two cores
+unit: $(INSTALLED)  ## no Ray; seven minutes on two cores
 	$(BIN)/pytest $(TWO) -m "not ray and not system and not faults and not cluster"
 
 CORE_RAY := tests/distributed/test_workers.py tests/distributed/test_sweep.py tests/distributed/test_readme.py
