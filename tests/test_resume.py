@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ import pytest
 from tests.checkpoints.written import change_manifest
 from tests.runs import computed, fitted, run_of
 from tests.thread_workers import ThreadWorkers
-from vae_ray import Experiment, TrainResult, UserError, train
+from vae_ray import Experiment, TrainingFailed, TrainResult, UserError, train
 from vae_ray.cli.main import main
 from vae_ray.data.splits import Splits
 from vae_ray.runs.train import resume as resume_run
@@ -288,6 +289,20 @@ def test_more_epochs_extend_a_run_to_that_of_so_many_epochs(
     assert computed(run) == computed(at_once.run_dir)
     assert Experiment.from_file(run / "experiment.yaml").training.epochs == 4
     assert command(capsys, run) == extended
+
+
+def test_an_extended_run_that_was_stopped_is_continued(quick: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
+    constant = quick.with_overrides({"optim.schedule": "constant", "training.epochs": 2})
+    run = train(constant).run_dir
+    with monkeypatch.context() as full_disk:
+        full_disk.setattr("vae_ray.runs.train._fit_here", Mock(side_effect=TrainingFailed("no space is left")))
+        with pytest.raises(TrainingFailed):
+            resume_run(run, {"training.epochs": 4})
+    assert not (run / "summary.json").exists()
+    continued = resume_run(run)
+    at_once = train(constant.with_overrides({"training.epochs": 4, "run.name": "at-once"}))
+    assert continued.epochs == 4
+    assert computed(run) == computed(at_once.run_dir)
 
 
 def test_extending_a_decaying_schedule_is_warned_of(quick: Experiment, caplog: pytest.LogCaptureFixture) -> None:

@@ -78,9 +78,16 @@ class RunDirectory(SyncedDirectory):
 
     def clear_stop_request(self) -> None:
         """Let the next start begin without a request."""
-        self.stop_file.unlink(missing_ok=True)
+        self._delete(self.stop_file)
+
+    def discard_result(self) -> None:
+        """Delete the summary: the run is extended, so that it has not finished until it has a new one."""
+        self._delete(self.records.summary_file)
+
+    def _delete(self, file: Path) -> None:
+        file.unlink(missing_ok=True)
         if self.mirror is not None:
-            self.mirror.remote.delete(self.stop_file.name)
+            self.mirror.remote.delete(file.name)
 
     def experiment(self) -> Experiment:
         """The experiment as it was started; raises `UserError` that names the file."""

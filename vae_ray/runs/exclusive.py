@@ -119,7 +119,7 @@ def is_taken(path: Path) -> bool:
 
 
 def discard_stale_results(run: RunDirectory) -> None:
-    """Wait for the writer lock, clear a stop request, and drop records and pictures newer than the newest checkpoint.
+    """Wait for the writer lock; drop a stop request, a result, and records and pictures after the newest checkpoint.
 
     The workers of a killed driver live on for seconds and may finish another epoch.
     """
@@ -129,6 +129,7 @@ def discard_stale_results(run: RunDirectory) -> None:
             if checkpoints:
                 checkpoints[-1].check_can_be_continued()
             run.clear_stop_request()
+            run.discard_result()
             run.records.truncate_to_epoch(checkpoints[-1].epochs_done if checkpoints else 0)
     except filelock.Timeout:
         raise UserError(
