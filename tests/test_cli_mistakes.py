@@ -92,6 +92,11 @@ MODEL_MISTAKES: list[tuple[list[str], str]] = [
     (["interpolate", "RUN", "--out", "x.png", "--method", "cubic"], "'cubic', should be linear or spherical"),
     (["evaluate", "RUN", "--split", "validation"], "'validation'"),
     (["evaluate", "RUN/checkpoints"], "checkpoints"),
+    (["evaluate", "RUN", "--metrics", "elbo,fidd"], "metrics: got 'fidd', should be among elbo, nll, "),
+    (
+        ["evaluate", "RUN", "--workers.num", "auto"],
+        "--workers.num: got 'auto', should be a whole number; 0 evaluates in",
+    ),
     (
         ["evaluate", "RUN", "--data.num-validation", "7"],
         "data.num-validation: got '7', but of digits only data.cache_dir can",

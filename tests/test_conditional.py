@@ -87,9 +87,8 @@ def test_codes_that_do_not_fit_are_refused_with_labels_too(trained: TrainedVAE, 
 def test_more_images_than_there_are_are_refused(trained: TrainedVAE) -> None:
     with pytest.raises(UserError, match=r"num_images: got 360, the split 'test' has 359; leave it out"):
         trained.evaluate(num_images=360)
-    assert (
-        trained.labels(importance_samples=7, num_images=5).items() >= {"importance_samples": 7, "num_images": 5}.items()
-    )
+    found = trained.evaluate("test", "nll", num_samples=7, num_images=5)
+    assert found.labels.items() >= {"num_samples": 7, "num_images": 5}.items()
 
 
 def test_a_model_without_labels_refuses_them(tmp_path: Path) -> None:

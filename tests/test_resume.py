@@ -316,8 +316,9 @@ def test_extending_a_decaying_schedule_is_warned_of(quick: Experiment, caplog: p
 OLD_RUN = Path(__file__).parent / "data" / "run-v0.1"
 
 
-def test_a_run_of_version_0_1_is_evaluated(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["evaluate", str(OLD_RUN), "--json"]) == 0
+def test_a_run_of_version_0_1_is_evaluated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(OLD_RUN, tmp_path / "old")
+    assert main(["evaluate", str(tmp_path / "old"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["metrics"]
     recorded = json.loads((OLD_RUN / "summary.json").read_text())["metrics"]
     # 0.2 draws other noise

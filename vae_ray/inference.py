@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -22,12 +23,22 @@ from vae_ray.data.images import as_images, as_tensor
 from vae_ray.data.splits import Splits
 from vae_ray.errors import CorruptFile, UserError, one_line
 from vae_ray.evaluation.diagnosis import NUM_IMAGES, find_failures
-from vae_ray.evaluation.elbo import evaluate_split
-from vae_ray.evaluation.importance import Progress, importance_sampled_nll
+from vae_ray.evaluation.evaluation import Evaluation, evaluation_of, observers_of, possible
+from vae_ray.evaluation.observations import (
+    Arrays,
+    Observation,
+    Progress,
+    joined,
+    no_progress,
+    observe,
+    observe_here,
+    pieces,
+)
+from vae_ray.evaluation.table import ALL, DEFAULT, Setting, chosen
 from vae_ray.models.coordinates import coordinates
 from vae_ray.models.interpolation import INTERPOLATIONS
 from vae_ray.models.latents import Distribution, Group
-from vae_ray.models.noise import latent_noise, num_elements
+from vae_ray.models.noise import BLOCK_ROWS, latent_noise, num_elements
 from vae_ray.models.traversal import Traversal, check_means, decode_codes, join_groups, split_groups, traverse
 from vae_ray.models.vae import VAE, build_vae, shape_vae
 from vae_ray.parallel.group import SingleProcess, shards_of
@@ -56,10 +67,11 @@ class TrainedVAE:
     z of all latent groups side by side, `(N, latent_dim)`.
     """
 
-    def __init__(self, model: VAE, experiment: Experiment, checkpoint: Checkpoint) -> None:
+    def __init__(self, model: VAE, experiment: Experiment, checkpoint: Checkpoint, weights: Weights = "last") -> None:
         self.model = model.eval().requires_grad_(False)
         self.experiment = experiment
         self.checkpoint = checkpoint
+        self.weights = weights
 
     @classmethod
     def load(
@@ -97,7 +109,7 @@ class TrainedVAE:
         tensors = checkpoint.weights(expected, averaged=averaged)
         model = build_vae(experiment, checkpoint.image_shape, seed=0)
         model.load_state_dict(tensors)
-        return cls(model.to(device), experiment, checkpoint)
+        return cls(model.to(device), experiment, checkpoint, "averaged" if averaged else "last")
 
     @property
     def device(self) -> torch.device:
@@ -221,29 +233,51 @@ class TrainedVAE:
     def evaluate(
         self,
         split: SplitName = "test",
+        metrics: str | Sequence[str] = DEFAULT,
         *,
-        importance_samples: int = 1,
+        num_samples: int = 5000,
         num_images: int | None = None,
-        progress: Progress = lambda num_done, mean: None,
-    ) -> dict[str, float]:
-        """`{"test/nelbo": ..., "test/distortion": ..., "test/rate": ...}` in nats per image.
+        progress: Progress = no_progress,
+        run: Callable[[Observation], list[Arrays]] = observe_here,
+    ) -> Evaluation:
+        """Metrics of a whole split (docs/evaluation.md), `{"test/nelbo": ..., "test/distortion": ..., ...}`.
 
-        "test/bits_per_dim" too of a likelihood over 256 levels (`labels()["support"]`), and of a model with several
-        latent groups "test/rate_group_1", ... from the top. Over every image of the split once, with one sampled z
-        each, as in training.
+        Each is a function of what the model says about every image, in the order of the split, with noise that depends
+        on the run's seed and on the image's position alone: the same for any number of workers.
 
         Args:
             split: which images.
-            importance_samples: more than 1 add "test/nll", the bound of -log p(x) by so many samples of z for each
-                image; the literature uses 5,000.
+            metrics: names of the table `METRICS`, as a list or with commas; "all" leaves out what the model or its
+                images do not have, and says so in the warnings.
+            num_samples: samples of z for each image, of "nll"; the literature uses 5,000.
             num_images: only the first so many images of the split.
-            progress: called during importance sampling with the number of images so far and their mean nll.
+            progress: called with the number of images so far, and of all.
+            run: who observes the images: this process, or Ray workers with
+                `vae_ray.distributed.evaluation.on_ray(num_workers)`.
+
+        Raises:
+            UserError: an unknown metric or split, or one that this model or its images do not have.
         """
+        names, experiment = chosen(metrics), self.experiment
+        check_whole("num_samples", num_samples, least=1)
+        loader, setting = self._evaluation_loader(split, num_images), Setting(self.model, num_samples)
+        observe_one = functools.partial(
+            observe, self.model, loader, slice(0, 1), precision=experiment.training.precision
+        )
+        names, missing = possible(names, setting, observe_one, required=metrics not in (ALL, [ALL]))
+        size = BLOCK_ROWS if "nll" in names else experiment.training.evaluation_batch_size
+        rows, observers = pieces(len(loader.indices), size), observers_of(names, setting)
+        whole = Observation(experiment, self.model, loader, split, rows, observers, progress)
+        labels = self._labels(split, len(loader.indices)) | ({"num_samples": num_samples} if "nll" in names else {})
+        return evaluation_of(joined(run(whole)), names, setting, split=split, labels=labels, warnings=missing)
+
+    def _evaluation_loader(self, split: SplitName, num_images: int | None) -> Loader:
+        """The images of a split, or the first so many; raises `UserError` where there are none, or not so many."""
         check_choice("split", split, get_args(SplitName))
-        if split == "val" and not self.experiment.data.num_validation:
+        splits = Splits.open(self.experiment)
+        if split == "val" and not splits.num_validation:
             raise UserError("split val: this run had no validation split (data.num_validation 0); try test or train")
-        group, training, splits = SingleProcess(self.device), self.experiment.training, Splits.open(self.experiment)
-        loader = splits.loader(split, self.experiment, shards_of(group))
+        loader = self._loader(splits, split)
         self._check_images(loader.split)
         if num_images is not None:
             check_whole("num_images", num_images, least=1)
@@ -252,20 +286,23 @@ class TrainedVAE:
                     f"num_images: got {num_images}, the split {split!r} has {len(loader.indices)}; leave it out"
                 )
             loader.indices = loader.indices[:num_images]
-        check_whole("importance_samples", importance_samples, least=1)
-        size, precision = training.evaluation_batch_size, training.precision
-        metrics = evaluate_split(self.model, loader, split, group, batch_size=size, precision=precision)
-        if importance_samples > 1:
-            metrics |= importance_sampled_nll(
-                self.model,
-                loader,
-                split,
-                group,
-                num_samples=importance_samples,
-                precision=precision,
-                progress=progress,
-            )
-        return metrics
+        return loader
+
+    def _labels(self, split: SplitName, num_images: int) -> dict[str, Any]:
+        """What must be equal for two evaluations to be comparable."""
+        return {
+            "data": name_of(self.experiment.data),
+            "split": split,
+            "num_images": num_images,
+            "binarization": BINARIZATIONS[self.experiment.data.binarize],
+            "likelihood": self.experiment.likelihood.name,
+            "support": self.model.likelihood.support,
+            "objective": self.experiment.objective.name,
+            "beta": self.experiment.flat().get("objective.beta"),
+            "z": "sampled",
+            "weights": self.weights,
+            "epoch": self.checkpoint.epoch,
+        }
 
     @torch.inference_mode()
     def failures(self) -> list[str]:
@@ -276,24 +313,6 @@ class TrainedVAE:
         indices = loader.indices[:NUM_IMAGES]
         x, condition = loader.images(indices), self.model.condition(loader.labels(indices))
         return find_failures(self.model, x, splits.mean_training_image(), self.experiment, condition)
-
-    def labels(
-        self, split: SplitName = "test", *, importance_samples: int = 1, num_images: int | None = None
-    ) -> dict[str, Any]:
-        """What must be equal for two systems' numbers to be comparable."""
-        return {
-            "data": name_of(self.experiment.data),
-            "split": split,
-            "binarization": BINARIZATIONS[self.experiment.data.binarize],
-            "likelihood": self.experiment.likelihood.name,
-            "support": self.model.likelihood.support,
-            "objective": self.experiment.objective.name,
-            "beta": self.experiment.flat().get("objective.beta"),
-            "importance_samples": importance_samples,
-            **({} if num_images is None else {"num_images": num_images}),
-            "z": "sampled",
-            "epoch": self.checkpoint.epoch,
-        }
 
     def test_images(self, num: int, *, spread: bool = False) -> Tensor:
         """The first `num` test images of the run's data, `(num, C, H, W)` in [0, 1]; all where there are fewer.

@@ -34,7 +34,7 @@ def test_a_job_from_a_third_place_trains_mnist_on_both_nodes(two_nodes: RayNodes
     nelbo = trained.evaluate("test")["test/nelbo"]
     assert nelbo < 250
     job = succeeded(two_nodes.submit("python", "jobs/evaluate.py", str(storage / "mnist")))
-    (printed,) = re.findall(r"^test/nelbo +([\d.]+) nats$", job.stdout, re.MULTILINE)
+    (printed,) = re.findall(r"^test/nelbo +([\d.]+) ± [\d.]+ nats$", job.stdout, re.MULTILINE)
     assert float(printed) == pytest.approx(nelbo, abs=2e-3)
 
 

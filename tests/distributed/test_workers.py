@@ -9,6 +9,8 @@ import pytest
 
 from tests.distributed.conftest import digits
 from vae_ray import TrainedVAE, TrainingFailed, TrainResult, UserError, train
+from vae_ray.distributed.evaluation import on_ray
+from vae_ray.evaluation.table import ALL
 from vae_ray.run_files.run_directory import RunDirectory
 
 pytestmark = pytest.mark.ray
@@ -39,9 +41,17 @@ def test_a_checkpoint_of_ray_workers_evaluates_to_its_recorded_metrics(
     trained_by: Callable[[int], TrainResult],
 ) -> None:
     result = trained_by(2)
-    again = TrainedVAE.load(result.run_dir).evaluate("test")
+    trained = TrainedVAE.load(result.run_dir)
+    again = trained.evaluate("test", ALL, num_samples=70)
     # the same noise and images, summed in another order
     assert again["test/nelbo"] == pytest.approx(result.metrics["test/nelbo"], rel=1e-6)
+    for num_workers in (1, 2, 3):
+        seen: list[tuple[int, int]] = []
+        options = {"run": on_ray(num_workers), "progress": lambda *numbers, seen=seen: seen.append(numbers)}
+        found = trained.evaluate("test", ALL, num_samples=70, **options)
+        assert found.metrics == pytest.approx(again.metrics, rel=1e-6)
+        assert found.labels == again.labels
+        assert seen[-1] == (359, 359)
 
 
 def test_a_run_directory_is_the_same_with_and_without_ray(trained_by: Callable[[int], TrainResult]) -> None:

@@ -1,27 +1,28 @@
-"""Truth: importance sampling against a quadrature of p(x) over the latent space, whatever batches and workers."""
+"""Truth: importance sampling against a quadrature of p(x) over the latent space, whatever is decoded together."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 
 from tests.objectives.linear import UnitGaussian
-from tests.thread_workers import results_on_threads
 from tests.training.small import ALONE, NETWORKS
 from vae_ray import Experiment
 from vae_ray.data.batches import Loader
 from vae_ray.data.dataset import Split
+from vae_ray.evaluation import importance
 from vae_ray.evaluation.elbo import evaluate_split
-from vae_ray.evaluation.importance import importance_sampled_nll
+from vae_ray.evaluation.importance import ImportanceSamples
+from vae_ray.evaluation.observations import Arrays, joined, observe, pieces
 from vae_ray.models.networks import EncoderDecoder
 from vae_ray.models.priors import StandardPrior
 from vae_ray.models.vae import VAE, build_vae
-from vae_ray.parallel.group import WorkerGroup, shards_of
+from vae_ray.parallel.group import shards_of
 
 SHAPE, NUM_IMAGES, SEED = (1, 3, 4), 70, 3
 
@@ -40,13 +41,17 @@ def split() -> Split:
     return Split.in_memory(pixels.to(torch.uint8) * 255)
 
 
-def loader(group: WorkerGroup = ALONE, num: int = NUM_IMAGES) -> Loader:
-    return Loader(split(), torch.arange(num), seed=SEED, shards=shards_of(group))
+def loader(num: int = NUM_IMAGES) -> Loader:
+    return Loader(split(), torch.arange(num), seed=SEED, shards=shards_of(ALONE))
 
 
-def nll(vae: VAE, num_samples: int, group: WorkerGroup = ALONE, *, num: int = NUM_IMAGES, **options: Any) -> float:
-    given = loader(group, num)
-    return importance_sampled_nll(vae, given, "test", group, num_samples=num_samples, **options)["test/nll"]
+def observed(vae: VAE, num_samples: int, *, num: int = NUM_IMAGES, size: int = 64) -> Arrays:
+    given, observers = loader(num), [ImportanceSamples(num_samples)]
+    return joined([observe(vae, given, rows, observers) for rows in pieces(num, size)])
+
+
+def nll(vae: VAE, num_samples: int, **options: int) -> float:
+    return -float(observed(vae, num_samples, **options)["log_p"][:, -1].mean())
 
 
 @torch.no_grad()
@@ -76,15 +81,37 @@ def test_one_sample_is_the_elbo_in_expectation_and_more_samples_lower_the_bound(
     assert bounds[-1] < nelbo
 
 
+def test_the_bound_by_fewer_samples_is_that_of_a_call_with_so_many() -> None:
+    vae = model()
+    assert ImportanceSamples(1).bounds == (1,)
+    assert ImportanceSamples(120).bounds == (1, 5, 50, 120)
+    log_p = observed(vae, 120)["log_p"]
+    for column, k in enumerate((1, 5, 50, 120)):
+        np.testing.assert_allclose(log_p[:, column], observed(vae, k)["log_p"][:, -1], rtol=0, atol=2e-6)  # float32
+
+
+def test_the_effective_sample_size_is_that_of_the_weights() -> None:
+    vae, x = LinearGaussian(0.4), split().gather(torch.arange(NUM_IMAGES)).float() / 255
+    found = observed(vae, 4_000)["effective_samples"]
+    # weights w of log variance s have E[w]² / E[w²] = e^-s; s = 0.16 (1 + |W_1|²) + 0.16 (1 + |W_2|²), as below
+    assert float(np.median(found)) == pytest.approx(4_000 * math.exp(-1.04), rel=0.1)
+    exact = observed(LinearGaussian(0.0), 100, num=len(x))["effective_samples"]
+    np.testing.assert_allclose(exact, 100, rtol=1e-5)
+
+
 @pytest.mark.parametrize("network", sorted(NETWORKS))
-def test_the_number_of_workers_and_of_images_does_not_matter(network: str) -> None:
-    vae = model(network)  # threads would share the generator that draws its weights
-    expected = nll(vae, 120)
-    for size in (2, 3, 5):
-        results = results_on_threads(size, lambda group: nll(vae, 120, group))
-        assert results == pytest.approx([expected] * size, rel=1e-6)  # float32 products of other sizes
-    of_all = (64 * nll(vae, 120, num=64) + 6 * mean_of_last_six(vae)) / NUM_IMAGES
-    assert of_all == pytest.approx(expected, rel=1e-12)
+def test_the_size_of_the_pieces_and_of_what_is_decoded_together_does_not_matter(
+    network: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vae = model(network)
+    expected = observed(vae, 120)
+    for size in (7, 50, 70):
+        found = observed(vae, 120, size=size)
+        # float32 products of other sizes, of single images
+        np.testing.assert_allclose(found["log_p"], expected["log_p"], rtol=1e-5)
+    monkeypatch.setattr(importance, "CACHED_NUMBERS", 50 * 12 * 9)
+    np.testing.assert_allclose(observed(vae, 120)["log_p"], expected["log_p"], rtol=1e-5)
+    assert nll(vae, 120, num=64) == pytest.approx(-float(expected["log_p"][:64, -1].mean()), rel=1e-6)
 
 
 class LinearGaussian(VAE):
@@ -129,14 +156,6 @@ def test_samples_of_another_posterior_approach_log_p_of_x_from_above() -> None:
     assert abs(gaps[2]) < 5 * ((math.exp(1.04) - 1) / (10_000 * NUM_IMAGES)) ** 0.5
 
 
-def mean_of_last_six(vae: VAE) -> float:
-    """The mean over images 64 to 69, from the running means."""
-    seen: list[tuple[int, float]] = []
-    nll(vae, 120, progress=lambda num_done, mean: seen.append((num_done, mean)))
-    (_, before), (_, after) = seen
-    return (NUM_IMAGES * after - 64 * before) / 6
-
-
 def test_features_are_computed_once_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     vae, calls = model(), list[int]()
     monkeypatch.setattr(
@@ -144,10 +163,3 @@ def test_features_are_computed_once_a_batch(monkeypatch: pytest.MonkeyPatch) -> 
     )
     nll(vae, 230)
     assert calls == [64, 6]
-
-
-def test_progress_is_given_the_number_of_images_and_their_mean() -> None:
-    seen: list[tuple[int, float]] = []
-    result = nll(model(), 7, progress=lambda num_done, mean: seen.append((num_done, mean)))
-    assert [num for num, _ in seen] == [64, 70]
-    assert seen[-1][1] == pytest.approx(result, rel=1e-12)

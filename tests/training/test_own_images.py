@@ -110,8 +110,9 @@ def test_evaluation_binarizes_each_image_once_whatever_the_epoch(whole: TrainRes
     images = model.test_images(4)
     assert set(images.unique().tolist()) == {0.0, 1.0}
     assert torch.equal(images, model.test_images(4))
-    assert model.labels()["binarization"].startswith("dynamic")
-    assert model.evaluate("val")["val/nelbo"] == pytest.approx(whole.metrics["val/nelbo"], rel=1e-6)
+    evaluated = model.evaluate("val")
+    assert evaluated.labels["binarization"].startswith("dynamic")
+    assert evaluated["val/nelbo"] == pytest.approx(whole.metrics["val/nelbo"], rel=1e-6)
     assert model.target_names == {"label": ["class 0", "class 1", "class 2"]}
     targets = model.targets("train")["label"]
     assert len(targets) == whole.history[-1]["num_images"]

@@ -188,28 +188,57 @@ def _readable_sweep(result: SweepResult) -> dict[str, Any]:
 
 
 def evaluate(options: argparse.Namespace) -> dict[str, Any]:
-    """exact metrics of a whole split, in nats"""
-    from vae_ray.run_files.progress import format_metric
-
+    """metrics of a whole split: likelihood, latent space, ...; kept in RUN/evaluations"""
+    num_workers = _num_workers(options.overrides.pop("workers.num", "0"))
     model = load_model(options)
-    sampling = {"importance_samples": options.importance_samples, "num_images": options.num_images}
-    metrics = model.evaluate(options.split, **sampling, progress=_print_progress())
-    labels = model.labels(options.split, **sampling)
+    from vae_ray.evaluation.store import keep, owner_of
+    from vae_ray.evaluation.table import with_unit
+
+    found = model.evaluate(
+        options.split,
+        options.metrics,
+        num_samples=options.num_samples,
+        num_images=options.num_images,
+        progress=_print_progress(),
+        **_on_ray(num_workers),
+    )
+    owner, file = owner_of(options.checkpoint), None
+    try:
+        file = owner and keep(found, model.checkpoint, owner)
+    except OSError as error:
+        sys.stderr.write(f"vae-ray: {owner}: the evaluation could not be written there ({error.strerror})\n")
     if options.json:
-        return {"checkpoint": str(model.checkpoint.path), "metrics": metrics, "labels": labels}
-    numbers = {key: format_metric(key, value) for key, value in metrics.items()}
-    return {**numbers, **{key: str(value) for key, value in labels.items()}}
+        return {"checkpoint": str(model.checkpoint.path), **found.to_dict(), "file": file}
+    numbers = {key: with_unit(key, value, found.standard_errors.get(key)) for key, value in found.items()}
+    labels = {key: str(value) for key, value in found.labels.items()}
+    return {**numbers, **labels, **_warnings(found.warnings), **({"file": file} if file else {})}
 
 
-def _print_progress() -> Callable[[int, float], None]:
+def _num_workers(text: str) -> int:
+    if not text.isdecimal():
+        raise UserError(f"--workers.num: got {text!r}, should be a whole number; 0 evaluates in this process")
+    return int(text)
+
+
+def _on_ray(num_workers: int) -> dict[str, Any]:
+    """How `TrainedVAE.evaluate` runs on so many Ray workers."""
+    if not num_workers:
+        return {}
+    with signals.deferred():
+        from vae_ray.distributed.evaluation import on_ray
+
+    return {"run": on_ray(num_workers)}
+
+
+def _print_progress() -> Callable[[int, int], None]:
     """A function that writes a line to stderr every ten seconds."""
     last = time.monotonic()
 
-    def report(num_done: int, mean: float) -> None:
+    def report(num_done: int, num_images: int) -> None:
         nonlocal last
         if time.monotonic() - last >= PROGRESS_SECONDS:
             last = time.monotonic()
-            sys.stderr.write(f"vae-ray: {num_done} images, mean nll {mean:.2f} nats\n")
+            sys.stderr.write(f"vae-ray: {num_done:,} of {num_images:,} images\n")
 
     return report
 

@@ -75,7 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for key in overrides:
             if command == "data" and not key.startswith("data."):
                 raise UserError(f"--{key}: vae-ray data takes the keys --data.KEY, as in --data.image-size 64")
-            if command not in (*OVERRIDABLE, "data") and not (command in READ_IMAGES and key.startswith("data.")):
+            if command not in (*OVERRIDABLE, "data") and not (
+                command in READ_IMAGES and (key.startswith("data.") or (command, key) == ("evaluate", "workers.num"))
+            ):
                 raise UserError(
                     f"--{key}: only {', '.join(OVERRIDABLE)} take the Experiment's keys, and {', '.join(READ_IMAGES)} "
                     "those that say where images are: --data.root, --data.cache-dir, --data.download"
@@ -236,7 +238,13 @@ COMMANDS: Mapping[Callable[[argparse.Namespace], dict[str, Any]], Arguments] = {
     commands.evaluate: {
         **MODEL,
         "--split": _text("default test", default="test", choices=("train", "val", "test")),
-        "--importance-samples": _number("samples of z for each image; more than 1 add the nll, -log p(x)", 1),
+        "--metrics": _text(
+            "names with commas, or all: elbo, nll, active-units, rates, aggregated-posterior\n"
+            "(default elbo,active-units,rates)",
+            "NAMES",
+            default="elbo,active-units,rates",
+        ),
+        "--num-samples": _number("samples of z for each image, of nll", 5000),
         "--num-images": _number("only the first so many images of the split"),
     },
     data.data: {
@@ -301,6 +309,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
             sub.epilog = _field_help()
         if name in READ_IMAGES:
             sub.epilog = "where the run's images are now: --data.root DIR, --data.cache-dir DIR, --data.download BOOL"
+            sub.epilog += "\non Ray workers: --workers.num N (default 0: in this process)" * (name == "evaluate")
     names = [command.__name__ for command in COMMANDS]
     if arguments and not arguments[0].startswith("-") and arguments[0] not in names:
         from vae_ray.config.keys import did_you_mean

@@ -43,17 +43,26 @@ def connect(experiment: Experiment, *, dashboard: bool = False) -> Iterator[tupl
     would wait indefinitely.
     """
     with connected(dashboard=dashboard):
-        nodes = ray.nodes()
-        resources = alive_resources(nodes)
-        experiment = resolve_on_cluster(experiment, resources)
-        workers = experiment.workers
-        check_workers_fit(workers, nodes, where="the Ray cluster")
+        experiment, device = on_connected_cluster(experiment)
         if not is_uri(experiment.run.storage):
             check_shared_storage(local_path(experiment.run.storage, key="run.storage"))
-        uses_gpu = workers.device == "cuda" or (
-            workers.device == "auto" and max_workers_fitting(resources, {"GPU": workers.gpus}) >= workers.max
-        )
-        yield experiment, torch.device("cuda" if uses_gpu else "cpu")
+        yield experiment, device
+
+
+def on_connected_cluster(experiment: Experiment) -> tuple[Experiment, torch.device]:
+    """The experiment without `auto` on the cluster to which this process is connected, and its workers' device.
+
+    Raises `UserError` if the cluster has no room for the workers and cannot grow.
+    """
+    nodes = ray.nodes()
+    resources = alive_resources(nodes)
+    experiment = resolve_on_cluster(experiment, resources)
+    workers = experiment.workers
+    check_workers_fit(workers, nodes, where="the Ray cluster")
+    uses_gpu = workers.device == "cuda" or (
+        workers.device == "auto" and max_workers_fitting(resources, {"GPU": workers.gpus}) >= workers.max
+    )
+    return experiment, torch.device("cuda" if uses_gpu else "cpu")
 
 
 @contextlib.contextmanager

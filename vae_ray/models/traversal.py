@@ -146,24 +146,32 @@ def mean_rates(model: VAE, x: Tensor, condition: Tensor | None = None) -> list[T
 
 def rate_by_channel(group: Group) -> Tensor:
     """The rate in nats of each channel of a spatial group, `(N, c)`, or dimension of a flat one, `(N, d)`."""
-    return elementwise_rate(group).unsqueeze(-1).flatten(2).sum(2)
+    return by_channel(elementwise_rate(group))
+
+
+def by_channel(values: Tensor) -> Tensor:
+    """Sums `(N, c)` over the elements of each channel of `(N, c, h, w)`; `(N, d)` as it is."""
+    return values.unsqueeze(-1).flatten(2).sum(2)
 
 
 def elementwise_rate(group: Group) -> Tensor:
-    """The rate by elements, `(N, *shape)` in nats; their mean over rows adds up to that of `Group.rate`.
-
-    Without a closed form log p(z) is no sum over elements, and their rate is a share: under a mixture or a flow in
-    proportion to the mean KL to the Gaussian of its mean and variances, under another prior evenly.
-    """
-    assert group.posterior is not None
-    elementwise, prior = group.posterior.kl(group.prior), group.prior
-    if elementwise is not None:
-        return elementwise
-    if isinstance(prior, GaussianMixture | FlowDistribution):
-        elementwise = group.posterior.kl(prior.moment_matched())
-    shares = torch.ones_like(group.z) if elementwise is None else elementwise
+    """The rate by elements, `(N, *shape)` in nats; their mean over rows adds up to that of `Group.rate`."""
+    shares = rate_shares(group)
     total = shares.sum().clamp_min(torch.finfo(shares.dtype).tiny)
     return shares * (group.rate().sum() / total)
+
+
+def rate_shares(group: Group) -> Tensor:
+    """Numbers `(N, *shape)` to whose means over images the elements' shares in the group's mean rate are proportional.
+
+    They are the rate by elements itself where it has a closed form. Else log p(z) is no sum over elements, and the
+    shares are: under a mixture or a flow the KL to the Gaussian of its mean and variances, under another prior equal.
+    """
+    assert group.posterior is not None
+    shares, prior = group.posterior.kl(group.prior), group.prior
+    if shares is None and isinstance(prior, GaussianMixture | FlowDistribution):
+        shares = group.posterior.kl(prior.moment_matched())
+    return torch.ones_like(group.z) if shares is None else shares
 
 
 @torch.inference_mode()

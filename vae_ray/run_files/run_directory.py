@@ -19,6 +19,7 @@ from vae_ray.storage.synced import SyncedDirectory
 WRITER_LOCK_SECONDS = 60.0
 """How long a writer waits until one that was killed has released the run directory."""
 SWEEP_FILE = "sweep.yaml"
+CHECKPOINTS = "checkpoints"
 """In the directory of a sweep, whose trials are runs in `trials/`."""
 
 
@@ -30,7 +31,7 @@ class RunDirectory(SyncedDirectory):
         self.experiment_file = path / "experiment.yaml"
         """The experiment without `auto` and without the name: that is the directory's, so the file can be run again."""
         self.records = RunRecords(path)
-        self.checkpoints = path / "checkpoints"
+        self.checkpoints = path / CHECKPOINTS
         self.images = path / "images"
         self.tensorboard = path / "tensorboard"
         self.nonfinite = path / "nonfinite"

@@ -75,7 +75,7 @@ def summarise(
     here = device if torch.cuda.is_available() else "cpu"  # the driver may be on a node without the workers' GPUs
     model = TrainedVAE.load(run.public_path(best.path), device=here, trust_code=True)  # it was just trained
     if "test/nelbo" not in metrics:
-        metrics |= model.evaluate("test")
+        metrics |= model.evaluate("test", "elbo").metrics
     # where the storage did not take the attempts, what was asked for is reported
     last_attempt = [{"num_workers": resolved.workers.max, "nodes": []}, *run.records.attempts()][-1]
     first_attempt = [*run.records.attempts()[num_attempts:], {"epochs_done": 0, "seconds_before": 0.0}][0]

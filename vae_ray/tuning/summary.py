@@ -95,7 +95,7 @@ def install_best(ranked: Sequence[TrialRecord], directory: SweepDirectory, *, tr
         try:
             model = TrainedVAE.load(directory.best, trust_code=trust_code)
             if "test/nelbo" not in metrics:  # no epoch evaluated it
-                metrics |= model.evaluate("test")
+                metrics |= model.evaluate("test", "elbo").metrics
             warnings = model.failures()
         except UserError as error:  # its code is not trusted, or this machine has no data
             logger.warning("trial %s: its model is not examined (%s)", winner.name, error)

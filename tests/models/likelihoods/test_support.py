@@ -55,9 +55,8 @@ def test_a_mismatch_is_said_once_at_the_start_of_a_run(quick: Experiment, caplog
 @pytest.mark.parametrize(("likelihood", "has_bits"), [("discretized_logistic", True), ("gaussian", False)])
 def test_only_a_likelihood_over_256_levels_has_bits_per_dim(quick: Experiment, likelihood: str, has_bits: bool) -> None:
     result = train(quick.with_overrides({"likelihood": likelihood, "training.epochs": 1}))
-    evaluated = TrainedVAE.load(result.best_checkpoint)
-    metrics = evaluated.evaluate("test")
-    assert evaluated.labels()["support"] == ("256 levels" if has_bits else "real")
+    metrics = TrainedVAE.load(result.best_checkpoint).evaluate("test")
+    assert metrics.labels["support"] == ("256 levels" if has_bits else "real")
     assert ("test/bits_per_dim" in metrics) == has_bits
     assert ("val/bits_per_dim" in result.history[0]) == has_bits
     assert "train/bits_per_dim" not in result.history[0]

@@ -1,0 +1,145 @@
+"""What a model says about each image of a split: the arrays of which metrics are functions.
+
+Workers observe pieces of the split. Joined in its order they are the same arrays for any number of workers; so every
+metric, computed of them in one place, is exact over workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vae_ray.config.experiment import Experiment
+from vae_ray.data.batches import Loader
+from vae_ray.errors import UserError
+from vae_ray.evaluation.elbo import autocast
+from vae_ray.models.latents import DiagonalGaussian, Group
+from vae_ray.models.networks.base import Features
+from vae_ray.models.noise import EVALUATION_NOISE, latent_noise
+from vae_ray.models.traversal import by_channel, join_groups, rate_shares
+from vae_ray.models.vae import VAE, Output, posterior_mean
+from vae_ray.objectives.base import elbo_terms
+
+Arrays = dict[str, NDArray[Any]]
+"""By name, one row an image."""
+
+
+class EvaluationBatch:
+    """Images of one batch, and what the model computes of them, once for all observers."""
+
+    def __init__(self, model: VAE, x: Tensor, rows: slice, labels: Mapping[str, Tensor], *, seed: int) -> None:
+        self.model, self.x, self.rows, self.seed = model, x, rows, seed
+        self.condition = model.condition(labels)
+
+    @cached_property
+    def features(self) -> Features:
+        """What the encoder computes of the images."""
+        return self.model.features(self.x, self.condition)
+
+    @cached_property
+    def output(self) -> Output:
+        """The pass of one sampled z for each image, by the noise of `evaluate_split`."""
+        model = self.model
+        noise = latent_noise(model.latent_shapes, self.rows, self.seed, EVALUATION_NOISE, device=self.x.device)
+        return model.sampled(self.features, noise, 1, self.condition)
+
+    @cached_property
+    def at_means(self) -> tuple[Tensor, tuple[Group, ...]]:
+        """Parameters of the likelihood and groups with every z at the posterior mean."""
+        return self.model.top_down(self.features, posterior_mean, len(self.x), self.condition)
+
+
+Progress = Callable[[int, int], None]
+"""Called with the number of images so far, and of all."""
+Observer = Callable[[EvaluationBatch], Mapping[str, Tensor]]
+"""What it says about the n images of a batch: tensors `(n, ...)` by name."""
+
+
+def no_progress(num_done: int, num_images: int) -> None:
+    """Say nothing."""
+
+
+def elbo(batch: EvaluationBatch) -> dict[str, Tensor]:
+    """The terms of the ELBO by one sampled z, in nats: `(n,)` each, and the rate of each group `(n, groups)`."""
+    distortion, rate = elbo_terms(batch.output, batch.x, batch.model.likelihood)
+    by_group = torch.stack([group.rate() for group in batch.output.groups], dim=1)
+    return {"distortion": distortion[0], "rate": rate[0], "rate_by_group": by_group}
+
+
+def rates(batch: EvaluationBatch) -> dict[str, Tensor]:
+    """The share of each latent dimension, or channel, in its group's rate, `(n, d)`, all groups side by side."""
+    return {"rate_shares": torch.cat([by_channel(rate_shares(group)) for group in batch.output.groups], dim=1)}
+
+
+def codes(batch: EvaluationBatch) -> dict[str, Tensor]:
+    """Posterior means `(n, dimensions)`, all groups side by side, the top one first."""
+    return {"codes": join_groups(tuple(group.z for group in batch.at_means[1]))}
+
+
+def top_group(batch: EvaluationBatch) -> dict[str, Tensor]:
+    """Of the top group, flattened: mean and log variance of q(z|x), a sample z, and log p(z) of it in nats.
+
+    And as many samples of the prior with their log density, one beside each image.
+    """
+    group = batch.output.groups[0]
+    posterior, prior, model = group.posterior, group.prior, batch.model
+    if not isinstance(posterior, DiagonalGaussian):
+        kind = type(posterior).__name__
+        raise UserError(f"metrics: aggregated-posterior needs Gaussian posteriors, got {kind}; leave it out")
+    noise = latent_noise(model.latent_shapes, batch.rows, batch.seed, "prior samples", device=batch.x.device)
+    drawn = prior.rsample(noise[0])
+    flat = {"mean": posterior.mean, "logvar": posterior.logvar, "z": group.z, "prior_z": drawn}
+    density = {"log_prior": prior.log_prob(group.z), "prior_log_prior": prior.log_prob(drawn)}
+    return {**{name: tensor.flatten(1) for name, tensor in flat.items()}, **density}
+
+
+@torch.inference_mode()
+def observe(
+    model: VAE, loader: Loader, rows: slice, observers: Sequence[Observer], *, precision: str = "float32"
+) -> Arrays:
+    """The arrays of the rows `rows` of the images in `loader`, on the CPU; the noise is of its seed and of the rows."""
+    model.eval()
+    indices = loader.indices[rows]
+    batch = EvaluationBatch(model, loader.images(indices), rows, loader.labels(indices), seed=loader.seed)
+    with autocast(precision, batch.x.device):
+        seen = [observer(batch) for observer in observers]
+    return {name: each.cpu().numpy() for found in seen for name, each in found.items()}
+
+
+class Observation(NamedTuple):
+    """The observation of a whole split, in pieces that anyone may do."""
+
+    experiment: Experiment
+    model: VAE
+    loader: Loader
+    split: str
+    """Which split of the experiment the loader has."""
+    rows: Sequence[slice]
+    observers: Sequence[Observer]
+    progress: Progress
+
+
+def observe_here(whole: Observation) -> list[Arrays]:
+    """The arrays of the pieces, in order, by this process."""
+    parts = []
+    for rows in whole.rows:
+        precision = whole.experiment.training.precision
+        parts.append(observe(whole.model, whole.loader, rows, whole.observers, precision=precision))
+        whole.progress(rows.stop, whole.rows[-1].stop)
+    return parts
+
+
+def pieces(num_images: int, size: int) -> list[slice]:
+    """The rows of a split in pieces, which are the same for any number of workers: so their arrays are, to the bit."""
+    return [slice(start, min(start + size, num_images)) for start in range(0, num_images, size)]
+
+
+def joined(parts: Sequence[Arrays]) -> Arrays:
+    """The arrays of a whole split, from those of its pieces in order."""
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

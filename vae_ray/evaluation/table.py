@@ -1,0 +1,90 @@
+"""The metrics: what each needs to be observed, and how it is computed of that. A new one is a line of `METRICS`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from vae_ray.errors import UserError
+from vae_ray.evaluation import importance, latent_space, likelihood, observations
+from vae_ray.evaluation.observations import Arrays, Observer
+from vae_ray.evaluation.result import Result
+from vae_ray.models.vae import VAE
+
+NATS = ("nelbo", "distortion", "rate", "nll", "mutual_information", "marginal_kl", "total_correlation")
+"""Values in nats, and those whose names begin with one of these and `_`."""
+DEFAULT = ("elbo", "active-units", "rates")
+"""What costs about one pass."""
+ALL = "all"
+
+
+class Setting(NamedTuple):
+    """What metrics may depend on besides the arrays."""
+
+    model: VAE
+    num_samples: int
+    """Samples of z for each image, of -log p(x)."""
+
+    @property
+    def has_levels(self) -> bool:
+        return self.model.likelihood.support == "256 levels"
+
+    @property
+    def importance_samples(self) -> importance.ImportanceSamples:
+        return importance.ImportanceSamples(self.num_samples)
+
+
+class Metric(NamedTuple):
+    """One entry: a name gives one value, or several that belong together."""
+
+    compute: Callable[[Arrays, Setting], Result]
+    observers: Callable[[Setting], Sequence[Observer]]
+
+
+def _elbo(arrays: Arrays, setting: Setting) -> Result:
+    return likelihood.elbo(arrays, image_shape=setting.model.image_shape, has_levels=setting.has_levels)
+
+
+def _nll(arrays: Arrays, setting: Setting) -> Result:
+    bounds = setting.importance_samples.bounds
+    return likelihood.nll(arrays, bounds=bounds, image_shape=setting.model.image_shape, has_levels=setting.has_levels)
+
+
+def _rates(arrays: Arrays, setting: Setting) -> Result:
+    sizes = [shape[0] for shape in setting.model.latent_shapes]
+    return latent_space.rates(arrays, group_sizes=sizes)
+
+
+METRICS: dict[str, Metric] = {
+    "elbo": Metric(_elbo, lambda _: [observations.elbo]),
+    "nll": Metric(_nll, lambda setting: [setting.importance_samples]),
+    "active-units": Metric(lambda arrays, _: latent_space.active_units(arrays), lambda _: [observations.codes]),
+    "rates": Metric(_rates, lambda _: [observations.elbo, observations.rates]),
+    "aggregated-posterior": Metric(
+        lambda arrays, _: latent_space.aggregated_posterior(arrays), lambda _: [observations.top_group]
+    ),
+}
+
+
+def chosen(names: str | Sequence[str]) -> list[str]:
+    """The metrics of a comma-separated text or a list, in the table's order; raises `UserError` for an unknown one."""
+    wanted = [name.strip() for name in names.split(",")] if isinstance(names, str) else [*names]
+    if wanted == [ALL]:
+        return [*METRICS]
+    for name in wanted:
+        if name not in METRICS:
+            raise UserError(f"metrics: got {name!r}, should be among {', '.join(METRICS)}, or {ALL}")
+    return [name for name in METRICS if name in wanted]
+
+
+def with_unit(key: str, value: float, standard_error: float | None = None) -> str:
+    """A value of a metric as one reads it: `104.21 ± 0.35 nats` of "test/nelbo"."""
+    name = key.rpartition("/")[2]
+    if name.endswith("bits_per_dim"):
+        unit, digits = " bits/dim", 3
+    elif name.startswith(tuple(f"{each}_" for each in NATS)) or name in NATS:
+        unit, digits = " nats", 2
+    else:
+        unit, digits = "", 0 if float(value).is_integer() else 3
+    error = "" if standard_error is None else f" ± {standard_error:.{max(1, digits)}f}"
+    return f"{value:,.{digits}f}{error}{unit}"
