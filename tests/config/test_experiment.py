@@ -105,6 +105,7 @@ def test_presets_train_the_data_set_they_are_named_after() -> None:
         "digits",
         "images",
         "iwae",
+        "ladder-mnist",
         "mnist",
         "notebook",
         "sprites",
