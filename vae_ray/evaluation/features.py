@@ -48,6 +48,7 @@ class FeatureSpace:
     """For the names of metrics: `fid[classifier, accuracy 0.985]`; says which weights or which code."""
     spec: str
     function: Callable[[Tensor], Any]
+    """Of at most `BATCH_SIZE` images on `device`; returns a tensor or an array."""
     device: torch.device
 
     @torch.no_grad()
