@@ -2,8 +2,8 @@
 
 Pure functions of arrays with one row an image. `codes` are float64 `(N, d)`, the means of the posteriors unless said
 otherwise, and `factors` the levels of K factors, `(N, K)`, as `factor_levels` gives. None depends on the order, the
-signs or the scales of the dimensions of a code: dimensions are standardised where a formula would. On data without
-known factors none can be computed; on few images all are optimistic.
+signs or the scales of the dimensions of a code, but for the threshold of dead dimensions (`shared_factors.MIN_STD`):
+dimensions are standardised where a formula would depend on them.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from vae_ray.evaluation.shared_factors import beta_vae_score, factor_vae_score
 
 BINS = 20
 """Of each dimension of a code, as in Locatello et al. 2019."""
+MIN_IMAGES = 10
+"""For each value of a factor, on average: with fewer every estimate is mostly bias. 100 are better."""
 
 
 def disentanglement_metrics(
@@ -50,7 +52,7 @@ def disentanglement_metrics(
         z: a sample of each, `(N, d)`.
 
     Raises:
-        UserError: if no factor has two values, or the images are fewer than twice the values of a factor.
+        UserError: if no factor has two values, or the images are fewer than ten times the values of a factor.
     """
     codes, levels = np.asarray(mean, dtype=np.float64), factor_levels(factors)
     metrics = {
@@ -72,7 +74,7 @@ def disentanglement_metrics(
 def factor_levels(factors: ArrayLike) -> Levels:
     """The factors that vary, their values in ascending order as 0, 1, ...: int64 `(N, up to K)`.
 
-    Raises `UserError` if no factor has two values, or if one has more than N / 2.
+    Raises `UserError` if no factor has two values, or if one has more than N / `MIN_IMAGES`.
     """
     values = np.asarray(factors)
     levels = np.zeros(values.shape, dtype=np.int64)
@@ -84,9 +86,9 @@ def factor_levels(factors: ArrayLike) -> Levels:
             f"factors: got {values.shape[1]} that do not vary over {len(values)} images, should be one or more with "
             "two values or more; try images with known factors, for example --data.source sprites"
         )
-    if (largest := int(num_levels.max())) * 2 > len(values):
+    if (needed := MIN_IMAGES * (largest := int(num_levels.max()))) > len(values):
         raise UserError(
-            f"images: got {len(values)}, should be {2 * largest} or more for the {largest} values of factor "
+            f"images: got {len(values)}, should be {needed} or more for the {largest} values of factor "
             f"{num_levels.argmax()} (from 0); try more images, or leave that factor out"
         )
     return levels[:, num_levels > 1]
@@ -109,15 +111,16 @@ def mig_locatello(codes: Floats, factors: Levels, *, bins: int = BINS) -> float:
 
 
 def mig_chen(mean: Floats, logvar: Floats, z: Floats, factors: Levels) -> float:
-    """Mutual information gap of sampled codes (Chen et al. 2018, arXiv:1802.04942, eq. 6): 0 to 1.
+    """Mutual information gap of sampled codes (Chen et al. 2018, arXiv:1802.04942, section 4.1): 0 to 1.
 
-    The same gap over the same H(v_k) as `mig_locatello`, but I(z_j; v_k) is that of the continuous sample
-    z ~ q(z | x) with its factor, from the densities of the aggregated posterior (`posterior_information`), not of a
-    binned mean. So it has no ceiling below 1, and noise that the decoder sees lowers it. The two are not comparable.
-    The authors leave out dSprites' shape.
+    The same gap over the same H(v_k) as `mig_locatello`, but of I(z_j; v_k) between a factor and the continuous sample
+    z ~ q(z | x), from the densities of the aggregated posterior (`posterior_information`) instead of a histogram of
+    means. So no number of bins sets a ceiling below 1, and wide posteriors lower it. The two do not compare. The
+    authors leave out dSprites' shape.
 
-    Good for: VAEs, whose dimensions with a posterior equal to the prior count as 0. Misleads: with fewer than some
-    hundred images per value I is too large, in all dimensions; else as `mig_locatello`.
+    Good for: VAEs; a dimension whose posterior is the prior counts as 0. Misleads: where posteriors are so narrow that
+    few images with the same value overlap, every dimension identifies the image and so each of its factors: all I
+    approach H(v_k), and the gap 0; more images help. Else as `mig_locatello`.
     """
     information = posterior_information(mean, logvar, z, factors)
     return float((_gaps(information) / entropies(factors)).mean())

@@ -105,7 +105,8 @@ def explicitness(codes: Floats, factors: Levels, *, seed: int) -> float:
     """Mean area under the ROC curve of linear classifiers (Ridgeway & Mozer 2018, arXiv:1802.05312, section 3).
 
     Of each value of each factor a logistic regression on all dimensions against the other values, fitted to half of
-    the images and measured on the others; the mean over values, then over factors. 0.5 (chance) to 1; not rescaled.
+    the images and measured on the others; the mean over the values in both halves, then over factors. From 0.5
+    (chance) to 1, not rescaled.
 
     Good for: whether a linear layer can read the factors. Misleads: a linear function cannot rank a middle value of an
     ordered factor above both its neighbours, so codes = factors of many values have about 0.75, not 1; softmax
@@ -117,10 +118,11 @@ def explicitness(codes: Floats, factors: Levels, *, seed: int) -> float:
     means = []
     for level in factors.T:
         targets = one_hot(level, int(level.max()) + 1)
-        targets = targets[:, targets[train].any(0) & targets[test].any(0)]
-        scores = linear_scores(x[train], targets[train], x[test], loss=one_vs_rest_loss)
-        means.append(_areas_under_roc(scores, targets[test]).mean())
-    return float(np.mean(means))
+        in_both = (np.ptp(targets[train], axis=0) > 0) & (np.ptp(targets[test], axis=0) > 0)
+        if in_both.any():
+            scores = linear_scores(x[train], targets[train][:, in_both], x[test], loss=one_vs_rest_loss)
+            means.append(_areas_under_roc(scores, targets[test][:, in_both]).mean())
+    return float(np.mean(means)) if means else 0.5
 
 
 def linear_scores(train: Floats, targets: Floats, test: Floats, *, loss: Loss) -> Floats:
@@ -128,8 +130,8 @@ def linear_scores(train: Floats, targets: Floats, test: Floats, *, loss: Loss) -
 
     Minimises `loss` + |weights|² / 2 (intercepts are free), whose only minimum L-BFGS finds.
     """
-    x, y, x_test = (torch.nn.functional.pad(torch.from_numpy(a), (0, 1), value=1.0) for a in (train, targets, test))
-    y = y[:, :-1]
+    x, x_test = (torch.from_numpy(np.hstack([rows, np.ones((len(rows), 1))])) for rows in (train, test))
+    y = torch.from_numpy(targets)
     weights = torch.zeros(x.shape[1], y.shape[1], dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS(
         [weights], max_iter=500, tolerance_grad=1e-6, tolerance_change=1e-12, line_search_fn="strong_wolfe"

@@ -14,7 +14,7 @@ from vae_ray.evaluation.mutual_information import Floats, Levels
 from vae_ray.seeds import stream
 
 MIN_STD = 0.05
-"""In units of the prior's standard deviation: a dimension whose codes vary less is dead and left out."""
+"""In units of the prior's standard deviation, as in disentanglement_lib: a dimension whose codes vary less is dead."""
 NUM_TRAIN, NUM_TEST = 10_000, 5_000
 """Groups for the classifier and for its accuracy, as in Locatello et al. 2019; the latter's standard error is 0.7 %."""
 Shape = tuple[int, int]
@@ -30,24 +30,22 @@ def factor_vae_score(codes: Floats, factors: Levels, *, seed: int) -> float:
 
     The images of a group share the value of one factor, of each equally many groups. Each dimension is divided by its
     standard deviation over all images; the one with the least variance over the group votes for the factor. A majority
-    vote per dimension is the classifier, tested on further groups. Dimensions with a standard deviation below
-    `MIN_STD` have no vote; without any the score is chance.
+    vote per dimension is the classifier, tested on further groups. Dead dimensions (`MIN_STD`) have no vote, as in the
+    paper, which leaves out those that equal the prior; if all are dead the score is chance.
 
-    Good for: one dimension per factor, without hyperparameters. Misleads: near 1 although a factor is spread over
-    several dimensions; a factor that the code ignores is still guessed right if no other is; two factors in one
-    dimension cost only one of them.
+    Good for: whether factors move different dimensions. Misleads: 1 although a factor is spread over several
+    dimensions; a factor that the code ignores can win the votes of dimensions of noise; of two factors in one dimension
+    only one is lost.
     """
     num_factors, scaled = factors.shape[1], _standardised(codes)
     if not scaled.shape[1]:
         return 1 / num_factors
-    votes = np.zeros((2, scaled.shape[1], num_factors))
-    for half, num in enumerate((NUM_TRAIN, NUM_TEST)):
-        for k, level in enumerate(factors.T):
-            rng = np.random.default_rng(stream(seed, "factor_vae_score", half, k))
-            variances = _over_groups(lambda group: group.var(1), scaled, level, num // num_factors, ONE_VALUE, rng)
-            votes[half, :, k] = np.bincount(variances.argmin(1), minlength=scaled.shape[1])
-    train, test = votes
-    return float(test[np.arange(len(test)), train.argmax(1)].sum() / test.sum())
+    # the votes (K, d) of the groups to train and to test on
+    train, test = (
+        np.stack([np.bincount(winners, minlength=scaled.shape[1]) for winners in variances.argmin(2)])
+        for variances in _train_and_test(lambda group: group.var(1), scaled, factors, ONE_VALUE, seed)
+    )
+    return float(test[train.argmax(0), np.arange(scaled.shape[1])].sum() / test.sum())
 
 
 def beta_vae_score(codes: Floats, factors: Levels, *, seed: int) -> float:
@@ -57,22 +55,17 @@ def beta_vae_score(codes: Floats, factors: Levels, *, seed: int) -> float:
     tells which from the mean of |code - code'| over the pairs, and is tested on further groups. Dimensions are divided
     by their standard deviation first, and dead ones are left out as in `factor_vae_score`; the paper does neither.
 
-    Good for: comparison with the literature. Misleads: a rotated code can reach 1, since the classifier combines
-    dimensions, as can one in which the last factor is recognised by the absence of the others.
+    Good for: comparison with the literature. Misleads: high for rotated codes, since the classifier combines
+    dimensions; 1 although the code ignores one factor, which is recognised by the absence of the others.
     """
     num_factors, scaled = factors.shape[1], _standardised(codes)
     if not scaled.shape[1]:
         return 1 / num_factors
-    differences: list[list[Floats]] = [[], []]
-    for half, num in enumerate((NUM_TRAIN, NUM_TEST)):
-        for k, level in enumerate(factors.T):
-            rng = np.random.default_rng(stream(seed, "beta_vae_score", half, k))
-            differences[half].append(_over_groups(_mean_difference, scaled, level, num // num_factors, PAIRS, rng))
-    (train, labels), (test, test_labels) = (
-        (np.concatenate(parts), np.repeat(np.arange(num_factors), list(map(len, parts)))) for parts in differences
-    )
+    train, test = _train_and_test(_mean_difference, scaled, factors, PAIRS, seed)
+    labels = np.repeat(np.arange(num_factors), train.shape[1])
+    train, test = train.reshape(-1, scaled.shape[1]), test.reshape(-1, scaled.shape[1])
     scores = linear_scores(train, one_hot(labels, num_factors), test, loss=softmax_loss)
-    return float((scores.argmax(1) == test_labels).mean())
+    return float((scores.argmax(1) == np.repeat(np.arange(num_factors), len(test) // num_factors)).mean())
 
 
 def _mean_difference(pairs: Floats) -> Floats:
@@ -86,13 +79,23 @@ def _standardised(codes: Floats) -> Floats:
     return codes[:, std >= MIN_STD] / std[std >= MIN_STD]
 
 
+def _train_and_test(
+    statistic: Callable[[Floats], Floats], codes: Floats, factors: Levels, shape: Shape, seed: int
+) -> list[Floats]:
+    """`statistic` of the groups to train and to test on, of each factor equally many: twice `(K, groups, d)`."""
+    return [
+        np.stack(
+            [
+                _over_groups(statistic, codes, level, num // factors.shape[1], shape, stream(seed, name, shape[0], k))
+                for k, level in enumerate(factors.T)
+            ]
+        )
+        for name, num in (("train", NUM_TRAIN), ("test", NUM_TEST))
+    ]
+
+
 def _over_groups(
-    statistic: Callable[[Floats], Floats],
-    codes: Floats,
-    level: Levels,
-    num: int,
-    shape: Shape,
-    rng: np.random.Generator,
+    statistic: Callable[[Floats], Floats], codes: Floats, level: Levels, num: int, shape: Shape, seed: int
 ) -> Floats:
     """`statistic` of the codes `(groups, images, d)` of `num` groups, in blocks: `(num, d)`.
 
@@ -100,7 +103,7 @@ def _over_groups(
     """
     order, counts = np.argsort(level, kind="stable"), np.bincount(level)
     starts, shared = np.cumsum(counts) - counts, level[counts[level] > 1]
-    num_values, num_images = shape
+    (num_values, num_images), rng = shape, np.random.default_rng(seed)
     results = []
     for start in range(0, num, BLOCK_GROUPS):
         block = min(BLOCK_GROUPS, num - start)
