@@ -24,6 +24,7 @@ from vae_ray.data.splits import Splits
 from vae_ray.errors import CorruptFile, UserError, one_line
 from vae_ray.evaluation.diagnosis import NUM_IMAGES, find_failures
 from vae_ray.evaluation.evaluation import Evaluation, evaluation_of, observers_of, possible
+from vae_ray.evaluation.features import FeatureSpace, feature_space
 from vae_ray.evaluation.observations import (
     Arrays,
     Observation,
@@ -237,6 +238,7 @@ class TrainedVAE:
         *,
         num_samples: int = 5000,
         num_images: int | None = None,
+        features: str = "classifier",
         progress: Progress = no_progress,
         run: Callable[[Observation], list[Arrays]] = observe_here,
     ) -> Evaluation:
@@ -251,6 +253,9 @@ class TrainedVAE:
                 images do not have, and says so in the warnings.
             num_samples: samples of z for each image, of "nll"; the literature uses 5,000.
             num_images: only the first so many images of the split.
+            features: the space of "fid", "kid" and "precision-recall": "classifier", which is trained on the labels of
+                the training images, "torchvision:NETWORK:FILE" with a file of weights, or "package.module:function",
+                images `(n, C, H, W)` in [0, 1] to `(n, F)`.
             progress: called with the number of images so far, and of all.
             run: who observes the images: this process, or Ray workers with
                 `vae_ray.distributed.evaluation.on_ray(num_workers)`.
@@ -260,7 +265,9 @@ class TrainedVAE:
         """
         names, experiment = chosen(metrics), self.experiment
         check_whole("num_samples", num_samples, least=1)
-        loader, setting = self._evaluation_loader(split, num_images), Setting(self.model, num_samples)
+        loader, seed = self._evaluation_loader(split, num_images), experiment.run.seed
+        space = functools.partial(self._feature_space, features)
+        setting = Setting(self.model, num_samples, seed, space)
         observe_one = functools.partial(
             observe, self.model, loader, slice(0, 1), precision=experiment.training.precision
         )
@@ -270,6 +277,11 @@ class TrainedVAE:
         whole = Observation(experiment, self.model, loader, split, rows, observers, progress)
         labels = self._labels(split, len(loader.indices)) | ({"num_samples": num_samples} if "nll" in names else {})
         return evaluation_of(joined(run(whole)), names, setting, split=split, labels=labels, warnings=missing)
+
+    def _feature_space(self, spec: str) -> FeatureSpace:
+        splits = Splits.open(self.experiment)
+        train, test = splits.select("train"), splits.select("test")
+        return feature_space(spec, train=train, test=test, seed=self.experiment.run.seed, device=self.device)
 
     def _evaluation_loader(self, split: SplitName, num_images: int | None) -> Loader:
         """The images of a split, or the first so many; raises `UserError` where there are none, or not so many."""

@@ -199,6 +199,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
         options.metrics,
         num_samples=options.num_samples,
         num_images=options.num_images,
+        features=options.features,
         progress=_print_progress(),
         **_on_ray(num_workers),
     )

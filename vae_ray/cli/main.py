@@ -239,12 +239,18 @@ COMMANDS: Mapping[Callable[[argparse.Namespace], dict[str, Any]], Arguments] = {
         **MODEL,
         "--split": _text("default test", default="test", choices=("train", "val", "test")),
         "--metrics": _text(
-            "names with commas, or all: elbo, nll, active-units, rates, aggregated-posterior\n"
-            "(default elbo,active-units,rates)",
+            "names with commas, or all: elbo, nll, active-units, rates, aggregated-posterior,\n"
+            "reconstruction, fid, kid, precision-recall, disentanglement (default elbo,active-units,rates)",
             "NAMES",
             default="elbo,active-units,rates",
         ),
         "--num-samples": _number("samples of z for each image, of nll", 5000),
+        "--features": _text(
+            "what fid, kid and precision-recall compare images by: classifier (default; trained here on\n"
+            "the labels), torchvision:NETWORK:FILE with a file of weights, or package.module:function",
+            "SPACE",
+            default="classifier",
+        ),
         "--num-images": _number("only the first so many images of the split"),
     },
     data.data: {

@@ -6,7 +6,9 @@ metric, computed of them in one place, is exact over workers.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -16,9 +18,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vae_ray.config.experiment import Experiment
-from vae_ray.data.batches import Loader
+from vae_ray.data.batches import Loader, scaled
 from vae_ray.errors import UserError
 from vae_ray.evaluation.elbo import autocast
+from vae_ray.evaluation.features import FeatureSpace
+from vae_ray.evaluation.reconstruction import mean_squared_error, peak_signal_to_noise, structural_similarity
 from vae_ray.models.latents import DiagonalGaussian, Group
 from vae_ray.models.networks.base import Features
 from vae_ray.models.noise import EVALUATION_NOISE, latent_noise
@@ -33,14 +37,25 @@ Arrays = dict[str, NDArray[Any]]
 class EvaluationBatch:
     """Images of one batch, and what the model computes of them, once for all observers."""
 
-    def __init__(self, model: VAE, x: Tensor, rows: slice, labels: Mapping[str, Tensor], *, seed: int) -> None:
-        self.model, self.x, self.rows, self.seed = model, x, rows, seed
-        self.condition = model.condition(labels)
+    def __init__(self, model: VAE, loader: Loader, rows: slice) -> None:
+        indices = loader.indices[rows]
+        self.model, self.rows, self.seed = model, rows, loader.seed
+        self.x = loader.images(indices)
+        """As the model sees them, `(n, C, H, W)`."""
+        self.labels = loader.labels(indices)
+        """Labels and factors by name, `(n,)`, on the CPU."""
+        self.condition = model.condition(self.labels)
+        self._pixels = functools.partial(loader.split.gather, indices)
 
     @cached_property
     def features(self) -> Features:
         """What the encoder computes of the images."""
         return self.model.features(self.x, self.condition)
+
+    @cached_property
+    def unchanged(self) -> Tensor:
+        """The images without binarization, `(n, C, H, W)` in [0, 1]."""
+        return scaled(self._pixels().to(self.x.device))
 
     @cached_property
     def output(self) -> Output:
@@ -99,14 +114,51 @@ def top_group(batch: EvaluationBatch) -> dict[str, Tensor]:
     return {**{name: tensor.flatten(1) for name, tensor in flat.items()}, **density}
 
 
+def reconstructions(batch: EvaluationBatch) -> dict[str, Tensor]:
+    """Errors of reconstructions from the posterior means: `(n,)` each, float64."""
+    x, means = batch.x, batch.model.likelihood.mean(batch.at_means[0])
+    return {
+        "mse": mean_squared_error(x, means),
+        "psnr": peak_signal_to_noise(x, means),
+        "ssim": structural_similarity(x, means),
+    }
+
+
+def factors(batch: EvaluationBatch) -> dict[str, Tensor]:
+    """The factors that are whole numbers, `(n, K)` int64."""
+    whole = [values for values in batch.labels.values() if not values.is_floating_point()]
+    if len(whole) < 2:
+        raise UserError(
+            f"metrics: disentanglement needs images with two known factors or more, these have {len(whole)}; leave it "
+            "out, or use images that have them, for example --data.source sprites"
+        )
+    return {"factors": torch.stack(whole, dim=1)}
+
+
+@dataclass(frozen=True)
+class FeaturesOf:
+    """Observes the features of images, and of as many that the model generates: `(n, F)` each, float64."""
+
+    space: FeatureSpace
+
+    def __call__(self, batch: EvaluationBatch) -> dict[str, Tensor]:
+        """Of images without binarization, and of means of p(x|z): a binary image differs from any mean by its noise."""
+        model = batch.model
+        noise = latent_noise(
+            model.latent_shapes, batch.rows, batch.seed, "generated for metrics", device=batch.x.device
+        )
+        generated = model.generate(noise, condition=batch.condition)
+        pairs = {"features": batch.unchanged, "generated_features": generated}
+        return {name: torch.from_numpy(self.space(images)) for name, images in pairs.items()}
+
+
 @torch.inference_mode()
 def observe(
     model: VAE, loader: Loader, rows: slice, observers: Sequence[Observer], *, precision: str = "float32"
 ) -> Arrays:
     """The arrays of the rows `rows` of the images in `loader`, on the CPU; the noise is of its seed and of the rows."""
     model.eval()
-    indices = loader.indices[rows]
-    batch = EvaluationBatch(model, loader.images(indices), rows, loader.labels(indices), seed=loader.seed)
+    batch = EvaluationBatch(model, loader, rows)
     with autocast(precision, batch.x.device):
         seen = [observer(batch) for observer in observers]
     return {name: each.cpu().numpy() for found in seen for name, each in found.items()}

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 from vae_ray.errors import UserError
-from vae_ray.evaluation import importance, latent_space, likelihood, observations
+from vae_ray.evaluation import disentanglement, importance, latent_space, likelihood, observations, samples
+from vae_ray.evaluation.features import FeatureSpace
 from vae_ray.evaluation.observations import Arrays, Observer
-from vae_ray.evaluation.result import Result
+from vae_ray.evaluation.result import Result, means
 from vae_ray.models.vae import VAE
 
 NATS = ("nelbo", "distortion", "rate", "nll", "mutual_information", "marginal_kl", "total_correlation")
@@ -18,12 +21,16 @@ DEFAULT = ("elbo", "active-units", "rates")
 ALL = "all"
 
 
-class Setting(NamedTuple):
+@dataclass
+class Setting:
     """What metrics may depend on besides the arrays."""
 
     model: VAE
     num_samples: int
     """Samples of z for each image, of -log p(x)."""
+    seed: int
+    features: Callable[[], FeatureSpace]
+    """Makes the feature space of metrics that compare sets of images."""
 
     @property
     def has_levels(self) -> bool:
@@ -32,6 +39,11 @@ class Setting(NamedTuple):
     @property
     def importance_samples(self) -> importance.ImportanceSamples:
         return importance.ImportanceSamples(self.num_samples)
+
+    @cached_property
+    def feature_space(self) -> FeatureSpace:
+        """Made when a metric first needs it; raises `UserError` where there can be none."""
+        return self.features()
 
 
 class Metric(NamedTuple):
@@ -55,6 +67,33 @@ def _rates(arrays: Arrays, setting: Setting) -> Result:
     return latent_space.rates(arrays, group_sizes=sizes)
 
 
+def _disentanglement(arrays: Arrays, setting: Setting) -> Result:
+    values = disentanglement.disentanglement_metrics(
+        arrays["mean"], arrays["factors"], seed=setting.seed, logvar=arrays["logvar"], z=arrays["z"]
+    )
+    return Result(values)
+
+
+def _fid(arrays: Arrays, setting: Setting) -> Result:
+    value = samples.frechet_distance(arrays["features"], arrays["generated_features"])
+    return Result({f"fid[{setting.feature_space.name}]": value})
+
+
+def _kid(arrays: Arrays, setting: Setting) -> Result:
+    found = samples.kernel_distance(arrays["features"], arrays["generated_features"], seed=setting.seed)
+    name = f"kid[{setting.feature_space.name}]"
+    return Result({name: found.value}, {name: found.standard_error})
+
+
+def _precision_recall(arrays: Arrays, setting: Setting) -> Result:
+    found = samples.precision_recall(arrays["features"], arrays["generated_features"])
+    return Result({f"{name}[{setting.feature_space.name}]": value for name, value in found._asdict().items()})
+
+
+def _features(setting: Setting) -> list[Observer]:
+    return [observations.FeaturesOf(setting.feature_space)]
+
+
 METRICS: dict[str, Metric] = {
     "elbo": Metric(_elbo, lambda _: [observations.elbo]),
     "nll": Metric(_nll, lambda setting: [setting.importance_samples]),
@@ -63,6 +102,14 @@ METRICS: dict[str, Metric] = {
     "aggregated-posterior": Metric(
         lambda arrays, _: latent_space.aggregated_posterior(arrays), lambda _: [observations.top_group]
     ),
+    "reconstruction": Metric(
+        lambda arrays, _: Result(*means({name: arrays[name] for name in ("mse", "psnr", "ssim")})),
+        lambda _: [observations.reconstructions],
+    ),
+    "fid": Metric(_fid, _features),
+    "kid": Metric(_kid, _features),
+    "precision-recall": Metric(_precision_recall, _features),
+    "disentanglement": Metric(_disentanglement, lambda _: [observations.factors, observations.top_group]),
 }
 
 
@@ -84,6 +131,8 @@ def with_unit(key: str, value: float, standard_error: float | None = None) -> st
         unit, digits = " bits/dim", 3
     elif name.startswith(tuple(f"{each}_" for each in NATS)) or name in NATS:
         unit, digits = " nats", 2
+    elif name == "psnr":
+        unit, digits = " dB", 2
     else:
         unit, digits = "", 0 if float(value).is_integer() else 3
     error = "" if standard_error is None else f" ± {standard_error:.{max(1, digits)}f}"
