@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -13,26 +13,30 @@ from torch import Tensor
 
 from vae_ray.arguments import check_choice, check_whole, existing_device, finite_float
 from vae_ray.checkpoints.finding import find_checkpoint
-from vae_ray.checkpoints.loading import WEIGHTS, Checkpoint
+from vae_ray.checkpoints.loading import AVERAGED, WEIGHTS, Checkpoint
 from vae_ray.config import user_code
 from vae_ray.config.experiment import Experiment, is_place_key
 from vae_ray.data.batches import Loader
-from vae_ray.data.cache import name_of
+from vae_ray.data.cache import name_of, open_dataset
 from vae_ray.data.dataset import Split
 from vae_ray.data.images import as_images, as_tensor
 from vae_ray.data.splits import Splits
 from vae_ray.errors import CorruptFile, UserError, one_line
+from vae_ray.evaluation.codes import WHAT, Codes, write_codes
 from vae_ray.evaluation.diagnosis import NUM_IMAGES, find_failures
 from vae_ray.evaluation.evaluation import Evaluation, evaluation_of, observers_of, possible
 from vae_ray.evaluation.features import FeatureSpace, feature_space
 from vae_ray.evaluation.observations import (
-    Arrays,
     Observation,
+    Piece,
     Progress,
+    Run,
+    in_order,
     joined,
     no_progress,
     observe,
     observe_here,
+    observed,
     pieces,
 )
 from vae_ray.evaluation.table import ALL, DEFAULT, Setting, chosen
@@ -50,6 +54,7 @@ logger = logging.getLogger(__name__)
 SplitName = Literal["train", "val", "test"]
 Method = Literal["linear", "spherical"]
 Weights = Literal["averaged", "last"]
+What = Literal["mean", "sample", "all"]
 
 BINARIZATIONS = {
     "none": "none (grey levels)",
@@ -240,7 +245,7 @@ class TrainedVAE:
         num_images: int | None = None,
         features: str = "classifier",
         progress: Progress = no_progress,
-        run: Callable[[Observation], list[Arrays]] = observe_here,
+        run: Run = observe_here,
     ) -> Evaluation:
         """Metrics of a whole split (docs/evaluation.md), `{"test/nelbo": ..., "test/distortion": ..., ...}`.
 
@@ -273,10 +278,65 @@ class TrainedVAE:
         )
         names, missing = possible(names, setting, observe_one, required=metrics not in (ALL, [ALL]))
         size = BLOCK_ROWS if "nll" in names else experiment.training.evaluation_batch_size
-        rows, observers = pieces(len(loader.indices), size), observers_of(names, setting)
-        whole = Observation(experiment, self.model, loader, split, rows, observers, progress)
+        given = [Piece(split, rows) for rows in pieces(len(loader.indices), size)]
+        whole = Observation(experiment, self.model, {split: loader}, given, observers_of(names, setting))
+        arrays = joined(in_order(observed(whole, run, progress)))
         labels = self._labels(split, len(loader.indices)) | ({"num_samples": num_samples} if "nll" in names else {})
-        return evaluation_of(joined(run(whole)), names, setting, split=split, labels=labels, warnings=missing)
+        return evaluation_of(arrays, names, setting, split=split, labels=labels, warnings=missing)
+
+    def write_codes(
+        self,
+        out: str | Path,
+        *,
+        what: What = "mean",
+        split: SplitName | Literal["all"] = "all",
+        progress: Progress = no_progress,
+        run: Run = observe_here,
+    ) -> Codes:
+        """Write the codes of all images as Parquet, one row an image; a call that was killed is continued by another.
+
+        Columns: `split`; `number` in the split, from 0; labels and factors; and float32 lists of fixed length: `code`.
+        Images are those of the run as evaluation sees them, or others of their shape (`load` with `data`), of which
+        none are set aside for validation.
+
+        Args:
+            out: a file, if it ends in `.parquet`, or else a directory of them; a path or URI.
+            what: "mean" of the posterior, as `encode` gives it; a "sample" z ~ q(z|x) by the run's seed; "all": `code`
+                is the mean, and `logvar` (of the top group), `z` (the sample) and `rate` (of it, in nats) are added.
+            split: one, or all.
+            progress: called with the number of images so far, and of all.
+            run: as in `evaluate`.
+
+        Raises:
+            UserError: images of another shape, a split that does not exist, or `out` has something else.
+        """
+        check_choice("what", what, WHAT)
+        check_choice("split", split, ("all", *get_args(SplitName)))
+        dataset, experiment = open_dataset(self.experiment.data), self.experiment
+        fingerprints = {name: images.fingerprint for name, images in dataset.splits.items()}
+        if self.checkpoint.other_images(dataset.description.image_shape, fingerprints):
+            experiment = experiment.with_overrides({"data.num_validation": 0})
+        splits = Splits.open(experiment)
+        self._check_shape(splits.train)
+        if split == "val" and not splits.num_validation:
+            raise UserError("split val: these images have no validation split; try test, train or all")
+        names = [name for name in get_args(SplitName) if name != "val" or splits.num_validation]
+        shards = shards_of(SingleProcess(self.device))
+        loaders = {name: splits.loader(name, experiment, shards) for name in names if split in (name, "all")}
+        for name, loader in loaders.items():
+            if self.model.condition_on not in (None, *loader.split.columns):
+                raise UserError(
+                    f"data.source: the {name} images have no {self.model.condition_on!r}, on which this model is "
+                    "conditional; use images that have it"
+                )
+        return write_codes(
+            self.model, experiment, loaders, str(out), what=what, weights=self._fingerprint, run=run, progress=progress
+        )
+
+    @property
+    def _fingerprint(self) -> str:
+        """SHA-256 of the weights' file."""
+        return str(self.checkpoint.files[AVERAGED if self.weights == "averaged" else WEIGHTS]["sha256"])
 
     def _feature_space(self, spec: str) -> FeatureSpace:
         splits = Splits.open(self.experiment)
@@ -359,12 +419,19 @@ class TrainedVAE:
 
     def _check_images(self, images: Split) -> None:
         """Raise `UserError` for images of another shape than the model's; warn of others than the run had."""
-        if not (other := self.checkpoint.other_images(images.image_shape, {images.name: images.fingerprint})):
-            return
-        message = f"data.source: {name_of(self.experiment.data)} has {other}"
+        self._check_shape(images)
+        if other := self.checkpoint.other_images(images.image_shape, {images.name: images.fingerprint}):
+            logger.warning(
+                "data.source: %s has %s; these numbers and pictures do not compare with the run's",
+                name_of(self.experiment.data),
+                other,
+            )
+
+    def _check_shape(self, images: Split) -> None:
         if images.image_shape != self.image_shape:
+            other = self.checkpoint.other_images(images.image_shape, {})
+            message = f"data.source: {name_of(self.experiment.data)} has {other}"
             raise UserError(f"{message}; use the run's images, for example with --data.root DIR")
-        logger.warning("%s; these numbers and pictures do not compare with the run's", message)
 
     def class_of(self, label: int | str | None, *, key: str = "label") -> int | None:
         """The class that a number or a name stands for; None, and only that, of a model that is not conditional.

@@ -217,12 +217,12 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
 
 def _num_workers(text: str) -> int:
     if not text.isdecimal():
-        raise UserError(f"--workers.num: got {text!r}, should be a whole number; 0 evaluates in this process")
+        raise UserError(f"--workers.num: got {text!r}, should be a whole number; 0 means in this process")
     return int(text)
 
 
 def _on_ray(num_workers: int) -> dict[str, Any]:
-    """How `TrainedVAE.evaluate` runs on so many Ray workers."""
+    """How `TrainedVAE.evaluate` and `write_codes` run on so many Ray workers."""
     if not num_workers:
         return {}
     with signals.deferred():
@@ -242,6 +242,30 @@ def _print_progress() -> Callable[[int, int], None]:
             sys.stderr.write(f"vae-ray: {num_done:,} of {num_images:,} images\n")
 
     return report
+
+
+def encode(options: argparse.Namespace) -> dict[str, Any]:
+    """codes of all images as Parquet; the same command continues where it was killed"""
+    num_workers = _num_workers(options.overrides.pop("workers.num", "0"))
+    model = load_model(options)
+    from vae_ray.data.cache import open_dataset
+    from vae_ray.run_files.progress import preparation_view
+
+    with preparation_view(quiet=False) as progress:
+        open_dataset(model.experiment.data, progress=progress)
+    found = model.write_codes(
+        options.codes, what=options.what, split=options.split, progress=_print_progress(), **_on_ray(num_workers)
+    )
+    if options.json:
+        return {"checkpoint": str(model.checkpoint.path), **found._asdict()}
+    by_split = ", ".join(f"{num:,} {split}" for split, num in found.num_images.items())
+    earlier = f"{found.num_found:,} of them by an earlier call"
+    return {
+        "codes": found.out,
+        "images": f"{by_split}{f'; {earlier}' if found.num_found else ''}",
+        "columns": ", ".join(found.columns),
+        "checkpoint": str(model.checkpoint.path),
+    }
 
 
 def presets(options: argparse.Namespace) -> dict[str, Any]:

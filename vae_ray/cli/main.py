@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if command == "data" and not key.startswith("data."):
                 raise UserError(f"--{key}: vae-ray data takes the keys --data.KEY, as in --data.image-size 64")
             if command not in (*OVERRIDABLE, "data") and not (
-                command in READ_IMAGES and (key.startswith("data.") or (command, key) == ("evaluate", "workers.num"))
+                command in READ_IMAGES and (key.startswith("data.") or (command in ON_WORKERS and key == "workers.num"))
             ):
                 raise UserError(
                     f"--{key}: only {', '.join(OVERRIDABLE)} take the Experiment's keys, and {', '.join(READ_IMAGES)} "
@@ -94,7 +94,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, code=INTERRUPTED)
     except KeyboardInterrupt:
         runs = "vae-ray resume RUN (sweeps: the same command with --resume); before a run has begun, the same command"
-        remedy = "the same command, which decodes no image again" if arguments[:1] == ["data"] else runs
+        again = {"data": "decodes no image", "encode": "encodes no image"}.get((arguments or [""])[0])
+        remedy = f"the same command, which {again} again" if again else runs
         return _fail(f"interrupted; continue with: {remedy}", code=INTERRUPTED)
     return _print(json.dumps(answer, indent=2) if options.json else _readable(answer)) or int(options.exit_code)
 
@@ -253,6 +254,19 @@ COMMANDS: Mapping[Callable[[argparse.Namespace], dict[str, Any]], Arguments] = {
         ),
         "--num-images": _number("only the first so many images of the split"),
     },
+    commands.encode: {
+        **MODEL,
+        "--out": _text(
+            "one file if it ends in .parquet, else a directory of them", "FILE.parquet|DIR", dest="codes", required=True
+        ),
+        "--what": _text(
+            "code: the posterior mean (default), or a sample z by the run's seed; all: the mean,\n"
+            "and the columns logvar, z and rate",
+            default="mean",
+            choices=("mean", "sample", "all"),
+        ),
+        "--split": _text("default all", default="all", choices=("train", "val", "test", "all")),
+    },
     data.data: {
         "action": _text(
             "show: a contact sheet, numbers, and what is wrong with which file\n"
@@ -287,8 +301,10 @@ COMMANDS: Mapping[Callable[[argparse.Namespace], dict[str, Any]], Arguments] = {
 """The arguments of each command; its docstring is its help."""
 OVERRIDABLE = ("train", "resume", "sweep")
 """The commands that take all of the Experiment's keys."""
-READ_IMAGES = ("reconstruct", "interpolate", "traverse", "evaluate")
+READ_IMAGES = ("reconstruct", "interpolate", "traverse", "evaluate", "encode")
 """The commands that read the images of a trained model's run, which may lie elsewhere now."""
+ON_WORKERS = ("evaluate", "encode")
+"""Those of them that take --workers.num."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -315,7 +331,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
             sub.epilog = _field_help()
         if name in READ_IMAGES:
             sub.epilog = "where the run's images are now: --data.root DIR, --data.cache-dir DIR, --data.download BOOL"
-            sub.epilog += "\non Ray workers: --workers.num N (default 0: in this process)" * (name == "evaluate")
+            sub.epilog += "\non Ray workers: --workers.num N (default 0: in this process)" * (name in ON_WORKERS)
     names = [command.__name__ for command in COMMANDS]
     if arguments and not arguments[0].startswith("-") and arguments[0] not in names:
         from vae_ray.config.keys import did_you_mean

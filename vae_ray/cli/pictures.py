@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def load_model(options: argparse.Namespace) -> TrainedVAE:
     """The model of the command."""
-    if "out" in options:
+    if "out" in options:  # of a picture
         out_file(options)  # before anything is read
     if getattr(options, "images", None) == "":
         raise UserError("--images: got '', should be a directory of pictures, a picture, a .npy or a .npz file")

@@ -98,8 +98,12 @@ class Loader:
             stop = min(start + batch_size, len(self.indices))
             rows = self.shards.slice_of(start, stop)
             yield self._batch(self.indices[rows], rows, stop - start, epoch=None)
-            if self._window_bytes is not None:
-                self.split.release(before=int(self.indices[start]))
+            self.release(before=start)
+
+    def release(self, *, before: int) -> None:
+        """Give the memory of images back that all come before a row, where they are read window by window."""
+        if self._window_bytes is not None:
+            self.split.release(before=int(self.indices[before]))
 
     def steps(self, epoch: int, *, global_batch_size: int, first_step: int = 0) -> Iterator[Tensor]:
         """The indices of the global batch of each step, from `first_step` on: a function of (seed, epoch) alone."""

@@ -1,9 +1,14 @@
-"""Evaluation on Ray: actors that hold the model observe the pieces of a split."""
+"""Evaluation on Ray: actors that hold the model observe pieces of splits.
+
+Plain actors and no Ray Data: images lie prepared on every node, so that a piece is a few numbers that are sent, and
+what comes back is small; there is nothing to read, to shuffle or to spill for it. An actor gets its next piece when the
+driver has taken the last one's arrays: as many are in memory as there are actors.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import ray
@@ -19,7 +24,7 @@ from vae_ray.distributed.connection import connected, on_connected_cluster
 from vae_ray.distributed.failures import first_cause
 from vae_ray.distributed.resources import worker_resources
 from vae_ray.errors import TrainingFailed, UserError
-from vae_ray.evaluation.observations import Arrays, Observation, Observer, observe, observe_here
+from vae_ray.evaluation.observations import Arrays, Observation, Observer, Piece, Run, observe, observe_here
 from vae_ray.models.vae import build_vae
 from vae_ray.parallel.group import SingleProcess, shards_of
 from vae_ray.training.cpu_settings import cpu_settings
@@ -34,20 +39,19 @@ class Common(NamedTuple):
     experiment: dict[str, Any]
     image_shape: tuple[int, int, int]
     weights: Mapping[str, Tensor]
-    split: str
     observers: Sequence[Observer]
     code: dict[str, bytes]
     """The user's own modules, by path."""
     device: torch.device
 
 
-def on_ray(num_workers: int) -> Callable[[Observation], list[Arrays]]:
-    """What observes a split by `num_workers` actors of Ray; 0: by this process, without Ray."""
+def on_ray(num_workers: int) -> Run:
+    """What observes splits by `num_workers` actors of Ray; 0: by this process, without Ray."""
     return functools.partial(_observe_on_ray, num_workers=num_workers) if num_workers else observe_here
 
 
-def _observe_on_ray(whole: Observation, *, num_workers: int) -> list[Arrays]:
-    """The arrays of the pieces, in order.
+def _observe_on_ray(whole: Observation, *, num_workers: int) -> Iterator[tuple[int, Arrays]]:
+    """Number and arrays of each piece, as they are done.
 
     Raises `UserError` if Ray cannot be reached or has no room for the actors, an actor's own `UserError`, and
     `TrainingFailed` for any other failure.
@@ -64,26 +68,20 @@ def _observe_on_ray(whole: Observation, *, num_workers: int) -> list[Arrays]:
         weights = {name: tensor.cpu() for name, tensor in whole.model.state_dict().items()}
         code = user_code.collect(experiment.user_code())
         shape = whole.model.image_shape
-        common = ray.put(Common(experiment.to_dict(), shape, weights, whole.split, whole.observers, code, device))
-        pool = ActorPool([kind.remote(common) for _ in range(min(num_workers, len(whole.rows)))])
-        found: dict[int, Arrays] = {}
-        num_done = 0
+        common = ray.put(Common(experiment.to_dict(), shape, weights, whole.observers, code, device))
+        pool = ActorPool([kind.remote(common) for _ in range(min(num_workers, len(whole.pieces)))])
+        numbered = list(enumerate(whole.pieces))
         try:
-            numbered = list(enumerate(whole.rows))
-            for number, arrays in pool.map_unordered(lambda actor, piece: actor.observe.remote(*piece), numbered):
-                found[number] = arrays
-                num_done += whole.rows[number].stop - whole.rows[number].start
-                whole.progress(num_done, whole.rows[-1].stop)
+            yield from pool.map_unordered(lambda actor, piece: actor.observe.remote(*piece), numbered)
         except RayError as error:
             cause = getattr(error, "cause", None) or error  # of a RayTaskError
             if isinstance(cause, UserError):
                 raise UserError(str(cause)) from None
             raise TrainingFailed(f"the workers could not finish: {first_cause([cause])}") from error
-        return [found[number] for number in range(len(found))]
 
 
 class _Observer:
-    """An actor: one model, and the images of one split as its node has them."""
+    """An actor: one model, and the images as its node has them."""
 
     def __init__(self, common: Common) -> None:
         user_code.install(common.code)
@@ -94,7 +92,9 @@ class _Observer:
         self.model = build_vae(experiment, common.image_shape, seed=0)
         self.model.load_state_dict(common.weights)
         self.model.to(common.device)
-        self.loader = Splits.open(experiment).loader(common.split, experiment, shards_of(SingleProcess(common.device)))
+        splits, shards = Splits.open(experiment), shards_of(SingleProcess(common.device))
+        self.loader = functools.cache(lambda split: splits.loader(split, experiment, shards))
 
-    def observe(self, number: int, rows: slice) -> tuple[int, Arrays]:
-        return number, observe(self.model, self.loader, rows, self.observers, precision=self.precision)
+    def observe(self, number: int, piece: Piece) -> tuple[int, Arrays]:
+        loader = self.loader(piece.split)
+        return number, observe(self.model, loader, piece.rows, self.observers, precision=self.precision)

@@ -7,7 +7,7 @@ metric, computed of them in one place, is exact over workers.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -161,30 +161,56 @@ def observe(
     batch = EvaluationBatch(model, loader, rows)
     with autocast(precision, batch.x.device):
         seen = [observer(batch) for observer in observers]
+    loader.release(before=rows.start)
     return {name: each.cpu().numpy() for found in seen for name, each in found.items()}
 
 
+class Piece(NamedTuple):
+    """Images that are observed together."""
+
+    split: str
+    rows: slice
+
+    @property
+    def num_images(self) -> int:
+        """How many they are."""
+        return int(self.rows.stop - self.rows.start)
+
+
 class Observation(NamedTuple):
-    """The observation of a whole split, in pieces that anyone may do."""
+    """The observation of one split or several, in pieces that anyone may do."""
 
     experiment: Experiment
     model: VAE
-    loader: Loader
-    split: str
-    """Which split of the experiment the loader has."""
-    rows: Sequence[slice]
+    loaders: Mapping[str, Loader]
+    """By the experiment's splits."""
+    pieces: Sequence[Piece]
     observers: Sequence[Observer]
-    progress: Progress
 
 
-def observe_here(whole: Observation) -> list[Arrays]:
-    """The arrays of the pieces, in order, by this process."""
-    parts = []
-    for rows in whole.rows:
+Run = Callable[[Observation], Iterator[tuple[int, Arrays]]]
+"""Who observes: yields number and arrays of each piece as they are done, in any order."""
+
+
+def observe_here(whole: Observation) -> Iterator[tuple[int, Arrays]]:
+    """Number and arrays of each piece, by this process."""
+    for number, (split, rows) in enumerate(whole.pieces):
         precision = whole.experiment.training.precision
-        parts.append(observe(whole.model, whole.loader, rows, whole.observers, precision=precision))
-        whole.progress(rows.stop, whole.rows[-1].stop)
-    return parts
+        yield number, observe(whole.model, whole.loaders[split], rows, whole.observers, precision=precision)
+
+
+def observed(whole: Observation, run: Run, progress: Progress) -> Iterator[tuple[int, Arrays]]:
+    """What `run` yields; `progress` is called after each piece."""
+    num_done, num_images = 0, sum(piece.num_images for piece in whole.pieces)
+    for number, arrays in run(whole):
+        yield number, arrays
+        num_done += whole.pieces[number].num_images
+        progress(num_done, num_images)
+
+
+def in_order(found: Iterable[tuple[int, Arrays]]) -> list[Arrays]:
+    """The arrays of the pieces by their numbers."""
+    return [arrays for _, arrays in sorted(found, key=lambda each: each[0])]
 
 
 def pieces(num_images: int, size: int) -> list[slice]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import BinaryIO
 
 from vae_ray.storage.atomic import sync_directory
 from vae_ray.storage.locations import is_uri, local_path
-from vae_ray.storage.remote import FileStat, RemoteDirectory
+from vae_ray.storage.remote import CHUNK_BYTES, FileStat, RemoteDirectory
 
 
 class LocalDirectory:
@@ -33,11 +36,19 @@ class LocalDirectory:
         except (FileNotFoundError, NotADirectoryError):
             return None
 
-    def write(self, name: str, content: bytes) -> None:
+    def open(self, name: str) -> BinaryIO | None:
+        """A file, to read parts of it; None if it does not exist."""
+        try:
+            return (self.path / name).open("rb")
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def write(self, name: str, content: bytes | BinaryIO) -> None:
         """Create or replace a file."""
         self.path.mkdir(parents=True, exist_ok=True)
         partial = self.path / f".partial-{name}"
-        partial.write_bytes(content)
+        with partial.open("wb") as target:
+            shutil.copyfileobj(io.BytesIO(content) if isinstance(content, bytes) else content, target, CHUNK_BYTES)
         os.replace(partial, self.path / name)
 
     def sync(self, names: Iterable[str]) -> None:
@@ -49,6 +60,11 @@ class LocalDirectory:
     def delete(self, name: str) -> None:
         """Delete a file; no error if it does not exist."""
         (self.path / name).unlink(missing_ok=True)
+
+    def delete_directory(self, name: str) -> None:
+        """Delete a directory with all files; no error if it does not exist."""
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(self.path / name)
 
     def download(self, name: str, file: Path) -> None:
         """Copy a file from there."""

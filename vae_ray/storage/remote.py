@@ -6,7 +6,7 @@ import contextlib
 import io
 import shutil
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow.fs
 
@@ -52,6 +52,13 @@ class RemoteDirectory:
         try:
             with self._filesystem.open_input_stream(self._path_of(name)) as stream:
                 return bytes(stream.read())
+        except FileNotFoundError:
+            return None
+
+    def open(self, name: str) -> Any:
+        """A file, to read parts of it; None if it does not exist."""
+        try:
+            return self._filesystem.open_input_file(self._path_of(name))
         except FileNotFoundError:
             return None
 
