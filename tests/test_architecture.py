@@ -27,6 +27,7 @@ LAYERS = [
     {"distributed", "inference"},
     {"cluster"},
     {"runs"},
+    {"report"},
     {"tuning"},
     {"cli"},
     {"__main__"},

@@ -2,46 +2,23 @@
 
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page
 
-from tests.tuning.test_report import HOSTILE, TRIALS, build_sweep, reported
+from tests.report.pages import HOSTILE
+from tests.system.chromium import CONTRAST, DESKTOP, PHONE, opened, tooltip
+from tests.tuning.test_report import TRIALS, build_sweep, reported
+from vae_ray.report.pictures import PICTURE_KINDS
 from vae_ray.tuning.directory import SweepDirectory
-from vae_ray.tuning.report.trials import PICTURE_KINDS
 
 pytestmark = pytest.mark.system
 
-DESKTOP, PHONE = (1400, 900), (390, 844)
-FLAGS = ["no-sandbox", "disable-gpu", "disable-background-networking", "disable-sync"]
 WITH_HISTORY = [name for name, (_, epochs, _) in TRIALS.items() if epochs]
 RANKED = [name for name, (_, _, state) in TRIALS.items() if state in ("finished", "stopped")]
-# Contrast of two sRGB colors as WCAG 2.1 defines it.
-CONTRAST = """(colors) => {
-  const luminance = (color) => {
-    const [r, g, b] = color.match(/[\\d.]+/g).map((v) => v / 255)
-      .map((v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
-    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
-  };
-  const [low, high] = colors.map(luminance).sort((a, b) => a - b);
-  return (high + 0.05) / (low + 0.05);
-}"""
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    executable = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if executable is None:
-        pytest.fail("needs a Chromium: apt-get install chromium", pytrace=False)
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=executable, args=[f"--{flag}" for flag in FLAGS])
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture(scope="module")
@@ -61,47 +38,8 @@ def hierarchies(tmp_path_factory: pytest.TempPathFactory, isolated_cache: Path) 
     return directory
 
 
-@contextmanager
-def opened(
-    browser: Browser, directory: SweepDirectory, *, size: tuple[int, int] = DESKTOP, dark: bool = False
-) -> Iterator[Page]:
-    """The report with all its charts drawn; fails if the page has a problem or sends a request."""
-    viewport = {"width": size[0], "height": size[1]}
-    context = browser.new_context(viewport=viewport, color_scheme="dark" if dark else "light")
-    page = context.new_page()
-    problems: list[str] = []
-    requests: list[str] = []
-    page.on("request", lambda request: requests.append(request.url))
-    page.on("pageerror", lambda error: problems.append(f"error: {error}"))
-    page.on("console", lambda message: problems.append(f"console {message.type}: {message.text}"))
-    page.on("dialog", lambda dialog: (problems.append(f"dialog: {dialog.message}"), dialog.dismiss()))
-    page.on("crash", lambda _: problems.append("crash"))
-    page.goto(directory.report.as_uri())
-    page.wait_for_function(
-        "document.querySelectorAll('.chart').length === document.querySelectorAll('.chart svg').length"
-    )
-    yield page
-    # a corrupt picture rejects
-    page.evaluate("Promise.all([...document.images].map((image) => image.decode()))")
-    assert page.evaluate("document.documentElement.scrollWidth") <= size[0], "no part of the page is cut"
-    assert problems == []
-    assert [url for url in requests if not url.startswith("data:")] == [directory.report.as_uri()]
-    context.close()
-
-
 def count(page: Page, chart: str, layer: str, mark: str) -> int:
     return page.locator(f"#chart-{chart} .{layer}_marks {mark}").count()
-
-
-def tooltip(page: Page, chart: str, x: float, y: float) -> str:
-    """The text of the tooltip at a place of the chart, as parts of its size."""
-    plot = page.locator(f"#chart-{chart} .root > g > .background").first
-    plot.scroll_into_view_if_needed()
-    box = plot.bounding_box()
-    assert box is not None
-    page.mouse.move(box["x"] + x * box["width"], box["y"] + y * box["height"], steps=5)
-    page.wait_for_selector("#vg-tooltip-element.visible")
-    return page.locator("#vg-tooltip-element").inner_text()
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
@@ -110,7 +48,7 @@ def test_text_is_legible(browser: Browser, sweep: SweepDirectory, size: tuple[in
     parts = [
         f".chart .{part} text" for part in ("role-axis-label", "role-axis-title", "role-legend-label", "labels_marks")
     ]
-    with opened(browser, sweep, size=size, dark=dark) as page:
+    with opened(browser, sweep.report, size=size, dark=dark) as page:
         for selector in (*parts, "figcaption", "td.front", "td.reason", "p", "a", "th"):
             colors = page.evaluate(
                 """(selector) => {
@@ -125,7 +63,7 @@ def test_text_is_legible(browser: Browser, sweep: SweepDirectory, size: tuple[in
 
 
 def test_every_trial_is_drawn_in_every_chart(browser: Browser, sweep: SweepDirectory) -> None:
-    with opened(browser, sweep) as page:
+    with opened(browser, sweep.report) as page:
         assert page.locator(".chart svg").count() == 3
         assert count(page, "curves-0", "lines", "path") == len(WITH_HISTORY)
         assert page.locator("#chart-curves-0 .ends_marks path[opacity='1']").count() == len(WITH_HISTORY)
@@ -139,7 +77,7 @@ def test_every_trial_is_drawn_in_every_chart(browser: Browser, sweep: SweepDirec
 
 
 def test_hostile_text_is_displayed(browser: Browser, sweep: SweepDirectory) -> None:
-    with opened(browser, sweep) as page:
+    with opened(browser, sweep.report) as page:
         assert page.locator(".leaderboard").inner_text().count(HOSTILE) == 2
 
 
@@ -163,7 +101,7 @@ def test_injected_code_could_neither_run_nor_send_a_request(browser: Browser, sw
 
 
 def test_a_tooltip_names_the_nearest_trial(browser: Browser, sweep: SweepDirectory) -> None:
-    with opened(browser, sweep) as page:
+    with opened(browser, sweep.report) as page:
         # the only trial of latent_dim 2 is 0001, at the bottom of the first axis
         text = tooltip(page, "parallel", 0.13, 0.7)
         assert text.split()[:2] == ["trial", "0001"]
@@ -178,7 +116,7 @@ def test_a_tooltip_names_the_nearest_trial(browser: Browser, sweep: SweepDirecto
 
 @pytest.mark.parametrize("kind", PICTURE_KINDS)
 def test_the_gallery_shows_one_kind_at_a_time(browser: Browser, hierarchies: SweepDirectory, kind: str) -> None:
-    with opened(browser, hierarchies) as page:
+    with opened(browser, hierarchies.report) as page:
         page.locator(f"#show-{kind}").click()
         for other in PICTURE_KINDS:
             pictures = page.locator(f"figure .picture.{other}")
@@ -190,7 +128,7 @@ def test_the_gallery_shows_one_kind_at_a_time(browser: Browser, hierarchies: Swe
 
 
 def test_the_leaderboard_leads_to_the_command(browser: Browser, sweep: SweepDirectory) -> None:
-    with opened(browser, sweep, size=PHONE) as page:
+    with opened(browser, sweep.report, size=PHONE) as page:
         command = page.locator("#trial-0001 pre")
         assert not command.is_visible()
         page.locator(".leaderboard a", has_text="0001").click()
@@ -214,7 +152,7 @@ def test_smaller_sweeps_have_no_problem_either(
     directory = build_sweep(tmp_path / "sweep", trials={name: TRIALS[name] for name in trials}, **description)
     reported(directory)
     for size in (DESKTOP, PHONE):
-        with opened(browser, directory, size=size) as page:
+        with opened(browser, directory.report, size=size) as page:
             assert page.locator(".chart svg").count() == num_charts
 
 
@@ -232,7 +170,7 @@ def test_a_hundred_trials_stay_usable(browser: Browser, sweep: SweepDirectory, t
         )
     reported(directory)
     started = time.monotonic()
-    with opened(browser, directory) as page:
+    with opened(browser, directory.report) as page:
         assert time.monotonic() - started < 10
         assert count(page, "curves-0", "lines", "path") == 100
         assert count(page, "plane", "points", "path") == 100

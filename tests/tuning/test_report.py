@@ -5,14 +5,12 @@ that failed before its first epoch. Every text that a user can set is hostile.
 """
 
 import base64
-import hashlib
 import io
 import json
 import math
 import re
 import shlex
 import shutil
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -24,22 +22,21 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.conftest import digits_in_this_process
+from tests.report.pages import HOSTILE, HOSTILE_ATTRIBUTE, Page
 from vae_ray import Experiment
 from vae_ray.config.experiment import preset_names
 from vae_ray.errors import UserError
 from vae_ray.parallel.group import SingleProcess
+from vae_ray.report.charts import trimmed
+from vae_ray.report.pictures import data_uri, limit_of
+from vae_ray.report.text import as_text, reproduction, short_names
 from vae_ray.run_files.image_grids import png_bytes
 from vae_ray.training.fit import fit_epochs
 from vae_ray.tuning import leaderboard
 from vae_ray.tuning.directory import SweepDirectory
 from vae_ray.tuning.records import TrialRecord, read_trials
-from vae_ray.tuning.report.charts import trimmed
 from vae_ray.tuning.report.page import write_report
-from vae_ray.tuning.report.pictures import data_uri, limit_of
-from vae_ray.tuning.report.trials import as_text, reproduction, short_names
 
-HOSTILE = "</script><script>alert('text')</script>"
-HOSTILE_ATTRIBUTE = "\"'><img src=x onerror=alert('attribute')>"
 SEARCH = {"model.latent_dim": {"choice": [2, 5]}, "objective.beta": {"loguniform": [0.1, 8]}}
 TRIALS: dict[str, tuple[dict[str, Any], int, str]] = {
     # proposed, epochs done, state
@@ -91,49 +88,6 @@ def reported(directory: SweepDirectory) -> str:
     return directory.report.read_text(encoding="utf-8")
 
 
-class Page(HTMLParser):
-    """Elements with their attributes, and the text of each kind of element."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.html = text
-        self.elements: list[tuple[str, dict[str, str]]] = []
-        self.texts: list[tuple[str, str]] = []
-        self._open: list[str] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, {key: value or "" for key, value in attrs}))
-        if tag not in ("img", "meta", "link", "input", "br", "wbr"):
-            self._open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self._open.pop() == tag, "every element is closed where it was opened"
-
-    def handle_data(self, data: str) -> None:
-        self.texts.append((self._open[-1] if self._open else "", data))
-
-    def all(self, tag: str) -> list[dict[str, str]]:
-        return [attributes for name, attributes in self.elements if name == tag]
-
-    def text(self, tag: str) -> list[str]:
-        return [text for name, text in self.texts if name == tag]
-
-    @property
-    def commands(self) -> list[str]:
-        return [text for text in self.text("pre") if text.startswith("vae-ray train")]
-
-    @property
-    def pictures(self) -> list[tuple[str, bytes]]:
-        """The alternative text and the content of each."""
-        return [(image["alt"], base64.b64decode(image["src"].partition(",")[2])) for image in self.all("img")]
-
-    @property
-    def charts(self) -> dict[str, Any]:
-        (data,) = (text for text in self.text("script") if text.startswith("{"))
-        return json.loads(data, parse_constant=lambda constant: pytest.fail(f"{constant} is no JSON"))
-
-
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory, isolated_cache: Path) -> SweepDirectory:
     # the path contains the whole hostile text: its slash separates directories
@@ -167,18 +121,7 @@ def test_a_hostile_trial_name_never_reaches_the_report(tmp_path: Path) -> None:
 
 
 def test_nothing_is_fetched_and_only_our_two_scripts_may_run(page: Page) -> None:
-    references = ("src", "href", "srcset", "action", "data", "poster")
-    values = [value for _, attributes in page.elements for key, value in attributes.items() if key in references]
-    assert all(value.startswith(("data:", "#")) for value in values)
-    (policy,) = (meta["content"] for meta in page.all("meta") if "http-equiv" in meta)
-    rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
-    assert rules["default-src"] == "'none'"
-    assert rules["img-src"] == "data:"
-    scripts = re.findall(r'<script type="module">(.*?)</script>', page.html, re.DOTALL)
-    digests = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
-    assert rules["script-src"].split() == [f"'sha256-{digest}'" for digest in digests]
-    assert "$schema" not in json.dumps(page.charts)
-    assert not re.search(r"@import|url\(", "".join(page.text("style")))
+    page.assert_self_contained()
 
 
 def test_every_trial_is_listed_and_failed_trials_with_their_reasons(page: Page) -> None:

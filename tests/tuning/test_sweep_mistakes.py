@@ -152,9 +152,9 @@ MISTAKES: list[tuple[str, list[str], str]] = [
     ("empty name", ["sweep", "digits", "--name", ""], "run.name: got ''"),
     ("resume without a name", ["sweep", "digits", "--resume"], "--resume needs the name of a sweep"),
     ("storage on another planet", ["sweep", "digits", "--storage", "ftp://planet"], "or for example s3://BUCKET"),
-    ("report of nothing", ["report"], "SWEEP_DIR"),
-    ("report of no directory", ["report", "no/such"], "no/such: no such sweep"),
-    ("report of no sweep", ["report", "."], "no such sweep, it has no sweep.yaml"),
+    ("report of nothing", ["report"], "DIRECTORY"),
+    ("report of no directory", ["report", "no/such"], "no/such: no such run or sweep"),
+    ("report of no run or sweep", ["report", "."], "no such run or sweep, it has no experiment.yaml"),
     ("keys for a report", ["report", ".", "--optim.lr", "1"], "only train, resume, sweep take"),
 ]
 

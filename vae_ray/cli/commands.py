@@ -159,12 +159,29 @@ def sweep(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def report(options: argparse.Namespace) -> dict[str, Any]:
-    """write a sweep's leaderboard and HTML report again from its files"""
+    """write the HTML report of a run; of a sweep, its leaderboard and HTML report, again from its files"""
+    from vae_ray.run_files.run_directory import SWEEP_FILE
+    from vae_ray.storage.directory import open_directory
+    from vae_ray.storage.locations import absolute
+
+    if open_directory(absolute(options.directory, key="report"), key="report").read(SWEEP_FILE) is None:
+        return _report_of_run(options)
+    for key in options.overrides:
+        raise UserError(f"--{key}: only the report of a run takes it; {options.directory} is a sweep")
     with signals.deferred():
         from vae_ray.tuning.sweep import rebuild_report
 
-    result = rebuild_report(options.sweep_dir, trust_code=options.trust_code)
+    result = rebuild_report(options.directory, trust_code=options.trust_code)
     return result.to_dict() if options.json else _readable_sweep(result)
+
+
+def _report_of_run(options: argparse.Namespace) -> dict[str, Any]:
+    with signals.deferred():
+        from vae_ray.report.run_page import write_run_report
+
+    result = write_run_report(options.directory, trust_code=options.trust_code, data=options.overrides)
+    answer = result.to_dict()
+    return answer if options.json else {"report": answer["report"], **_warnings(result.warnings)}
 
 
 def _readable_sweep(result: SweepResult) -> dict[str, Any]:

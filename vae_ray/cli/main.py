@@ -214,7 +214,7 @@ COMMANDS: Mapping[Callable[[argparse.Namespace], dict[str, Any]], Arguments] = {
             default="val/nelbo",
         ),
     },
-    commands.report: {"sweep_dir": _text("the sweep's directory", "SWEEP_DIR"), **TRUST},
+    commands.report: {"directory": _text("the directory or URI of a run or a sweep", "DIRECTORY"), **TRUST},
     pictures.generate: {
         **PICTURE,
         "--num": _number("how many", 64),
@@ -301,7 +301,7 @@ COMMANDS: Mapping[Callable[[argparse.Namespace], dict[str, Any]], Arguments] = {
 """The arguments of each command; its docstring is its help."""
 OVERRIDABLE = ("train", "resume", "sweep")
 """The commands that take all of the Experiment's keys."""
-READ_IMAGES = ("reconstruct", "interpolate", "traverse", "evaluate", "encode")
+READ_IMAGES = ("reconstruct", "interpolate", "traverse", "evaluate", "encode", "report")
 """The commands that read the images of a trained model's run, which may lie elsewhere now."""
 ON_WORKERS = ("evaluate", "encode")
 """Those of them that take --workers.num."""

@@ -18,9 +18,9 @@ from vae_ray.storage.synced import SyncedDirectory
 
 WRITER_LOCK_SECONDS = 60.0
 """How long a writer waits until one that was killed has released the run directory."""
-SWEEP_FILE = "sweep.yaml"
 CHECKPOINTS = "checkpoints"
-"""In the directory of a sweep, whose trials are runs in `trials/`."""
+SWEEP_FILE, TRIALS = "sweep.yaml", "trials"
+"""In the directory of a sweep: what it is, and the directory of its trials' run directories."""
 
 
 class RunDirectory(SyncedDirectory):

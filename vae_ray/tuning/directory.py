@@ -15,15 +15,12 @@ from typing import Any
 from vae_ray.checkpoints.finding import BEST
 from vae_ray.config.sections.run import NAME_PATTERN
 from vae_ray.errors import CorruptFile, UserError, one_line
-from vae_ray.run_files.run_directory import SWEEP_FILE, RunDirectory
+from vae_ray.run_files.run_directory import SWEEP_FILE, TRIALS, RunDirectory
 from vae_ray.storage.atomic import atomic_write
 from vae_ray.storage.locations import split_location
 from vae_ray.storage.reading import format_yaml, parse_yaml, read_bytes, short_repr
 from vae_ray.storage.records import CHECKSUM_KEY, append_records, checksum, read_records, verify
 from vae_ray.storage.synced import SyncedDirectory
-
-TRIALS = "trials"
-"""Directory of the trials' run directories inside a sweep's."""
 
 
 class SweepDirectory(SyncedDirectory):

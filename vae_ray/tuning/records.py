@@ -17,11 +17,11 @@ from vae_ray.checkpoints.loading import Checkpoint
 from vae_ray.config.experiment import Experiment, is_place_key
 from vae_ray.config.sections.run import NAME_PATTERN
 from vae_ray.errors import CorruptFile
-from vae_ray.run_files.run_directory import RunDirectory
+from vae_ray.run_files.run_directory import TRIALS, RunDirectory
 from vae_ray.storage.locations import join_location
 from vae_ray.storage.reading import parse_json, read_bytes, short_repr
 from vae_ray.storage.records import read_records
-from vae_ray.tuning.directory import TRIALS, SweepDirectory
+from vae_ray.tuning.directory import SweepDirectory
 
 FAILURES = ("diverged", "failed", "killed")
 FAILURE_FILE = "failure.json"

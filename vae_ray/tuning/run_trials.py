@@ -26,11 +26,12 @@ from vae_ray.config import user_code
 from vae_ray.config.experiment import Experiment
 from vae_ray.distributed.launch import clear_state, ray_state
 from vae_ray.distributed.resources import alive_resources, max_workers_fitting, may_grow, worker_resources
+from vae_ray.run_files.run_directory import TRIALS
 from vae_ray.seeds import stream
 from vae_ray.storage.locations import join_location
 from vae_ray.training.checkpointing import selection_metric
 from vae_ray.tuning.callbacks import JournalCallback
-from vae_ray.tuning.directory import TRIALS, SweepDirectory
+from vae_ray.tuning.directory import SweepDirectory
 from vae_ray.tuning.progress import SweepView
 from vae_ray.tuning.proposals import FixedConfigurations, OptunaProposals, propose_all
 from vae_ray.tuning.records import TrialRecord, read_trials

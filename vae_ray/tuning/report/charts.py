@@ -1,7 +1,4 @@
-"""The charts of a sweep's report as Vega-Lite specifications, which the reader's browser draws.
-
-Vega-Lite chooses scales, ticks and legends. Colours that are not data are set by the page's CSS, for light and dark.
-"""
+"""The charts of a sweep's report."""
 
 from __future__ import annotations
 
@@ -9,33 +6,12 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
+from vae_ray.report.charts import BASE_SPEC, RAMP, TOOLTIP, Spec, curves, lines, quantity, trimmed
+from vae_ray.report.text import as_text, short_names
 from vae_ray.tuning.leaderboard import rate_and_distortion
-from vae_ray.tuning.report.trials import ReportTrial, as_text, first_keys, in_order, short_names
+from vae_ray.tuning.report.trials import ReportTrial, first_keys, in_order
 from vae_ray.tuning.space import Domain, SearchSpace, Values
 
-Spec = dict[str, Any]
-
-BASE_SPEC: Spec = {
-    "width": "container",
-    "height": 340,
-    "autosize": {"type": "fit-x", "contains": "padding"},
-    "background": "transparent",
-    "config": {
-        "font": "system-ui, sans-serif",
-        "view": {"stroke": None},
-        "axis": {"labelFontSize": 12, "tickCount": 8},
-        "legend": {
-            "orient": "bottom",
-            "layout": {"bottom": {"direction": "vertical", "anchor": "start"}},
-            "labelFontSize": 12,
-            "columns": 5,
-            "padding": 12,
-            "symbolFillColor": "gray",
-        },
-    },
-}
 STATE_COLORS = {
     "best": "var(--accent)",
     "finished": "var(--muted)",
@@ -43,10 +19,6 @@ STATE_COLORS = {
     "pending": "var(--faint)",
     "failed": "var(--failed)",
 }
-# the datum of a Voronoi cell, by which Vega-Lite selects the nearest point, is that point
-TOOLTIP = {"expr": "(datum.datum || datum).tooltip"}
-# from low to high; both ends have contrast on white and on black
-RAMP = {"range": ["#2f7ff0", "#f2930d"], "interpolate": "hcl"}
 
 
 def sweep_charts(
@@ -78,21 +50,23 @@ def learning_curves(trials: Sequence[ReportTrial], metric: str, rungs: Sequence[
     states = [state for state in STATE_COLORS if any(point["end"] == state for point in points)]
     end = {"field": "end", "type": "nominal", "title": None, "scale": {"domain": states}}
     color = {**end, "scale": {"domain": states, "range": [STATE_COLORS[state] for state in states]}}
-    whole_epochs = {"grid": False, "format": "d", "labelExpr": "datum.value % 1 ? '' : datum.label"}
-    x = {"field": "epoch", "type": "quantitative", "axis": whole_epochs}
-    y = _quantity("value", f"{metric} (nats per image)")
-    rule = {
-        "name": "rungs",
-        "data": {"values": [{"epoch": rung} for rung in rungs]},
-        "mark": {"type": "rule", "color": "gray", "strokeDash": [4, 4]},
-        "encoding": {"x": x},
-    }
-    return {
-        **BASE_SPEC,
-        "description": f"{metric} of each trial by epoch",
-        "data": {"values": points},
-        "layer": [*([rule] if rungs else []), *_lines(x, y, color, color=color, shape=end)],
-    }
+    spec = curves(
+        points,
+        series="trial",
+        title=f"{metric} (nats per image)",
+        description=f"{metric} of each trial by epoch",
+        color=color,
+        shape=end,
+    )
+    if rungs:
+        rule = {
+            "name": "rungs",
+            "data": {"values": [{"epoch": rung} for rung in rungs]},
+            "mark": {"type": "rule", "color": "gray", "strokeDash": [4, 4]},
+            "encoding": {"x": spec["layer"][0]["encoding"]["x"]},
+        }
+        spec["layer"] = [rule, *spec["layer"]]
+    return spec
 
 
 def parallel_coordinates(trials: Sequence[ReportTrial], space: SearchSpace, metrics: Sequence[str]) -> Spec:
@@ -109,7 +83,7 @@ def parallel_coordinates(trials: Sequence[ReportTrial], space: SearchSpace, metr
     axis = {"orient": "top", "labelAngle": 0, "labelPadding": 14, "domain": False, "ticks": False, "grid": True}
     x = {"field": "axis", "type": "nominal", "sort": None, "title": None, "axis": axis}
     y = {"field": "position", "type": "quantitative", "axis": None, "scale": {"domain": [0, 1]}}
-    color = _quantity("value", f"{metrics[0]} (nats)", **RAMP)
+    color = quantity("value", f"{metrics[0]} (nats)", **RAMP)
     label = {
         "name": "labels",
         "data": {"values": labels},
@@ -120,7 +94,7 @@ def parallel_coordinates(trials: Sequence[ReportTrial], space: SearchSpace, metr
         **BASE_SPEC,
         "description": "The searched values and the metrics of each ranked trial, an axis for each",
         "data": {"values": points},
-        "layer": [*_lines(x, y, color), label],
+        "layer": [*lines(x, y, color, series="trial"), label],
     }
 
 
@@ -167,11 +141,11 @@ def rate_distortion(trials: Sequence[ReportTrial], space: SearchSpace, metrics: 
     ]
     encoding: Spec = {}
     if len({point["latent_dim"] for point in points}) > 1:
-        encoding["size"] = _quantity("latent_dim", "latent_dim", range=[60, 480])
+        encoding["size"] = quantity("latent_dim", "latent_dim", range=[60, 480])
     if varying:
         title = short_names(space.domains)[varying[0]]
         if are_numbers:
-            encoding["color"] = _quantity("color", title, **RAMP, **({"type": "log"} if min(numbers) > 0 else {}))
+            encoding["color"] = quantity("color", title, **RAMP, **({"type": "log"} if min(numbers) > 0 else {}))
         else:
             domain = list(dict.fromkeys(as_text(color) for color in sorted(colors, key=in_order)))
             encoding["color"] = {"field": "color", "type": "nominal", "title": title, "scale": {"domain": domain}}
@@ -191,51 +165,12 @@ def rate_distortion(trials: Sequence[ReportTrial], space: SearchSpace, metrics: 
         "description": f"{distortion} by {rate}, a point for each ranked trial, and the Pareto front",
         "data": {"values": points},
         "encoding": {
-            "x": _quantity("rate", f"{rate} (nats per image)"),
-            "y": _quantity("distortion", f"{distortion} (nats per image)"),
+            "x": quantity("rate", f"{rate} (nats per image)"),
+            "y": quantity("distortion", f"{distortion} (nats per image)"),
         },
         "layer": [front, marks],
     }
 
 
-def _lines(x: Spec, y: Spec, line_color: Spec, **end_marks: Spec) -> list[Spec]:
-    """A line for each trial, and points of which the one nearest to the pointer names its trial."""
-    hovered = {"type": "point", "fields": ["trial"], "on": "pointerover", "clear": "pointerout", "nearest": True}
-    widths = [{"param": "hovered", "empty": False, "value": 4.5}, {"test": "datum.is_best", "value": 3}]
-    width = {"condition": widths, "value": 1.5}
-    opacity = {"condition": {"test": "datum.is_last", "value": 1}, "value": 0}
-    return [
-        {
-            "name": "lines",
-            "mark": "line",
-            "encoding": {"x": x, "y": y, "color": line_color, "detail": {"field": "trial"}, "strokeWidth": width},
-        },
-        {
-            "name": "ends",
-            "params": [{"name": "hovered", "select": hovered}],
-            "mark": {"type": "point", "filled": True, "size": 80, "tooltip": TOOLTIP},
-            "encoding": {"x": x, "y": y, **end_marks, "opacity": opacity},
-        },
-    ]
-
-
-def _quantity(field: str, title: str, **scale: Any) -> Spec:
-    if scale.get("type") != "log":  # which has no zero: Vega-Lite warns
-        scale["zero"] = False
-    return {"field": field, "type": "quantitative", "title": title, "scale": scale}
-
-
 def _point(trial: ReportTrial, **values: Any) -> Spec:
     return {"trial": trial.record.name, "is_best": trial.is_best, "tooltip": trial.tooltip, **values}
-
-
-def trimmed(metric: str, values: Sequence[float]) -> list[float]:
-    """The values, cut far above nine tenths of them, so that a trial that diverges does not flatten the others.
-
-    No rate is cut: in a sweep where most trials collapsed to a rate of 0, the others are what matters.
-    """
-    if metric.endswith("/rate") or not values:
-        return list(values)
-    low, high = min(values), float(np.quantile(values, 0.9))
-    limit = low + 5 * (high - low) if high > low else math.inf
-    return [min(value, limit) for value in values]

@@ -1,40 +1,21 @@
-"""`report.html`: a sweep on one page for people, complete in itself and without a network.
-
-Everything is read from the sweep's files. The page contains its pictures and the data of its charts. Its
-Content-Security-Policy names the hashes of two scripts; no other code runs, so a user's text is never code.
-"""
+"""`report.html` of a sweep: everything on one page, read from the sweep's files."""
 
 from __future__ import annotations
 
-import base64
-import functools
-import hashlib
-import shlex
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jinja2
-import vl_convert
-from markupsafe import Markup
-
 from vae_ray.config.experiment import Experiment
-from vae_ray.run_files.progress import format_nats
+from vae_ray.report.page import render
+from vae_ray.report.pictures import PICTURE_KINDS
+from vae_ray.report.text import as_text, short_names
 from vae_ray.runs.results import versions
 from vae_ray.storage.atomic import atomic_write
 from vae_ray.tuning.directory import SweepDirectory
 from vae_ray.tuning.records import TrialRecord
 from vae_ray.tuning.report.charts import sweep_charts
-from vae_ray.tuning.report.trials import (
-    PICTURE_KINDS,
-    ReportTrial,
-    as_text,
-    first_keys,
-    in_order,
-    report_trials,
-    reproduction,
-    short_names,
-)
+from vae_ray.tuning.report.trials import ReportTrial, first_keys, in_order, report_trials
 from vae_ray.tuning.schedulers import rungs
 from vae_ray.tuning.space import SearchSpace, Values
 
@@ -68,11 +49,9 @@ def write_report(directory: SweepDirectory, records: Sequence[TrialRecord], tabl
         "gallery_keys": [short_names(space.domains)[key] for key in first_keys(space.domains)],
         "picture_kinds": [kind for kind in PICTURE_KINDS if any(kind in trial.pictures for trial in trials)],
         "charts": sweep_charts(trials, space, metrics, asha_rungs),
-        "bundle": Markup(_drawing_code()),
         "versions": versions(),
     }
-    page = _environment().get_template("report.html.j2").render(values)
-    atomic_write(directory.report, page.encode())
+    atomic_write(directory.report, render("tuning/report/sweep.html.j2", values))
 
 
 def gallery(trials: Sequence[ReportTrial], space: SearchSpace) -> dict[str, list[tuple[ReportTrial, str]]]:
@@ -92,38 +71,3 @@ def gallery(trials: Sequence[ReportTrial], space: SearchSpace) -> dict[str, list
         above, below = trial.values(keys[:num_above]), trial.values(keys[num_above:])
         groups.setdefault(assigned(above), []).append((trial, assigned(below)))
     return groups
-
-
-@functools.cache
-def _drawing_code() -> str:
-    """Vega-Lite and all that it needs, as one script."""
-    return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
-
-
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("vae_ray", "tuning/report"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    # `tojson` escapes <, > and &, so that no text can end the script element
-    environment.policies["json.dumps_kwargs"] = {"allow_nan": False}
-    filters: dict[str, Callable[..., str]] = {
-        "text": as_text,
-        "nats": lambda value: "–" if value is None else format_nats(value),
-        "assignments": lambda overrides: ", ".join(f"{key} = {as_text(value)}" for key, value in overrides.items()),
-        "command": reproduction,
-        "quoted": shlex.quote,
-        "python": repr,
-        "script_hash": _script_hash,
-    }
-    environment.filters |= filters
-    return environment
-
-
-def _script_hash(script: str) -> Markup:
-    """A script as the Content-Security-Policy names it."""
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
-    return Markup(f"'sha256-{digest}'")

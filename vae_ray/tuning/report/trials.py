@@ -1,23 +1,19 @@
-"""What the report shows of each trial: its row of the leaderboard, its pictures, and the command that repeats it."""
+"""What the report shows of each trial: its row of the leaderboard and its pictures."""
 
 from __future__ import annotations
 
-import json
-import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from vae_ray.checkpoints.listing import checkpoint_name
-from vae_ray.config.experiment import Experiment, preset_names
-from vae_ray.config.keys import flag_of
+from vae_ray.config.experiment import Experiment
+from vae_ray.report.pictures import PICTURE_KINDS, data_uri, limit_of
+from vae_ray.report.text import as_text
 from vae_ray.storage.records import read_records
 from vae_ray.tuning.directory import SweepDirectory
 from vae_ray.tuning.records import LINEAGE_FILE, TrialRecord
-from vae_ray.tuning.report.pictures import data_uri, limit_of
 
-PICTURE_KINDS = ("samples", "reconstructions", "traversals", "groups")
-"""The last of models with several latent groups only."""
 FIRST_KEYS = ("model.latent_dim", "objective.beta")
 """By which pictures are ordered and points are drawn, if they were searched."""
 
@@ -87,43 +83,6 @@ def _pictures(
     return pictures
 
 
-def reproduction(experiment: Experiment) -> str:
-    """The command that trains `experiment`: the nearest preset, and a flag for every field in which it differs."""
-    flags = {name: _flags(experiment, Experiment.preset(name)) for name in preset_names()}
-    nearest = min(flags, key=lambda name: len(flags[name]))
-    return shlex.join(["vae-ray", "train", nearest, *flags[nearest]])
-
-
-def _flags(experiment: Experiment, preset: Experiment) -> list[str]:
-    defaults = preset.flat()
-    return [
-        word
-        for key, value in experiment.flat().items()
-        if key not in ("run.name", "run.storage") and value != defaults.get(key)
-        for word in (flag_of(key.removesuffix(".name")), value if isinstance(value, str) else json.dumps(value))
-    ]
-
-
-def short_names(keys: Iterable[str]) -> dict[str, str]:
-    """Keys without the sections in front of them, as far as they stay distinct: `beta` for `objective.beta`.
-
-    Of an axis such as `model.network.name` what is chosen, `network`.
-    """
-    parts = {key: key.removesuffix(".name").split(".") for key in keys}
-
-    def ending(key: str, num: int) -> str:
-        return ".".join(parts[key][-num:])
-
-    return {
-        key: next(
-            ending(key, num)
-            for num in range(1, len(parts[key]) + 1)
-            if num == len(parts[key]) or [ending(other, num) for other in parts].count(ending(key, num)) == 1
-        )
-        for key in parts
-    }
-
-
 def first_keys(keys: Iterable[str]) -> list[str]:
     """Searched keys in the order of the gallery: latent_dim, beta, and then the others as they were given."""
     order = {key: number for number, key in enumerate(FIRST_KEYS)}
@@ -135,10 +94,3 @@ def in_order(value: object) -> tuple[bool, list[float], str]:
     numbers = [each for each in (value if isinstance(value, list) else [value]) if isinstance(each, int | float)]
     is_numeric = len(numbers) == (len(value) if isinstance(value, list) else 1)
     return not is_numeric, numbers if is_numeric else [], "" if is_numeric else as_text(value)
-
-
-def as_text(value: object) -> str:
-    """A value for people: numbers to six digits, None as a dash."""
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    return "–" if value is None else value if isinstance(value, str) else json.dumps(value)

@@ -1,4 +1,4 @@
-"""Pictures inside the report's page, in a bounded number of bytes."""
+"""Pictures inside a page, in a bounded number of bytes."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ import math
 
 from PIL import Image
 
+PICTURE_KINDS = ("samples", "reconstructions", "traversals", "groups")
+"""What a run draws after each epoch; the last of models with several latent groups only."""
 TOTAL_BYTES = 8_000_000
-"""Of all pictures of a report, which a browser has to decode before it shows the page."""
+"""Of all pictures of a page, which a browser has to decode before it shows the page."""
 SMALLEST_LIMIT, LARGEST_LIMIT = 16_000, 250_000
-"""Of one picture. With a thousand trials a report becomes larger rather than its pictures illegible."""
+"""Of one picture. With a thousand trials a page becomes larger rather than its pictures illegible."""
 JPEG_QUALITY = 85
 
 
