@@ -84,6 +84,7 @@ def test_the_heading_has_the_evaluation_of_the_best_model(page: Page, trained_ru
     found = TrainedVAE.load(trained_run.run_dir).evaluate("test")
     nelbo, error = found["test/nelbo"], found.standard_errors["test/nelbo"]
     assert f"{nelbo:,.2f} ± {error:.2f} nats" in page.text("dd")
+    assert f"{found['test/active_units']:.0f} of 5" in page.text("dd")
     assert f"{trained_run.best_epoch} of 3" in page.text("dd")
 
 

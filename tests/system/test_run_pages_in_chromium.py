@@ -1,4 +1,4 @@
-"""The page of a run in a real Chromium."""
+"""The pages of a run and of a comparison in a real Chromium."""
 
 import shutil
 from pathlib import Path
@@ -9,6 +9,8 @@ from playwright.sync_api import Browser
 from tests.report.pages import HOSTILE
 from tests.system.chromium import CONTRAST, DESKTOP, PHONE, opened
 from vae_ray import TrainResult
+from vae_ray.report.compared_runs import compared_runs
+from vae_ray.report.comparison_page import write_comparison
 from vae_ray.report.run_page import write_run_report
 
 pytestmark = pytest.mark.system
@@ -60,3 +62,16 @@ def test_the_pointer_on_the_map_shows_the_image(browser: Browser, run: Path) -> 
         picture.wait_for()
         assert picture.evaluate("(image) => image.naturalWidth") == 8
         assert "squared error" in page.locator("#vg-tooltip-element").inner_text()
+
+
+@pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
+def test_a_comparison_has_no_problem(browser: Browser, run: Path, tmp_path: Path, size: tuple[int, int]) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    write_comparison(compared_runs([run, other]), tmp_path / "compare.html")
+    with opened(browser, tmp_path / "compare.html", size=size) as page:
+        assert page.locator(".chart svg").count() == 2
+        assert page.locator("#chart-curves-0 .lines_marks path").count() == 2
+        assert page.locator("#chart-plane-0 .role-mark path").count() == 2
+        page.locator(".picture").first.click()
+        page.locator("dialog[open] img").click()

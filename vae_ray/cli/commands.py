@@ -184,6 +184,25 @@ def _report_of_run(options: argparse.Namespace) -> dict[str, Any]:
     return answer if options.json else {"report": answer["report"], **_warnings(result.warnings)}
 
 
+def compare(options: argparse.Namespace) -> dict[str, Any]:
+    """runs, and the best trials of sweeps, side by side: a table here, --out for a page"""
+    from vae_ray.storage.locations import local_path
+
+    out = None if options.out is None else local_path(options.out, key="--out")
+    if out is not None and out.suffix.lower() != ".html":
+        raise UserError(f"--out: got {options.out!r}, should end in .html")
+    with signals.deferred():
+        from vae_ray.report.compared_runs import compared_runs
+        from vae_ray.report.comparison_page import comparison, comparison_text, write_comparison
+
+    runs = compared_runs(options.runs)
+    if out is not None:
+        write_comparison(runs, out)
+    if options.json:
+        return {**comparison(runs), "out": None if out is None else str(out)}
+    return {"text": comparison_text(runs) + (f"\n\npage  {out}" if out else "")}
+
+
 def _readable_sweep(result: SweepResult) -> dict[str, Any]:
     from vae_ray.run_files.progress import format_nats
 

@@ -215,6 +215,10 @@ COMMANDS: Mapping[Callable[[argparse.Namespace], dict[str, Any]], Arguments] = {
         ),
     },
     commands.report: {"directory": _text("the directory or URI of a run or a sweep", "DIRECTORY"), **TRUST},
+    commands.compare: {
+        "runs": _text("directories or URIs of runs and sweeps", "RUN", nargs="+"),
+        "--out": _text("where to write the page", "FILE.html"),
+    },
     pictures.generate: {
         **PICTURE,
         "--num": _number("how many", 64),

@@ -27,10 +27,14 @@ def kept_evaluations(directory: Path) -> list[Evaluation]:
 
 
 def _from_dict(content: dict[str, Any]) -> Evaluation:
-    numbers = {
-        name: {str(key): float(value) for key, value in content[name].items()}
-        for name in ("metrics", "standard_errors")
-    }
-    details = {str(key): [float(value) for value in values] for key, values in content["details"].items()}
-    labels = {str(key): value for key, value in content["labels"].items()}
-    return Evaluation(**numbers, details=details, labels=labels, warnings=[str(each) for each in content["warnings"]])
+    return Evaluation(
+        metrics=_numbers(content["metrics"]),
+        standard_errors=_numbers(content["standard_errors"]),
+        details={str(key): [float(value) for value in values] for key, values in content["details"].items()},
+        labels={str(key): value for key, value in content["labels"].items()},
+        warnings=[str(line) for line in content["warnings"]],
+    )
+
+
+def _numbers(content: dict[str, Any]) -> dict[str, float]:
+    return {str(key): float(value) for key, value in content.items()}

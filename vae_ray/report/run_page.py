@@ -149,14 +149,18 @@ def _values(
 
 def key_numbers(best: Checkpoint | None, examination: Examination | None) -> dict[str, str]:
     """The few that count, by name: of the evaluation of the best model, else what its checkpoint recorded."""
-    names = ["nelbo", "distortion", "rate", "bits_per_dim", "active_units"]
+    names = ["nelbo", "distortion", "rate", "bits_per_dim"]
     if examination is not None:
         found, errors = examination.evaluation.metrics, examination.evaluation.standard_errors
     else:
         found, errors = {} if best is None else best.metrics, {}
     split = "test" if "test/nelbo" in found else "val" if "val/nelbo" in found else "train"
     keys = [f"{split}/{name}" for name in names if f"{split}/{name}" in found]
-    return {key.replace("/", " ").replace("_", " "): with_unit(key, found[key], errors.get(key)) for key in keys}
+    numbers = {key.replace("/", " ").replace("_", " "): with_unit(key, found[key], errors.get(key)) for key in keys}
+    if examination is not None:
+        active = found[f"{split}/active_units"]
+        numbers["active units"] = f"{active:.0f} of {examination.codes.shape[1]}"
+    return numbers
 
 
 def settings_of(history: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -188,7 +192,7 @@ def frames(run: RunDirectory, kind: str, best_epoch: int | None, *, most: int) -
     elif len(epochs) > most:
         # one place less, for the best
         spread = {epochs[round(n * (len(epochs) - 1) / (most - 2))] for n in range(most - 1)}
-        epochs = sorted(spread | {best_epoch} & {*epochs})
+        epochs = [epoch for epoch in epochs if epoch in spread or epoch == best_epoch]
     limit = limit_of(MOST_FRAMES + len(PICTURE_KINDS))
     found = [Frame(epoch, data_uri(files[epoch].read_bytes(), limit=limit) or "") for epoch in epochs]
     return [frame for frame in found if frame.picture]
