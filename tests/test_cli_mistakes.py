@@ -95,7 +95,7 @@ MODEL_MISTAKES: list[tuple[list[str], str]] = [
     (["evaluate", "RUN", "--metrics", "elbo,fidd"], "metrics: got 'fidd', should be among elbo, nll, "),
     (
         ["evaluate", "RUN", "--workers.num", "auto"],
-        "--workers.num: got 'auto', should be a whole number; 0 evaluates in",
+        "--workers.num: got 'auto', should be a whole number; 0 means in",
     ),
     (
         ["evaluate", "RUN", "--data.num-validation", "7"],
