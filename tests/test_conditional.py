@@ -12,6 +12,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from vae_ray import Experiment, TrainedVAE, UserError, train
 from vae_ray.cli.main import main
 from vae_ray.models.vae import build_vae
+from vae_ray.runs.train import resume
 
 
 @pytest.fixture(scope="module")
@@ -112,3 +113,71 @@ def test_pictures_on_the_command_line(trained: TrainedVAE, tmp_path: Path, capsy
         assert main([*own, *given]) == 2
         assert f"--label: got {refused} should be a class, 0 to 9" in capsys.readouterr().err
     assert main([*own, "--label", "3"]) == 0
+
+
+def arrays(path: Path, labels: list[int] | None) -> str:
+    """24 dark or bright images of 8x8, in a file with train and test; the labels of both, or none."""
+    pixels = (np.arange(24)[:, None, None] % 2 * 150 + np.arange(64).reshape(8, 8)).astype(np.uint8)
+    pixels[:, 0, 0] = np.arange(24)  # no two are equal
+    label = (
+        {} if labels is None else {f"{split}_labels": np.array(labels[:n]) for split, n in (("train", 16), ("test", 8))}
+    )
+    np.savez(path, train_images=pixels[:16], test_images=pixels[16:], **label)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def on_arrays(tmp_path_factory: pytest.TempPathFactory) -> TrainedVAE:
+    root = tmp_path_factory.mktemp("arrays")
+    content = {
+        "data": {"source": "arrays", "root": arrays(root / "own.npz", [0, 1] * 12), "image_size": None},
+        "model": {"network": {"name": "mlp", "hidden": [8]}, "latent_dim": 2, "condition": "label"},
+        "training": {"epochs": 1, "global_batch_size": 8},
+        "workers": {"num": 0},
+        "run": {"storage": str(root / "runs"), "name": "own"},
+    }
+    return TrainedVAE.load(train(Experiment.from_dict(content)).run_dir)
+
+
+def test_other_labels_of_the_same_images_are_another_run_s(
+    on_arrays: TrainedVAE, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, run = on_arrays.checkpoint.path, on_arrays.checkpoint.path.parents[1]
+    TrainedVAE.load(path).evaluate("test")
+    assert "than the run had" not in caplog.text
+    swapped = arrays(tmp_path / "swapped.npz", [1, 0] * 12)
+    TrainedVAE.load(path, data={"data.root": swapped}).evaluate("test")
+    assert "swapped has other labels (test label) than the run had" in caplog.text
+    with pytest.raises(
+        UserError, match=r"has other labels \((test label, train label|train label, test label)\) than the run"
+    ):
+        resume(run, {"data.root": swapped, "training.epochs": 2})
+
+
+@pytest.mark.parametrize("labels", [None, [0, 2] * 12, [0, -1] * 12])
+def test_labels_that_the_model_does_not_know_are_refused(
+    on_arrays: TrainedVAE, tmp_path: Path, labels: list[int] | None
+) -> None:
+    root = arrays(tmp_path / "others.npz", labels)
+    model = TrainedVAE.load(on_arrays.checkpoint.path, data={"data.root": root})
+    for use in (lambda: model.evaluate("test"), lambda: model.test_examples(3)):
+        with pytest.raises(
+            UserError, match=r"data.source: not all test images have a 'label' from 0 to 1, on which this"
+        ):
+            use()
+
+
+def test_the_aggregated_posterior_of_one_prior_is_asked_for_in_vain(on_arrays: TrainedVAE) -> None:
+    with pytest.raises(UserError, match=r"need one prior for all images, this model is conditional; leave them out"):
+        on_arrays.evaluate("test", "aggregated-posterior")
+
+
+def test_a_name_that_is_a_number_is_a_name(
+    on_arrays: TrainedVAE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TrainedVAE, "target_names", {"label": ["1", "2"]})
+    path = str(on_arrays.checkpoint.path)
+    assert main(["generate", path, "--label", "2", "--out", str(tmp_path / "named.png")]) == 0
+    monkeypatch.setattr(TrainedVAE, "target_names", {})
+    assert main(["generate", path, "--label", "1", "--out", str(tmp_path / "numbered.png")]) == 0
+    assert (tmp_path / "named.png").read_bytes() == (tmp_path / "numbered.png").read_bytes()

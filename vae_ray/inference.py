@@ -20,7 +20,7 @@ from vae_ray.data.batches import Loader
 from vae_ray.data.cache import name_of, open_dataset
 from vae_ray.data.dataset import Split
 from vae_ray.data.images import as_images, as_tensor
-from vae_ray.data.splits import Splits
+from vae_ray.data.splits import Splits, fingerprints_of
 from vae_ray.errors import CorruptFile, UserError, one_line
 from vae_ray.evaluation.codes import WHAT, Codes, write_codes
 from vae_ray.evaluation.diagnosis import NUM_IMAGES, find_failures
@@ -323,12 +323,8 @@ class TrainedVAE:
         names = [name for name in get_args(SplitName) if name != "val" or splits.num_validation]
         shards = shards_of(SingleProcess(self.device))
         loaders = {name: splits.loader(name, experiment, shards) for name in names if split in (name, "all")}
-        for name, loader in loaders.items():
-            if self.model.condition_on not in (None, *loader.split.columns):
-                raise UserError(
-                    f"data.source: the {name} images have no {self.model.condition_on!r}, on which this model is "
-                    "conditional; use images that have it"
-                )
+        for loader in loaders.values():
+            self._check_labels(loader.split)
         return write_codes(
             self.model, experiment, loaders, str(out), what=what, weights=self._fingerprint, run=run, progress=progress
         )
@@ -420,11 +416,25 @@ class TrainedVAE:
     def _check_images(self, images: Split) -> None:
         """Raise `UserError` for images of another shape than the model's; warn of others than the run had."""
         self._check_shape(images)
-        if other := self.checkpoint.other_images(images.image_shape, {images.name: images.fingerprint}):
+        self._check_labels(images)
+        name = self.model.condition_on
+        if other := self.checkpoint.other_images(images.image_shape, fingerprints_of(images, name)):
             logger.warning(
                 "data.source: %s has %s; these numbers and pictures do not compare with the run's",
                 name_of(self.experiment.data),
                 other,
+            )
+
+    def _check_labels(self, images: Split) -> None:
+        """Raise `UserError` if a conditional VAE cannot be given the labels of these images."""
+        name, num_classes = self.model.condition_on, self.model.num_classes
+        if name is None:
+            return
+        values = images.columns.get(name)
+        if values is None or values.is_floating_point() or not ((values >= 0) & (values < num_classes)).all():
+            raise UserError(
+                f"data.source: not all {images.name} images have a {name!r} from 0 to {num_classes - 1}, on which this "
+                "model is conditional; use images that have it, for example the run's own"
             )
 
     def _check_shape(self, images: Split) -> None:

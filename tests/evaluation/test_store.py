@@ -18,7 +18,7 @@ from vae_ray.storage.records import verify
 @pytest.fixture
 def run(trained_run: TrainResult, tmp_path: Path) -> Path:
     copy = tmp_path / "run"
-    shutil.copytree(trained_run.run_dir, copy)
+    shutil.copytree(trained_run.run_dir, copy, ignore=shutil.ignore_patterns("evaluations"))
     return copy
 
 

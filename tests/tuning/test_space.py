@@ -248,7 +248,7 @@ def test_where_a_trial_runs_cannot_be_searched(key: str) -> None:
         SearchSpace.from_dict({key.replace("_", "-"): {"choice": [1, 2]}}).checked(Experiment())
 
 
-@pytest.mark.parametrize("key", [*INCOMPARABLE, "data", "likelihood"])
+@pytest.mark.parametrize("key", [*INCOMPARABLE, "data.source", "data.binarize", "data", "likelihood"])
 def test_what_makes_nats_incomparable_cannot_be_searched(key: str) -> None:
     with pytest.raises(UserError, match=r"cannot be searched, .*their nats do not compare; run a sweep for each value"):
         SearchSpace.from_dict({key: {"choice": [1, 2]}}).checked(Experiment())

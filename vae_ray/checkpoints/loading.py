@@ -71,7 +71,7 @@ class Checkpoint:
     scalars: dict[str, Scalar]
     """Training progress as plain values; empty in formats 1 and 2."""
     fingerprints: dict[str, str]
-    """Of the images of "train" and "test" (`Splits.fingerprints`); empty where they were not recorded."""
+    """`Splits.fingerprints`; empty where they were not recorded."""
     format_version: int
     contents: dict[str, bytes] = field(default_factory=dict, repr=False, compare=False)
     """Files that are in memory; always the manifest."""
@@ -96,11 +96,14 @@ class Checkpoint:
         return AVERAGED in self.files
 
     def other_images(self, image_shape: tuple[int, int, int], fingerprints: Mapping[str, str]) -> str:
-        """How images differ from those of this checkpoint's run; empty if they do not, or it is not known."""
+        """How images, or labels, differ from those of this checkpoint's run; empty if they do not, or it is unknown."""
         if image_shape != self.image_shape:
             return f"images of shape {image_shape}, where the run's had {self.image_shape}"
         others = [split for split, found in fingerprints.items() if self.fingerprints.get(split, found) != found]
-        return f"other {' and '.join(others)} images than the run had" if others else ""
+        images, labels = ([key for key in others if (" " in key) == is_label] for is_label in (False, True))
+        parts = [f"other {' and '.join(images)} images"] * bool(images)
+        parts += [f"other labels ({', '.join(labels)})"] * bool(labels)
+        return f"{' and '.join(parts)} than the run had" if others else ""
 
     def check_images(self, source: str, image_shape: tuple[int, int, int], fingerprints: Mapping[str, str]) -> None:
         """Raise `UserError` if `source` has other images than this checkpoint was trained with."""

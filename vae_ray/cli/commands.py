@@ -61,7 +61,8 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
             from vae_ray.runs.preflight import preflight, with_absolute_paths
 
         experiment = with_absolute_paths(experiment)
-        preflight(experiment)
+        for line in preflight(experiment).warnings:
+            sys.stderr.write(f"vae-ray: {line}\n")
         return {"experiment": experiment.to_dict()} if options.json else {"text": experiment.to_yaml()}
     with signals.deferred():
         from vae_ray.runs.train import train as run_training

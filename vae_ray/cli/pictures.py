@@ -50,7 +50,9 @@ def _images(options: argparse.Namespace, model: TrainedVAE, num: int) -> tuple[T
 def _label(options: argparse.Namespace, model: TrainedVAE) -> int | None:
     """The class that `--label`, a number or a name, stands for."""
     label: str | None = options.label
-    return model.class_of(int(label) if label is not None and label.isdecimal() else label, key="--label")
+    is_name = label in model.target_names.get(model.model.condition_on or "", [])
+    is_number = label is not None and label.isdecimal() and not is_name
+    return model.class_of(int(label) if is_number else label, key="--label")  # type: ignore[arg-type]
 
 
 def _name_of_images(options: argparse.Namespace) -> str:

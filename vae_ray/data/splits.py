@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hashlib import sha256
 from typing import NamedTuple
 
 import numpy as np
@@ -27,6 +28,8 @@ class Splits(NamedTuple):
     train_indices: Tensor
     validation_indices: Tensor
     """In `train`; empty where the source has a validation split of its own."""
+    condition: str | None = None
+    """The labels that a conditional VAE is given."""
 
     @classmethod
     def open(cls, experiment: Experiment, *, progress: Progress | None = None) -> Splits:
@@ -51,7 +54,7 @@ class Splits(NamedTuple):
             seed=experiment.run.seed,
             by_content=not isinstance(experiment.data, DigitsData | PublishedData),
         )
-        return cls(dataset, train, dataset.splits["test"], *indices)
+        return cls(dataset, train, dataset.splits["test"], *indices, experiment.model.condition)
 
     @property
     def num_validation(self) -> int:
@@ -61,8 +64,12 @@ class Splits(NamedTuple):
 
     @property
     def fingerprints(self) -> dict[str, str]:
-        """The fingerprints of the images of each split; equal for equal images, wherever they lie."""
-        return {name: split.fingerprint for name, split in self.dataset.splits.items()}
+        """Of the images of each split, and of the labels of a conditional VAE (`fingerprints_of`)."""
+        return {
+            key: value
+            for split in self.dataset.splits.values()
+            for key, value in fingerprints_of(split, self.condition).items()
+        }
 
     def mean_training_image(self) -> Tensor:
         """The mean of the training images, `(C, H, W)` in [0, 1]; in float64 from exact sums."""
@@ -92,6 +99,20 @@ class Splits(NamedTuple):
             return self.train, self.validation_indices
         split = self.dataset.splits[name]
         return split, torch.arange(len(split))
+
+
+def fingerprints_of(split: Split, condition: str | None) -> dict[str, str]:
+    """`{"train": ...}` of the images and, if a VAE is conditional on labels that they have, `{"train label": ...}`.
+
+    Equal for equal images, and labels with equal names, wherever they lie.
+    """
+    found = {split.name: split.fingerprint}
+    if condition in split.columns:
+        names = "\n".join(split.names.get(condition, ()))
+        found[f"{split.name} {condition}"] = sha256(
+            split.columns[condition].numpy().tobytes() + names.encode()
+        ).hexdigest()
+    return found
 
 
 def validation_indices(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -79,6 +80,10 @@ def evaluation_of(
     found = Evaluation({}, {}, {}, dict(labels), list(warnings), arrays)
     for name in names:
         result = METRICS[name].compute(arrays, setting)
+        known = {
+            key: value for key, value in result.standard_errors.items() if math.isfinite(value)
+        }  # not of one image
+        result = result._replace(standard_errors=known)
         parts = zip((found.metrics, found.standard_errors, found.details), result[:3], strict=True)
         for collected, new in parts:
             collected.update({f"{split}/{key}": value for key, value in new.items()})  # type: ignore[attr-defined]

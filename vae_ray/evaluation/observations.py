@@ -102,6 +102,11 @@ def top_group(batch: EvaluationBatch) -> dict[str, Tensor]:
 
     And as many samples of the prior with their log density, one beside each image.
     """
+    if batch.condition is not None:
+        raise UserError(
+            "metrics: aggregated-posterior and disentanglement need one prior for all images, this model is "
+            "conditional; leave them out"
+        )
     group = batch.output.groups[0]
     posterior, prior, model = group.posterior, group.prior, batch.model
     if not isinstance(posterior, DiagonalGaussian):

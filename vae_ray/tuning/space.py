@@ -28,13 +28,14 @@ SEARCH_DIR = Path(__file__).parents[1] / "config" / "searches"
 SIGNIFICANT_DIGITS = 4
 """Sampled numbers are rounded, so that they can be read, compared and typed."""
 INCOMPARABLE = {
-    "data.source": "each trial would have other images",
     "data.num_validation": "each trial would be measured on other images",
     "model.condition": "-log p(x) and -log p(x | label) are different quantities",
     "likelihood.name": "likelihoods measure images in different units (probabilities and densities)",
     "run.seed": "each trial would have other noise and another validation split",
 }
 """Keys that cannot be searched, and why nats of their values do not compare."""
+SEARCHABLE_DATA = ("data.augment", "data.window_mib")
+"""Of `data` the keys that change the training alone; any other would give each trial other images."""
 
 
 @dataclass(frozen=True)
@@ -233,10 +234,12 @@ class SearchSpace:
 def _checked(key: str, domain: Domain, experiment: Experiment) -> Domain:
     if is_place_key(key):
         raise UserError(f"search: {key}: cannot be searched, it says where a trial runs and not what it computes")
-    if key in INCOMPARABLE:
+    why = INCOMPARABLE.get(key)
+    if why is None and key.startswith("data.") and key not in SEARCHABLE_DATA:
+        why = "each trial would have other images"
+    if why is not None:
         raise UserError(
-            f"search: {key}: cannot be searched, {INCOMPARABLE[key]}, so their nats do not compare; "
-            "run a sweep for each value"
+            f"search: {key}: cannot be searched, {why}, so their nats do not compare; run a sweep for each value"
         )
     try:
         values = [scalar(experiment.with_overrides({key: value}).flat()[key]) for value in domain.boundary_values()]
