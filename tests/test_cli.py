@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -72,7 +73,7 @@ def test_progress_of_a_resumed_run_shows_the_epochs_that_it_trains(
 def test_what_a_library_prints_does_not_get_into_the_answer(
     quick: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("vae_ray.runs.preflight.check_writable", lambda storage: print("Downloading ..."))
+    monkeypatch.setattr("vae_ray.runs.preflight.preflight", lambda e: print("Downloading ...") or Mock(warnings=[]))
     assert main(["train", experiment_file(quick, tmp_path), "--dry-run", "--json"]) == 0
     out, err = capsys.readouterr()
     assert set(one_object(out)) == {"experiment"}
