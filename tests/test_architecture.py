@@ -150,6 +150,17 @@ def test_a_job_is_one_call_of_the_command_line(job: Path) -> None:
     assert not any(isinstance(node, ast.FunctionDef | ast.ClassDef) for node in ast.walk(tree_of(job)))
 
 
+@pytest.mark.parametrize(
+    ("mark", "directories"),
+    [("ray", {"distributed", "parallel", "faults"}), ("cluster", {"cluster"}), ("system", {"system"})],
+)
+def test_tests_with_a_mark_are_where_make_looks_for_them(mark: str, directories: set[str]) -> None:
+    marked = re.compile(rf"^(pytestmark = |@).*\bpytest\.mark\.{mark}\b", re.MULTILINE)
+    tests = REPOSITORY / "tests"
+    files = [file.relative_to(tests) for file in tests.rglob("test_*.py") if marked.search(file.read_text())]
+    assert {file.parts[0] for file in files} == directories
+
+
 # Where packages are installed from is each machine's own affair, and never the repository's.
 REGISTRY = re.compile(r"index-url|pythonhosted\.org|pypi\.org/simple|artifactory|nexus|jfrog|devpi", re.IGNORECASE)
 
