@@ -5,12 +5,14 @@ that failed before its first epoch. Every text that a user can set is hostile.
 """
 
 import base64
+import functools
 import io
 import json
 import math
 import re
 import shlex
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -397,6 +399,15 @@ OVERRIDES: dict[str, st.SearchStrategy[Any]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def presets_are_read_once() -> Iterator[None]:
+    """A reproduction looks for the nearest of all presets, each of which is parsed in YAML."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Experiment, "preset", functools.cache(Experiment.preset))
+        yield
+
+
+@pytest.mark.usefixtures("presets_are_read_once")
 @settings(max_examples=150)
 @given(st.sampled_from(preset_names()), st.fixed_dictionaries({}, optional=OVERRIDES))
 def test_a_reproduction_reads_back_as_the_same_experiment(preset: str, overrides: dict[str, Any]) -> None:
