@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from tests.config.test_experiment import field_ids
 from tests.config.test_keys import entry_of, with_entry
-from tests.faults.conftest import Count
+from tests.faults.conftest import FORM, Count
 from vae_ray import Experiment, UserError
 from vae_ray.cli.main import main
 from vae_ray.config.experiment import field_docs
@@ -133,6 +133,8 @@ OVERRIDES = [
     for value in wrong_values(doc)
     if isinstance(value, str) and "\0" not in value and doc.type != "PATH"
 ]
+if FORM == "short":  # one of each field and a sample; each value meets its field in test_every_field_refuses_...
+    OVERRIDES = [case for n, case in enumerate(OVERRIDES) if n % 4 == 0 or case[0] is not OVERRIDES[n - 1][0]]
 
 
 def test_wrong_values_on_the_command_line_are_one_line_and_leave_nothing(
@@ -154,7 +156,7 @@ def test_wrong_values_in_a_file_are_one_line_and_leave_nothing(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     file, tried = tmp_path / "x.yaml", 0
-    for doc, value in CASES[::4]:
+    for doc, value in CASES[:: 16 if FORM == "short" else 4]:
         content: Any = value
         for part in reversed(doc.key.split(".")):
             content = {part: content}

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.faults.conftest import Count
+from tests.faults.conftest import FORM, Count
 from tests.faults.signalled import descendants, is_alive
 from vae_ray.config.sections.data import ImagesData
 from vae_ray.data.dataset import open_local
@@ -26,7 +26,7 @@ from vae_ray.data.sources import build_source, plan_of
 
 pytestmark = pytest.mark.faults
 
-NUM_IMAGES, NUM_KILLS = 900, 12
+NUM_IMAGES, NUM_KILLS = 900, 6 if FORM == "short" else 12
 PREPARE = """
 import sys
 from pathlib import Path

@@ -33,7 +33,7 @@ def test_one_signal_ends_a_run_after_a_checkpoint_inside_the_epoch(
 ) -> None:
     """A terminal that closes is one signal too: the system and the shell both send it."""
     training = Training(long, tmp_path)
-    training.wait_for_epoch(2)
+    training.wait_for_epoch(1)
     code, seconds, said = training.ends_after(*(signal.Signals[name] for name in which.split()), pause_seconds=0)
     assert code == 130
     assert seconds < 10
@@ -47,7 +47,7 @@ def test_one_signal_ends_a_run_after_a_checkpoint_inside_the_epoch(
 @pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
 def test_two_signals_end_a_run_at_once(long: Experiment, tmp_path: Path, which: signal.Signals) -> None:
     training = Training(long, tmp_path)
-    training.wait_for_epoch(2)
+    training.wait_for_epoch(1)
     code, seconds, said = training.ends_after(which, which)
     assert code == 130
     assert seconds < 10
