@@ -211,6 +211,9 @@ def test_a_run_without_improvement_ends_early(quick: Experiment) -> None:
     assert result.epochs == result.best_epoch + 2 < 40
     assert json.loads((result.run_dir / "summary.json").read_text())["stopped_early"] is True
     assert resume(result.run_dir) == result
+    with pytest.raises(UserError, match=r"training\.epochs: the run stopped early, .* had not improved for 2 epochs"):
+        resume(result.run_dir, {"training.epochs": 60})
+    assert resume(result.run_dir) == result
 
 
 # --- averaged weights -----------------------------------------------------------------------------------

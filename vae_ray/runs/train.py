@@ -31,6 +31,7 @@ from vae_ray.runs.preflight import local_device, preflight, with_absolute_paths
 from vae_ray.runs.results import TrainResult, result_from, summarise
 from vae_ray.storage.locations import absolute, is_uri, split_location
 from vae_ray.storage.retry import describe_os_error
+from vae_ray.training.checkpointing import selection_metric
 from vae_ray.training.fit import fit
 
 logger = logging.getLogger(__name__)
@@ -63,6 +64,12 @@ def train(experiment: Experiment, *, resume: bool = False, quiet: bool = True) -
     with open_run(requested, checked.splits, resume=resume) as run:
         if resume and (summary := run.records.summary()):
             if run.experiment().training.epochs < requested.training.epochs:
+                if summary.get("stopped_early"):
+                    raise UserError(
+                        f"training.epochs: the run stopped early, {selection_metric(requested)} had not improved for "
+                        f"{requested.training.patience_epochs} epochs (training.patience_epochs); start another run "
+                        f"with --run.initial-weights {run.location}"
+                    )
                 _warn_of_stretched_schedule(requested)
             elif _has_intact_result(run, result := result_from(summary, run)):
                 logger.warning("%s: has finished; --training.epochs N extends it", run.location)
