@@ -63,7 +63,7 @@ def test_the_files_that_a_run_leaves_are_those_in_the_readme(trained_run: TrainR
     names = [line.split()[0] for line in tree.group(1).splitlines()]
     assert [name for name in names if not (Path(trained_run.run_dir) / _at_epoch(name)).exists()] == []
     found = {path.name for path in Path(trained_run.run_dir).iterdir() if not path.name.startswith(".")}
-    assert found == {name.partition("/")[0] for name in names}
+    assert found - {"evaluations"} == {name.partition("/")[0] for name in names}  # of other tests
 
 
 def _at_epoch(name: str) -> str:

@@ -11,7 +11,6 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.stats import rankdata
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -154,6 +153,8 @@ def one_hot(labels: Levels, num: int) -> Floats:
 
 def _areas_under_roc(scores: Floats, targets: Floats) -> Floats:
     """Of each column the probability that a positive has the higher score than a negative, ties half: by ranks."""
+    from scipy.stats import rankdata  # here, because every process of a training would import it
+
     num_positive = targets.sum(0)
     below = (rankdata(scores, axis=0) * targets).sum(0) - num_positive * (num_positive + 1) / 2
     return below / (num_positive * (len(targets) - num_positive))
