@@ -26,6 +26,10 @@ from vae_ray.evaluation.codes import WHAT, Codes, write_codes
 from vae_ray.evaluation.diagnosis import NUM_IMAGES, find_failures
 from vae_ray.evaluation.evaluation import Evaluation, evaluation_of, observers_of, possible
 from vae_ray.evaluation.features import FeatureSpace, feature_space
+from vae_ray.evaluation.fitted_priors import FOLDER as PRIORS
+from vae_ray.evaluation.fitted_priors import FittedPrior, check_name, compare, top_posteriors
+from vae_ray.evaluation.fitted_priors import load as load_prior
+from vae_ray.evaluation.fitted_priors import save as save_prior
 from vae_ray.evaluation.observations import (
     Observation,
     Piece,
@@ -39,14 +43,17 @@ from vae_ray.evaluation.observations import (
     observed,
     pieces,
 )
+from vae_ray.evaluation.store import owner_of
 from vae_ray.evaluation.table import ALL, DEFAULT, Setting, chosen
 from vae_ray.models.coordinates import coordinates
 from vae_ray.models.interpolation import INTERPOLATIONS
 from vae_ray.models.latents import Distribution, Group
 from vae_ray.models.noise import BLOCK_ROWS, latent_noise, num_elements
+from vae_ray.models.priors.fitting import KINDS, fit_prior
 from vae_ray.models.traversal import Traversal, check_means, decode_codes, join_groups, split_groups, traverse
 from vae_ray.models.vae import VAE, build_vae, shape_vae
 from vae_ray.parallel.group import SingleProcess, shards_of
+from vae_ray.storage.locations import absolute, join_location
 from vae_ray.storage.reading import short_repr
 
 logger = logging.getLogger(__name__)
@@ -73,11 +80,24 @@ class TrainedVAE:
     z of all latent groups side by side, `(N, latent_dim)`.
     """
 
-    def __init__(self, model: VAE, experiment: Experiment, checkpoint: Checkpoint, weights: Weights = "last") -> None:
+    def __init__(
+        self,
+        model: VAE,
+        experiment: Experiment,
+        checkpoint: Checkpoint,
+        weights: Weights = "last",
+        *,
+        location: str | None = None,
+        fitted_prior: FittedPrior | None = None,
+    ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.experiment = experiment
         self.checkpoint = checkpoint
         self.weights = weights
+        self.location = str(checkpoint.path) if location is None else location
+        """Path or URI that it was loaded from: of a run, a sweep or a checkpoint."""
+        self.fitted_prior = fitted_prior
+        """The prior that the model has instead of its own (`with_prior`)."""
 
     @classmethod
     def load(
@@ -115,7 +135,8 @@ class TrainedVAE:
         tensors = checkpoint.weights(expected, averaged=averaged)
         model = build_vae(experiment, checkpoint.image_shape, seed=0)
         model.load_state_dict(tensors)
-        return cls(model.to(device), experiment, checkpoint, "averaged" if averaged else "last")
+        location = absolute(path, key="checkpoint")
+        return cls(model.to(device), experiment, checkpoint, "averaged" if averaged else "last", location=location)
 
     @property
     def device(self) -> torch.device:
@@ -132,12 +153,23 @@ class TrainedVAE:
         return num_elements(self.model.latent_shapes)
 
     @torch.inference_mode()
-    def generate(self, num: int, *, seed: int = 0, temperature: float = 1.0, label: int | str | None = None) -> Tensor:
+    def generate(
+        self,
+        num: int,
+        *,
+        seed: int = 0,
+        temperature: float = 1.0,
+        label: int | str | None = None,
+        prior: str | None = None,
+    ) -> Tensor:
         """Means of p(x|z) for `num` z from the prior: images `(num, C, H, W)` in [0, 1].
 
         The first n of `generate(m)` are `generate(n)`. `temperature` scales the prior's standard deviation. `label` is
-        the class, or its name, of all images of a conditional VAE; None gives the classes 0, 1, ... in turn.
+        the class, or its name, of all images of a conditional VAE; None gives the classes 0, 1, ... in turn. `prior` is
+        the name of one that `fit_prior` has kept; None means the model's own.
         """
+        if prior is not None:
+            return self.with_prior(prior).generate(num, seed=seed, temperature=temperature, label=label)
         check_whole("num", num, least=1)
         _check_num_images("num", num)
         check_whole("seed", seed, least=0)
@@ -147,6 +179,73 @@ class TrainedVAE:
         images = self.model.generate(noise, temperature=temperature, condition=condition)
         check_means(images, self.model.likelihood, given=f"temperature: got {temperature:g}")
         return images
+
+    def fit_prior(
+        self, kind: Literal["mixture", "flow"], *, components: int | None = None, seed: int = 0, name: str | None = None
+    ) -> FittedPrior:
+        """Fit a prior of the top group to codes z ~ q(z|x) of the training images and keep it as `RUN/priors/NAME`.
+
+        `record["held_out"]` of the result has the mean log density of codes of test images, in nats per image, under
+        it and under the model's own prior. See `vae_ray.models.priors.fitting`.
+
+        Args:
+            kind: a "mixture" of diagonal Gaussians, or a "flow".
+            components: of a mixture; None chooses by codes held out.
+            seed: of the fit.
+            name: to use it by, in `with_prior`; None means the kind.
+
+        Raises:
+            UserError: there is no run to keep it beside, or the posterior is not Gaussian.
+        """
+        check_choice("kind", kind, KINDS)
+        check_whole("seed", seed, least=0)
+        if components is not None:
+            check_whole("components", components, least=1)
+            if kind != "mixture":
+                raise UserError(f"components: got {components}, but only a mixture has components; leave it out")
+        name, owner, num_classes = kind if name is None else name, self._owner(), self.model.num_classes
+        check_name(name)
+        observations = [
+            top_posteriors(
+                self.model,
+                self._evaluation_loader(split, None),
+                size=self.experiment.training.evaluation_batch_size,
+                precision=self.experiment.training.precision,
+            )
+            for split in get_args(SplitName)
+            if split != "val"
+        ]
+        (_, posteriors), (arrays, of_test) = observations
+        prior, settings = fit_prior(kind, posteriors, num_classes=num_classes, components=components, seed=seed)
+        record = {
+            "kind": kind,
+            "settings": settings,
+            "weights": self._fingerprint,
+            "epoch": self.checkpoint.epoch,
+            "seed": seed,
+            "num_codes": len(posteriors.mean),
+            "held_out": compare(prior, arrays, of_test, num_classes),
+        }
+        fitted = FittedPrior(name, prior, record, join_location(owner, PRIORS, name))
+        try:
+            save_prior(fitted)
+        except OSError as error:
+            raise UserError(f"prior: {fitted.location} cannot be written ({error.strerror})") from None
+        return fitted
+
+    def with_prior(self, name: str) -> TrainedVAE:
+        """This model with a prior that `fit_prior` has kept beside its run; raises `UserError` if there is none."""
+        fitted = load_prior(self._owner(), name, self.model, weights=self._fingerprint)
+        model = self.model.with_prior(fitted.prior.to(self.device))
+        return TrainedVAE(
+            model, self.experiment, self.checkpoint, self.weights, location=self.location, fitted_prior=fitted
+        )
+
+    def _owner(self) -> str:
+        owner = owner_of(self.location)
+        if owner is None:
+            raise UserError(f"prior: {self.location} is a checkpoint without its run, where priors are kept; give RUN")
+        return owner
 
     @torch.inference_mode()
     def groups(self, images: Any, labels: Any = None) -> tuple[Group, ...]:
@@ -279,7 +378,8 @@ class TrainedVAE:
         names, missing = possible(names, setting, observe_one, required=metrics not in (ALL, [ALL]))
         size = BLOCK_ROWS if "nll" in names else experiment.training.evaluation_batch_size
         given = [Piece(split, rows) for rows in pieces(len(loader.indices), size)]
-        whole = Observation(experiment, self.model, {split: loader}, given, observers_of(names, setting))
+        prior = None if self.fitted_prior is None else self.fitted_prior.prior
+        whole = Observation(experiment, self.model, {split: loader}, given, observers_of(names, setting), prior)
         arrays = joined(in_order(observed(whole, run, progress)))
         labels = self._labels(split, len(loader.indices)) | ({"num_samples": num_samples} if "nll" in names else {})
         return evaluation_of(arrays, names, setting, split=split, labels=labels, warnings=missing)
@@ -310,6 +410,8 @@ class TrainedVAE:
         Raises:
             UserError: images of another shape, a split that does not exist, or `out` has something else.
         """
+        if self.fitted_prior is not None:
+            raise UserError("prior: codes do not depend on it; write those of the model as it was loaded")
         check_choice("what", what, WHAT)
         check_choice("split", split, ("all", *get_args(SplitName)))
         dataset, experiment = open_dataset(self.experiment.data), self.experiment
@@ -370,6 +472,7 @@ class TrainedVAE:
             "z": "sampled",
             "weights": self.weights,
             "epoch": self.checkpoint.epoch,
+            **({} if self.fitted_prior is None else {"prior": self.fitted_prior.label}),
         }
 
     @torch.inference_mode()

@@ -31,3 +31,12 @@ def test_any_number_of_workers_writes_the_same_file(
         model.write_codes(out, what="all", run=on_ray(num_workers), progress=report)
         assert out.read_bytes() == here
         assert seen[-1] == (1797, 1797)
+
+
+def test_workers_evaluate_under_a_fitted_prior(trained_by: Callable[[int], TrainResult]) -> None:
+    model = TrainedVAE.load(trained_by(0).run_dir)
+    model.fit_prior("mixture", components=3)
+    model = model.with_prior("mixture")
+    here, there = (model.evaluate("test", "elbo", run=on_ray(num)) for num in (0, 1))
+    assert there.metrics == pytest.approx(here.metrics, rel=1e-6)
+    assert there.labels == here.labels

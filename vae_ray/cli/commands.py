@@ -254,7 +254,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
 
 def _num_workers(text: str) -> int:
     if not text.isdecimal():
-        raise UserError(f"--workers.num: got {text!r}, should be a whole number; 0 means in this process")
+        raise UserError(f"--workers.num: got {text!r}, should be a whole number; 0 evaluates in this process")
     return int(text)
 
 
@@ -302,6 +302,24 @@ def encode(options: argparse.Namespace) -> dict[str, Any]:
         "images": f"{by_split}{f'; {earlier}' if found.num_found else ''}",
         "columns": ", ".join(found.columns),
         "checkpoint": str(model.checkpoint.path),
+    }
+
+
+def fit_prior(options: argparse.Namespace) -> dict[str, Any]:
+    """fit a prior to the codes of the training images; generate and evaluate take it by --prior"""
+    model = load_model(options)
+    fitted = model.fit_prior(options.kind, components=options.components, seed=options.seed, name=options.name)
+    found = fitted.record["held_out"]
+    if options.json:
+        return {**fitted.record, "name": fitted.name, "prior": fitted.location}
+    nats = {key: f"{value:.2f} ± {found['standard_errors'][key]:.2f}" for key, value in found["nats"].items()}
+    settings = ", ".join(f"{key} {value}" for key, value in fitted.record["settings"].items())
+    return {
+        "prior": fitted.location,
+        "fit": f"{fitted.record['kind']} ({settings}) to {fitted.record['num_codes']:,} codes of training images",
+        "log density": f"{nats['fitted']} nats per test image, under the model's own prior {nats['own']}",
+        "gain": f"{nats['gain']} nats",
+        "use it by": f"--prior {fitted.name}, of generate and evaluate",
     }
 
 

@@ -183,6 +183,7 @@ EXPERIMENT: Arguments = {
 }
 MODEL: Arguments = {"checkpoint": _text("a checkpoint, or the directory of a run or a sweep", "CHECKPOINT"), **TRUST}
 LABEL: Arguments = {"--label": _text("the class, or its name, of all images of a conditional VAE", "LABEL")}
+PRIOR: Arguments = {"--prior": _text("a prior of fit-prior, by its name, instead of the model's own", "NAME")}
 IMAGES: Arguments = {
     "--images": _text(
         "your own images of the model's size instead of test images: a directory of pictures,\na .npy or a .npz file",
@@ -225,6 +226,7 @@ COMMANDS: Mapping[Callable[[argparse.Namespace], dict[str, Any]], Arguments] = {
         "--seed": _text("seed of z (default 0)", type=int, default=0),
         "--temperature": _text("factor of the prior's standard deviation (default 1)", type=float, default=1.0),
         **LABEL,
+        **PRIOR,
     },
     pictures.reconstruct: {**PICTURE, **IMAGES, "--num": _number("how many", 32)},
     pictures.interpolate: {
@@ -257,6 +259,7 @@ COMMANDS: Mapping[Callable[[argparse.Namespace], dict[str, Any]], Arguments] = {
             default="classifier",
         ),
         "--num-images": _number("only the first so many images of the split"),
+        **PRIOR,
     },
     commands.encode: {
         **MODEL,
@@ -270,6 +273,13 @@ COMMANDS: Mapping[Callable[[argparse.Namespace], dict[str, Any]], Arguments] = {
             choices=("mean", "sample", "all"),
         ),
         "--split": _text("default all", default="all", choices=("train", "val", "test", "all")),
+    },
+    commands.fit_prior: {
+        **MODEL,
+        "--kind": _text("mixture (of diagonal Gaussians) or flow", choices=("mixture", "flow"), required=True),
+        "--components": _number("Gaussians of a mixture (default: as suits codes held out, 1 to 100)"),
+        "--seed": _text("seed of the fit (default 0)", type=int, default=0),
+        "--name": _text("to use it by (default: the kind)", "NAME"),
     },
     data.data: {
         "action": _text(
@@ -305,10 +315,14 @@ COMMANDS: Mapping[Callable[[argparse.Namespace], dict[str, Any]], Arguments] = {
 """The arguments of each command; its docstring is its help."""
 OVERRIDABLE = ("train", "resume", "sweep")
 """The commands that take all of the Experiment's keys."""
-READ_IMAGES = ("reconstruct", "interpolate", "traverse", "evaluate", "encode", "report")
+READ_IMAGES = ("reconstruct", "interpolate", "traverse", "evaluate", "encode", "report", "fit-prior")
 """The commands that read the images of a trained model's run, which may lie elsewhere now."""
 ON_WORKERS = ("evaluate", "encode")
 """Those of them that take --workers.num."""
+
+
+def _name(command: Callable[[argparse.Namespace], dict[str, Any]]) -> str:
+    return command.__name__.replace("_", "-")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -323,7 +337,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = _Parser(prog="vae-ray", description=DESCRIPTION, allow_abbrev=False)
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command, command_arguments in COMMANDS.items():
-        name, text, style = command.__name__, command.__doc__, argparse.RawTextHelpFormatter
+        name, text, style = _name(command), command.__doc__, argparse.RawTextHelpFormatter
         sub = subparsers.add_parser(name, help=text, description=text, allow_abbrev=False, formatter_class=style)
         sub.set_defaults(run=command, exit_code=0)
         sub.add_argument("--json", **_flag("print exactly one JSON object on stdout"))
@@ -336,7 +350,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         if name in READ_IMAGES:
             sub.epilog = "where the run's images are now: --data.root DIR, --data.cache-dir DIR, --data.download BOOL"
             sub.epilog += "\non Ray workers: --workers.num N (default 0: in this process)" * (name in ON_WORKERS)
-    names = [command.__name__ for command in COMMANDS]
+    names = [_name(command) for command in COMMANDS]
     if arguments and not arguments[0].startswith("-") and arguments[0] not in names:
         from vae_ray.config.keys import did_you_mean
 
@@ -358,7 +372,7 @@ def _refuse_unknown(argument: str, options: argparse.Namespace) -> NoReturn:
         raise UserError(f"argument {argument!r} does not exist; for images there, use --data.root {argument}")
     if near := difflib.get_close_matches(flag, COMMANDS[options.run], n=1, cutoff=0.75):
         raise UserError(f"argument {argument!r} does not exist; did you mean {near[0]!r}?")
-    if owners := [command.__name__ for command, arguments in COMMANDS.items() if flag in arguments]:
+    if owners := [_name(command) for command, arguments in COMMANDS.items() if flag in arguments]:
         raise UserError(f"argument {argument!r} is not one of {options.command}; {', '.join(owners)} has it")
     if options.command in (*OVERRIDABLE, "data") and argument.startswith("--"):
         Experiment().with_overrides({flag[2:]: ""})  # names the nearest key

@@ -27,7 +27,8 @@ def load_model(options: argparse.Namespace) -> TrainedVAE:
     with signals.deferred():
         from vae_ray.inference import TrainedVAE
 
-    return TrainedVAE.load(options.checkpoint, trust_code=options.trust_code, data=options.overrides)
+    model = TrainedVAE.load(options.checkpoint, trust_code=options.trust_code, data=options.overrides)
+    return model.with_prior(options.prior) if getattr(options, "prior", None) else model
 
 
 def _images(options: argparse.Namespace, model: TrainedVAE, num: int) -> tuple[Tensor, Any]:
@@ -99,7 +100,8 @@ def generate(options: argparse.Namespace) -> dict[str, Any]:
     model = load_model(options)
     label = None if options.label is None else _label(options, model)
     images = model.generate(options.num, seed=options.seed, temperature=options.temperature, label=label)
-    return _answer(square_grid(images, title=_title(model, "samples, z ~ p(z)")), options, model)
+    prior = "p(z)" if model.fitted_prior is None else model.fitted_prior.label
+    return _answer(square_grid(images, title=_title(model, f"samples, z ~ {prior}")), options, model)
 
 
 def reconstruct(options: argparse.Namespace) -> dict[str, Any]:

@@ -7,6 +7,7 @@ driver has taken the last one's arrays: as many are in memory as there are actor
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ from vae_ray.distributed.failures import first_cause
 from vae_ray.distributed.resources import worker_resources
 from vae_ray.errors import TrainingFailed, UserError
 from vae_ray.evaluation.observations import Arrays, Observation, Observer, Piece, Run, observe, observe_here
+from vae_ray.models.priors import Prior
 from vae_ray.models.vae import build_vae
 from vae_ray.parallel.group import SingleProcess, shards_of
 from vae_ray.training.cpu_settings import cpu_settings
@@ -40,6 +42,7 @@ class Common(NamedTuple):
     image_shape: tuple[int, int, int]
     weights: Mapping[str, Tensor]
     observers: Sequence[Observer]
+    fitted_prior: Prior | None
     code: dict[str, bytes]
     """The user's own modules, by path."""
     device: torch.device
@@ -67,8 +70,9 @@ def _observe_on_ray(whole: Observation, *, num_workers: int) -> Iterator[tuple[i
         )
         weights = {name: tensor.cpu() for name, tensor in whole.model.state_dict().items()}
         code = user_code.collect(experiment.user_code())
+        prior = None if whole.fitted_prior is None else copy.deepcopy(whole.fitted_prior).cpu()
         shape = whole.model.image_shape
-        common = ray.put(Common(experiment.to_dict(), shape, weights, whole.observers, code, device))
+        common = ray.put(Common(experiment.to_dict(), shape, weights, whole.observers, prior, code, device))
         pool = ActorPool([kind.remote(common) for _ in range(min(num_workers, len(whole.pieces)))])
         numbered = list(enumerate(whole.pieces))
         try:
@@ -89,7 +93,8 @@ class _Observer:
         self.precision, self.observers = experiment.training.precision, common.observers
         self.settings = cpu_settings(num_threads=experiment.workers.num_threads, device=common.device)
         self.settings.__enter__()  # for the life of this process
-        self.model = build_vae(experiment, common.image_shape, seed=0)
+        model = build_vae(experiment, common.image_shape, seed=0)
+        self.model = model if common.fitted_prior is None else model.with_prior(common.fitted_prior)
         self.model.load_state_dict(common.weights)
         self.model.to(common.device)
         splits, shards = Splits.open(experiment), shards_of(SingleProcess(common.device))

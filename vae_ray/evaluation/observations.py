@@ -26,6 +26,7 @@ from vae_ray.evaluation.reconstruction import mean_squared_error, peak_signal_to
 from vae_ray.models.latents import DiagonalGaussian, Group
 from vae_ray.models.networks.base import Features
 from vae_ray.models.noise import EVALUATION_NOISE, latent_noise
+from vae_ray.models.priors import Prior
 from vae_ray.models.traversal import by_channel, join_groups, rate_shares
 from vae_ray.models.vae import VAE, Output, posterior_mean
 from vae_ray.objectives.base import elbo_terms
@@ -191,6 +192,8 @@ class Observation(NamedTuple):
     """By the experiment's splits."""
     pieces: Sequence[Piece]
     observers: Sequence[Observer]
+    fitted_prior: Prior | None = None
+    """The model's, if it is not that of the experiment."""
 
 
 Run = Callable[[Observation], Iterator[tuple[int, Arrays]]]

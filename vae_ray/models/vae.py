@@ -59,6 +59,18 @@ class VAE(nn.Module):
         self.network, self.prior, self.likelihood = network, prior, likelihood
         prior.attach(self.top_posterior)
 
+    def with_prior(self, prior: Prior) -> VAE:
+        """The same network, whose weights both share, with another prior of the top group."""
+        return VAE(
+            self.network,
+            prior,
+            self.likelihood,
+            image_shape=self.image_shape,
+            signed_input=self.signed_input,
+            condition_on=self.condition_on,
+            num_classes=self.num_classes,
+        )
+
     @property
     def latent_shapes(self) -> tuple[tuple[int, ...], ...]:
         """Shape of each group, the top group first."""
