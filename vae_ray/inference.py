@@ -358,8 +358,8 @@ class TrainedVAE:
             num_samples: samples of z for each image, of "nll"; the literature uses 5,000.
             num_images: only the first so many images of the split.
             features: the space of "fid", "kid" and "precision-recall": "classifier", which is trained on the labels of
-                the training images, "torchvision:NETWORK:FILE" with a file of weights, or "package.module:function",
-                images `(n, C, H, W)` in [0, 1] to `(n, F)`.
+                the training images, "torchvision:NETWORK:FILE" with weights in safetensors, or
+                "package.module:function", images `(n, C, H, W)` in [0, 1] to `(n, F)`.
             progress: called with the number of images so far, and of all.
             run: who observes the images: this process, or Ray workers with
                 `vae_ray.distributed.evaluation.on_ray(num_workers)`.

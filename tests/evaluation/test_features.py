@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vae_ray.data.batches import scaled
@@ -103,8 +104,8 @@ def torchvision_network() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("weights") / "network.pth"
-    torch.save(torchvision_network().state_dict(), path)
+    path = tmp_path_factory.mktemp("weights") / "network.safetensors"
+    save_file(torchvision_network().state_dict(), path)
     return path
 
 
@@ -123,10 +124,8 @@ def test_features_of_torchvision_are_what_its_classifier_is_given(weights: Path,
     assert re.fullmatch(f"torchvision {NETWORK}, weights [0-9a-f]{{8}}", found.name)
 
 
-def test_weights_for_other_classes_and_in_safetensors_will_do(weights: Path, tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
-    state = torch.load(weights, weights_only=True)
+def test_weights_for_other_classes_will_do(weights: Path, tmp_path: Path) -> None:
+    state = load_file(weights)
     state |= {"fc.weight": torch.zeros(7, 1024), "fc.bias": torch.zeros(7)}
     save_file(state, tmp_path / "other.safetensors")
     first, other = (
@@ -139,16 +138,16 @@ def test_weights_for_other_classes_and_in_safetensors_will_do(weights: Path, tmp
 
 def test_a_bad_torchvision_space_is_one_line(weights: Path, tmp_path: Path) -> None:
     (tmp_path / "text.pth").write_text("no weights")
-    torch.save([1, 2], tmp_path / "list.pth")
-    torch.save({"conv.weight": torch.zeros(2)}, tmp_path / "other.pth")
+    torch.save({"conv.weight": torch.zeros(2)}, tmp_path / "pickle.pth")
+    save_file({"conv.weight": torch.zeros(2)}, tmp_path / "other.safetensors")
     refused = {
         "torchvision:resnet5:x.pth": "no classifier 'resnet5'; for example resnet50",
         f"torchvision:{NETWORK}": f"should name a file of weights: torchvision:{NETWORK}:FILE",
         f"torchvision:{NETWORK}:{tmp_path}/absent.pth": "absent.pth cannot be read (No such file or directory)",
         f"torchvision:{NETWORK}:{tmp_path}": "cannot be read (Is a directory)",
-        f"torchvision:{NETWORK}:{tmp_path}/text.pth": "text.pth is no file of weights (",
-        f"torchvision:{NETWORK}:{tmp_path}/list.pth": "list.pth holds no state_dict",
-        f"torchvision:{NETWORK}:{tmp_path}/other.pth": f"other.pth does not hold the weights of {NETWORK} (",
+        f"torchvision:{NETWORK}:{tmp_path}/text.pth": "text.pth is no safetensors file (",
+        f"torchvision:{NETWORK}:{tmp_path}/pickle.pth": "make one with safetensors.torch.save_file",
+        f"torchvision:{NETWORK}:{tmp_path}/other.safetensors": "other.safetensors does not hold the weights of ",
         f"torchvision:squeezenet1_0:{weights}": "a network whose classifier is no linear layer",
     }
     for spec, message in refused.items():

@@ -254,7 +254,7 @@ COMMANDS: Mapping[Callable[[argparse.Namespace], dict[str, Any]], Arguments] = {
         "--num-samples": _number("samples of z for each image, of nll", 5000),
         "--features": _text(
             "what fid, kid and precision-recall compare images by: classifier (default; trained here on\n"
-            "the labels), torchvision:NETWORK:FILE with a file of weights, or package.module:function",
+            "the labels), torchvision:NETWORK:FILE with weights in safetensors, or package.module:function",
             "SPACE",
             default="classifier",
         ),

@@ -1,6 +1,6 @@
 """Feature spaces, which the user names, for metrics that compare sets of images.
 
-    torchvision:resnet50:weights.pth    a network of torchvision with a file of weights; before its last linear layer
+    torchvision:resnet50:FILE           a network of torchvision, weights in safetensors; before its last linear layer
     package.module:function             the user's own: images (n, C, H, W) in [0, 1] -> (n, F)
     classifier                          a small one, trained here on the labels; its hidden layer
 
@@ -164,17 +164,15 @@ def _remove_last_linear(network: nn.Module, state: dict[str, Tensor], *, spec: s
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
-    """The state_dict in a file of PyTorch or safetensors; runs no code that is in it."""
+    """The tensors of a safetensors file. A file of torch.save is a pickle, which no part of this package reads."""
     import safetensors.torch
 
     try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        return safetensors.torch.load(path.read_bytes())
     except OSError as error:
         raise UserError(f"{KEY}: {path} cannot be read ({error.strerror or one_line(error)})") from None
-    except Exception as error:  # what torch.load raises for a damaged file is not documented
-        raise UserError(f"{KEY}: {path} is no file of weights ({one_line(error)[:200]})") from None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{KEY}: {path} holds no state_dict; save one with torch.save(network.state_dict(), ...)")
-    return dict(state)
+    except safetensors.SafetensorError as error:
+        raise UserError(
+            f"{KEY}: {path} is no safetensors file ({one_line(error)[:200]}); of a file of torch.save make one with "
+            "safetensors.torch.save_file (docs/evaluation.md)"
+        ) from None
