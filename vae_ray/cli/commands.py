@@ -254,7 +254,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
 
 def _num_workers(text: str) -> int:
     if not text.isdecimal():
-        raise UserError(f"--workers.num: got {text!r}, should be a whole number; 0 evaluates in this process")
+        raise UserError(f"--workers.num: got {text!r}, should be a whole number; 0 means in this process")
     return int(text)
 
 
