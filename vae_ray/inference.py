@@ -24,6 +24,8 @@ from vae_ray.data.splits import Splits, fingerprints_of
 from vae_ray.errors import CorruptFile, UserError, one_line
 from vae_ray.evaluation.codes import WHAT, Codes, write_codes
 from vae_ray.evaluation.diagnosis import NUM_IMAGES, find_failures
+from vae_ray.evaluation.diagnosis.evidence import gather
+from vae_ray.evaluation.diagnosis.findings import Diagnosis, diagnose
 from vae_ray.evaluation.evaluation import Evaluation, evaluation_of, observers_of, possible
 from vae_ray.evaluation.features import FeatureSpace, feature_space
 from vae_ray.evaluation.fitted_priors import FOLDER as PRIORS
@@ -484,6 +486,21 @@ class TrainedVAE:
         indices = loader.indices[:NUM_IMAGES]
         x, condition = loader.images(indices), self.model.condition(loader.labels(indices))
         return find_failures(self.model, x, splits.mean_training_image(), self.experiment, condition)
+
+    def diagnose(self, history: Sequence[Mapping[str, Any]] = ()) -> Diagnosis:
+        """What is wrong with the model, with the numbers that show it and what to try (docs/evaluation.md).
+
+        Args:
+            history: the records of the run's epochs (`TrainResult.history`); without them nothing is said of curves.
+        """
+        splits = Splits.open(self.experiment)
+        for images in (splits.train, splits.test):
+            self._check_images(images)
+        train, test = (self._loader(splits, name) for name in ("train", "test"))
+        mean_image = splits.mean_training_image()
+        return diagnose(
+            gather(self.model, self.experiment, train=train, test=test, mean_image=mean_image, history=history)
+        )
 
     def test_images(self, num: int, *, spread: bool = False) -> Tensor:
         """The first `num` test images of the run's data, `(num, C, H, W)` in [0, 1]; all where there are fewer.

@@ -252,6 +252,18 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     return {**numbers, **labels, **_warnings(found.warnings), **({"file": file} if file else {})}
 
 
+def diagnose(options: argparse.Namespace) -> dict[str, Any]:
+    """what is wrong with a trained model, in plain words, and what to try"""
+    model = load_model(options)
+    from vae_ray.evaluation.diagnosis.evidence import history_of
+    from vae_ray.evaluation.store import owner_of
+
+    owner = owner_of(options.checkpoint)
+    diagnosis = model.diagnose(history_of(owner) if owner else ())
+    answer = {"checkpoint": str(model.checkpoint.path), **diagnosis.to_dict()}
+    return answer if options.json else {"text": str(diagnosis)}
+
+
 def _num_workers(text: str) -> int:
     if not text.isdecimal():
         raise UserError(f"--workers.num: got {text!r}, should be a whole number; 0 means in this process")

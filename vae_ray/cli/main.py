@@ -281,6 +281,7 @@ COMMANDS: Mapping[Callable[[argparse.Namespace], dict[str, Any]], Arguments] = {
         "--seed": _text("seed of the fit (default 0)", type=int, default=0),
         "--name": _text("to use it by (default: the kind)", "NAME"),
     },
+    commands.diagnose: MODEL,
     data.data: {
         "action": _text(
             "show: a contact sheet, numbers, and what is wrong with which file\n"
@@ -315,7 +316,7 @@ COMMANDS: Mapping[Callable[[argparse.Namespace], dict[str, Any]], Arguments] = {
 """The arguments of each command; its docstring is its help."""
 OVERRIDABLE = ("train", "resume", "sweep")
 """The commands that take all of the Experiment's keys."""
-READ_IMAGES = ("reconstruct", "interpolate", "traverse", "evaluate", "encode", "report", "fit-prior")
+READ_IMAGES = ("reconstruct", "interpolate", "traverse", "evaluate", "diagnose", "encode", "report", "fit-prior")
 """The commands that read the images of a trained model's run, which may lie elsewhere now."""
 ON_WORKERS = ("evaluate", "encode")
 """Those of them that take --workers.num."""

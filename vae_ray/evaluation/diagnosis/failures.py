@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from vae_ray.config.experiment import Experiment
 from vae_ray.config.sections.objectives import BetaTcObjective, ElboObjective
-from vae_ray.models.latents import Group
-from vae_ray.models.noise import latent_noise
+from vae_ray.models.noise import Shapes, latent_noise
 from vae_ray.models.traversal import rate_by_channel
 from vae_ray.models.vae import VAE
 from vae_ray.objectives import build_objective
@@ -44,48 +43,87 @@ def find_failures(
     noise = latent_noise(model.latent_shapes, slice(0, len(x)), 0, "diagnosis", device=x.device)
     output = model(x, noise, condition=condition)
     distortion, rate = (float(term.mean()) for term in elbo_terms(output, x, model.likelihood))
-    weight, free = rate_weight(experiment), free_nats(experiment, output.groups)
     largest = max(float(rate_by_channel(group).mean(0).max()) for group in output.groups)
-    if largest < INFORMATIVE_NATS:  # and so about as good as the mean image
-        return [
-            f"no latent dimension carries information (posterior collapse): the largest rate of one is {largest:.2g} "
-            f"nats per image, should be {INFORMATIVE_NATS} or more; try {_against_collapse(experiment)}"
-        ]
-    nats, baseline = distortion + weight * max(0.0, rate - free), mean_image_nats(model, x, mean_image)
-    if baseline is not None and not nats < baseline:
+    cost, baseline = Cost.of(experiment, model.latent_shapes), mean_image_nats(model, x, mean_image)
+    finding = collapse(largest, experiment) or no_learning(
+        cost(distortion, rate), baseline, cost=cost, num_images=len(x), experiment=experiment
+    )
+    return [] if finding is None else [str(finding)]
+
+
+class Finding(NamedTuple):
+    """Something that is wrong with a model, and what to do about it."""
+
+    evidence: str
+    """What is wrong, with the numbers that show it."""
+    remedy: str
+    """One thing to try, with its flag and value."""
+    is_problem: bool = True
+    """False: worth knowing, nothing to be changed."""
+
+    def __str__(self) -> str:
+        return f"{self.evidence}; try {self.remedy}"
+
+
+class Cost(NamedTuple):
+    """What a pass costs in the loss at the end of training: distortion + weight * max(0, rate - free), in nats."""
+
+    weight: float
+    """Of the rate, at most 1; 0 with geco, whose rate is whatever the target takes."""
+    free: float
+    """Nats of the rate that cost nothing: the capacity, or the free bits of all groups or dimensions."""
+
+    @classmethod
+    def of(cls, experiment: Experiment, latent_shapes: Shapes) -> Cost:
+        """That of an experiment's objective after all schedules."""
+        objective, settings = experiment.objective, last_settings(experiment)
+        parts = (objective.alpha, objective.gamma) if isinstance(objective, BetaTcObjective) else ()
+        weight = 0.0 if objective.name == "geco" else min(1.0, settings.get("beta", 1.0), *parts)
+        if not isinstance(objective, ElboObjective):
+            return cls(weight, 0.0)
+        per_group = objective.free_bits_per == "group"
+        num = sum(1 if per_group else shape[0] for shape in latent_shapes)  # of a spatial group its channels
+        return cls(weight, settings.get("capacity", objective.free_bits * num))
+
+    def __call__(self, distortion: float, rate: float) -> float:
+        return distortion + self.weight * max(0.0, rate - self.free)
+
+    @property
+    def name(self) -> str:
         terms = ["distortion"]
-        if weight:
-            terms += [" ".join([f"{weight:g}"] * (weight < 1) + [f"(rate - {free:g})" if free else "rate"])]
-        name = "nelbo" if weight == 1 and not free else " + ".join(terms)
-        return [
-            f"the model is not better than the mean training image in place of every image: {name} {nats:.5g} against "
-            f"{baseline:.5g} nats, over {len(x)} test images; try {_against_no_learning(experiment)}"
-        ]
-    return []
+        if self.weight:
+            rate = f"(rate - {self.free:g})" if self.free else "rate"
+            terms += [" ".join([f"{self.weight:g}"] * (self.weight < 1) + [rate])]
+        return "nelbo" if self.weight == 1 and not self.free else " + ".join(terms)
 
 
-def rate_weight(experiment: Experiment) -> float:
-    """What a nat of the rate costs at the end of training, where one of the distortion costs 1; at most 1.
-
-    0 with geco: its rate is whatever the target takes.
-    """
-    objective = experiment.objective
-    if objective.name == "geco":
-        return 0.0
-    settings = build_objective(objective).settings(float(experiment.training.epochs), LAST_STEP)
-    parts = (objective.alpha, objective.gamma) if isinstance(objective, BetaTcObjective) else ()
-    return min(1.0, settings.get("beta", 1.0), *parts)
+def last_settings(experiment: Experiment) -> dict[str, float]:
+    """The scheduled values of the objective at the end of training."""
+    return build_objective(experiment.objective).settings(float(experiment.training.epochs), LAST_STEP)
 
 
-def free_nats(experiment: Experiment, groups: Sequence[Group]) -> float:
-    """Nats of the rate that cost nothing in the loss: the capacity, or the free bits of all groups or dimensions."""
-    objective = experiment.objective
-    if not isinstance(objective, ElboObjective):
-        return 0.0
-    per_group = objective.free_bits_per == "group"
-    num = sum(1 if per_group else group.z.shape[1] for group in groups)  # of a spatial group its channels
-    settings = build_objective(objective).settings(float(experiment.training.epochs), LAST_STEP)
-    return settings.get("capacity", objective.free_bits * num)
+def collapse(largest: float, experiment: Experiment) -> Finding | None:
+    """The whole posterior is the prior: the `largest` mean rate of a dimension, or channel, is below 0.01 nats."""
+    if largest >= INFORMATIVE_NATS:
+        return None
+    evidence = (
+        f"no latent dimension carries information (posterior collapse): the largest rate of one is {largest:.2g} "
+        f"nats per image, should be {INFORMATIVE_NATS} or more"
+    )
+    return Finding(evidence, _against_collapse(experiment))
+
+
+def no_learning(
+    nats: float, baseline: float | None, *, cost: Cost, num_images: int, experiment: Experiment
+) -> Finding | None:
+    """The model costs no less than the mean training image in place of every image (None: not known)."""
+    if baseline is None or nats < baseline:
+        return None
+    evidence = (
+        f"the model is not better than the mean training image in place of every image: {cost.name} {nats:.5g} against "
+        f"{baseline:.5g} nats, over {num_images} test images"
+    )
+    return Finding(evidence, _against_no_learning(experiment))
 
 
 def _against_no_learning(experiment: Experiment) -> str:
@@ -137,8 +175,14 @@ def _of_the_objective(flat: Mapping[str, Any]) -> tuple[str | None, str]:
 
 
 def mean_image_nats(model: VAE, x: Tensor, mean_image: Tensor) -> float | None:
-    """The distortion of a decoder that gives `mean_image` whatever z is; None where its parameters are not known."""
+    """The mean over images of `nats_of_mean_image`."""
+    nats = nats_of_mean_image(model, x, mean_image)
+    return None if nats is None else float(nats.mean())
+
+
+def nats_of_mean_image(model: VAE, x: Tensor, mean_image: Tensor) -> Tensor | None:
+    """The distortion `(N,)` of a decoder that gives `mean_image` whatever z is; None if those are not known."""
     params = model.likelihood.initial_bias(mean_image.to(x))
     if len(params) != model.likelihood.num_params(x.shape[1]):  # a user's likelihood without an `initial_bias`
         return None
-    return float(-model.likelihood.log_prob(params.expand(len(x), *params.shape), x).mean())
+    return -model.likelihood.log_prob(params.expand(len(x), *params.shape), x)
