@@ -104,7 +104,10 @@ def idle_dimensions(evidence: Evidence) -> Finding | None:
     if informative == num:
         return None
     what = f"{num - informative} of {num} latent dimensions carry less than {INFORMATIVE_NATS} nats: they do no harm"
-    return Finding(what, f"--model.latent-dim {max(1, informative)} for a smaller model", is_problem=False)
+    latent_dim = evidence.experiment.model.latent_dim
+    # of a hierarchy each group has dimensions of its own
+    smaller = max(1, informative if latent_dim == num else latent_dim - 1)
+    return Finding(what, f"--model.latent-dim {smaller} for a smaller model", is_problem=False)
 
 
 def prior_holes(evidence: Evidence) -> Finding | None:
