@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vae_ray.evaluation.diagnosis import INFORMATIVE_NATS
+from vae_ray.evaluation.mutual_information import marginal_log_densities
 from vae_ray.evaluation.observations import Arrays
 from vae_ray.evaluation.result import Result
 
@@ -73,15 +74,12 @@ def aggregated_posterior(arrays: Arrays) -> Result:
     log_prior, prior_log_prior = (_float64(arrays[name][rows]) for name in ("log_prior", "prior_log_prior"))
     own = _log_normal(z, mean, logvar).sum(1)
     log_q = log_mixture(z, mean, logvar)
-    factors = torch.stack(
-        [log_mixture(z[:, d : d + 1], mean[:, d : d + 1], logvar[:, d : d + 1]) for d in range(dimensions)]
-    )
     overlap_of_q = (log_prior - log_q).clamp(max=0).exp().mean()
     overlap_of_p = (log_mixture(prior_z, mean, logvar) - prior_log_prior).clamp(max=0).exp().mean()
     values = {
         "mutual_information": own - log_q,
         "marginal_kl": log_q - log_prior,
-        "total_correlation": log_q - factors.sum(0),
+        "total_correlation": log_q - marginal_log_densities(z, mean, logvar).sum(1),
         "prior_overlap": (overlap_of_q + overlap_of_p) / 2,
     }
     found = {name: float(value.mean()) for name, value in values.items()}

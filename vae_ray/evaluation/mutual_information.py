@@ -59,23 +59,24 @@ def posterior_information(mean: Floats, logvar: Floats, z: Floats, factors: Leve
         z: a sample of each, `(N, d)`.
         factors: levels, `(N, K)`.
     """
-    tensors = [torch.as_tensor(array, dtype=torch.float64) for array in (z, mean, (-logvar / 2))]
-    marginal = _mixture_log_density(*tensors)
+    tensors = [torch.as_tensor(array, dtype=torch.float64) for array in (z, mean, logvar)]
+    marginal = marginal_log_densities(*tensors)
     information = np.empty((mean.shape[1], factors.shape[1]))
     for k, level in enumerate(torch.as_tensor(factors.T)):
         conditional = torch.empty_like(marginal)
         for value in level.unique():
             rows = level == value
-            conditional[rows] = _mixture_log_density(*(tensor[rows] for tensor in tensors))
+            conditional[rows] = marginal_log_densities(*(tensor[rows] for tensor in tensors))
         information[:, k] = (conditional - marginal).mean(0).clamp(min=0)
     return information
 
 
-def _mixture_log_density(z: torch.Tensor, mean: torch.Tensor, log_precision: torch.Tensor) -> torch.Tensor:
-    """log 1/N sum_n N(z_j; mean_nj, exp(-2 log_precision_nj)) up to log 2 pi / 2, for z `(S, d)`: `(S, d)`.
+def marginal_log_densities(z: torch.Tensor, mean: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
+    """log 1/N sum_n N(z_j; mean_nj, exp(logvar_nj)) of each dimension j, for z `(S, d)` float64: `(S, d)`.
 
     Each row of z is a sample of one of the posteriors, whose own density keeps the sum from underflow.
     """
+    log_precision = -0.5 * logvar
     scale = log_precision.exp() * 0.5**0.5
     result, size = torch.empty_like(z), max(1, CHUNK_DENSITIES // len(mean))
     for j in range(z.shape[1]):
@@ -83,7 +84,7 @@ def _mixture_log_density(z: torch.Tensor, mean: torch.Tensor, log_precision: tor
         for start in range(0, len(z), size):
             part = z[start : start + size, j, None]
             result[start : start + size, j] = (part * scale_j).sub_(offset_j).square_().neg_().add_(log_j).exp_().sum(1)
-    return result.log_() - math.log(len(mean))
+    return result.log_() - math.log(len(mean) * math.sqrt(2 * math.pi))
 
 
 def _entropy(counts: NDArray[np.int64]) -> float:
