@@ -19,6 +19,21 @@ CONTRAST = """(colors) => {
 }"""
 
 
+def check_contrast(page: Page, *selectors: str, dark: bool) -> None:
+    """Each selector's text has the contrast of WCAG 2.2's level AA, 4.5, to the page, which is light or dark."""
+    for selector in selectors:
+        colors = page.evaluate(
+            """(selector) => {
+              const style = getComputedStyle(document.querySelector(selector));
+              return [selector.includes(".chart") ? style.fill : style.color,
+                      getComputedStyle(document.body).backgroundColor];
+            }""",
+            selector,
+        )
+        assert colors[1] == ("rgb(21, 24, 28)" if dark else "rgb(255, 255, 255)")
+        assert page.evaluate(CONTRAST, colors) >= 4.5, selector
+
+
 @contextmanager
 def opened(browser: Browser, file: Path, *, size: tuple[int, int] = DESKTOP, dark: bool = False) -> Iterator[Page]:
     """A page with all its charts drawn; fails if it has a problem or sends a request."""

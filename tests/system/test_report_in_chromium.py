@@ -10,7 +10,7 @@ import yaml
 from playwright.sync_api import Browser, Page
 
 from tests.report.pages import HOSTILE
-from tests.system.chromium import CONTRAST, DESKTOP, PHONE, opened, tooltip
+from tests.system.chromium import DESKTOP, PHONE, check_contrast, opened, tooltip
 from tests.tuning.test_report import TRIALS, build_sweep, reported
 from vae_ray.report.pictures import PICTURE_KINDS
 from vae_ray.tuning.directory import SweepDirectory
@@ -49,17 +49,7 @@ def test_text_is_legible(browser: Browser, sweep: SweepDirectory, size: tuple[in
         f".chart .{part} text" for part in ("role-axis-label", "role-axis-title", "role-legend-label", "labels_marks")
     ]
     with opened(browser, sweep.report, size=size, dark=dark) as page:
-        for selector in (*parts, "figcaption", "td.front", "td.reason", "p", "a", "th"):
-            colors = page.evaluate(
-                """(selector) => {
-                  const style = getComputedStyle(document.querySelector(selector));
-                  return [selector.includes(".chart") ? style.fill : style.color,
-                          getComputedStyle(document.body).backgroundColor];
-                }""",
-                selector,
-            )
-            assert colors[1] == ("rgb(21, 24, 28)" if dark else "rgb(255, 255, 255)")
-            assert page.evaluate(CONTRAST, colors) >= 4.5, selector
+        check_contrast(page, *parts, "figcaption", "td.front", "td.reason", "p", "a", "th", dark=dark)
 
 
 def test_every_trial_is_drawn_in_every_chart(browser: Browser, sweep: SweepDirectory) -> None:

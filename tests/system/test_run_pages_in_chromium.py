@@ -7,7 +7,7 @@ import pytest
 from playwright.sync_api import Browser
 
 from tests.report.pages import HOSTILE
-from tests.system.chromium import CONTRAST, DESKTOP, PHONE, opened
+from tests.system.chromium import DESKTOP, PHONE, check_contrast, opened
 from vae_ray import TrainResult
 from vae_ray.report.compared_runs import compared_runs
 from vae_ray.report.comparison_page import write_comparison
@@ -30,16 +30,7 @@ def test_the_page_of_a_run_is_legible(browser: Browser, run: Path, size: tuple[i
     parts = (".chart .role-axis-label text", ".chart .role-axis-title text", ".chart .role-legend-label text")
     with opened(browser, run / "report.html", size=size, dark=dark) as page:
         assert page.locator(".chart svg").count() == 7, "three terms, lr, rates, and two maps"
-        for selector in (*parts, "figcaption", "p", "dt", "th", ".muted"):
-            colors = page.evaluate(
-                """(selector) => {
-                  const style = getComputedStyle(document.querySelector(selector));
-                  return [selector.includes(".chart") ? style.fill : style.color,
-                          getComputedStyle(document.body).backgroundColor];
-                }""",
-                selector,
-            )
-            assert page.evaluate(CONTRAST, colors) >= 4.5, selector
+        check_contrast(page, *parts, "figcaption", "p", "dt", "th", ".muted", dark=dark)
 
 
 def test_the_slider_shows_one_epoch_at_a_time(browser: Browser, run: Path) -> None:
