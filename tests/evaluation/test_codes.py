@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -149,7 +150,9 @@ def test_an_encoding_that_was_killed_is_continued_no_row_twice_none_missing(
     out, expected = tmp_path / name, tmp_path / f"never-killed-{name}"
     parts = tmp_path / f"{name}.parts" if name.endswith(".parquet") else out
     command = [sys.executable, "-c", SLOW, "encode", str(run), "--what", "all", "--out", str(out)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE)
+    # as many threads as here: sums of products over others may differ in their last bits
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, env=environment)
     wanted = random.randint(1, 30)
     while len(list(parts.glob("part-*"))) < wanted:
         assert process.poll() is None, process.stderr and process.stderr.read()
