@@ -22,11 +22,17 @@ from vae_ray.data.dataset import Split
 from vae_ray.data.images import as_images, as_tensor
 from vae_ray.data.splits import Splits, fingerprints_of
 from vae_ray.errors import CorruptFile, UserError, one_line
-from vae_ray.evaluation.codes import WHAT, Codes, write_codes
+from vae_ray.evaluation.codes import WHAT, Codes, images_digest, write_codes
 from vae_ray.evaluation.diagnosis import NUM_IMAGES, find_failures
 from vae_ray.evaluation.diagnosis.evidence import gather
 from vae_ray.evaluation.diagnosis.findings import Diagnosis, diagnose
-from vae_ray.evaluation.evaluation import Evaluation, evaluation_of, observers_of, possible
+from vae_ray.evaluation.evaluation import (
+    Evaluation,
+    evaluation_of,
+    observers_of,
+    possible,
+    training_observers_of,
+)
 from vae_ray.evaluation.features import FeatureSpace, feature_space
 from vae_ray.evaluation.fitted_priors import FOLDER as PRIORS
 from vae_ray.evaluation.fitted_priors import FittedPrior, check_name, compare, top_posteriors
@@ -44,9 +50,10 @@ from vae_ray.evaluation.observations import (
     observe_here,
     observed,
     pieces,
+    spread_pieces,
 )
 from vae_ray.evaluation.store import owner_of
-from vae_ray.evaluation.table import ALL, DEFAULT, Setting, chosen
+from vae_ray.evaluation.table import ALL, DEFAULT, MOST_TRAINING_IMAGES, Setting, chosen
 from vae_ray.models.coordinates import coordinates
 from vae_ray.models.interpolation import INTERPOLATIONS
 from vae_ray.models.latents import Distribution, Group
@@ -57,6 +64,7 @@ from vae_ray.models.vae import VAE, build_vae, shape_vae
 from vae_ray.parallel.group import SingleProcess, shards_of
 from vae_ray.storage.locations import absolute, join_location
 from vae_ray.storage.reading import short_repr
+from vae_ray.training.cpu_settings import cpu_settings
 
 logger = logging.getLogger(__name__)
 
@@ -373,18 +381,26 @@ class TrainedVAE:
         check_whole("num_samples", num_samples, least=1)
         loader, seed = self._evaluation_loader(split, num_images), experiment.run.seed
         space = functools.partial(self._feature_space, features)
-        setting = Setting(self.model, num_samples, seed, space)
+        setting = Setting(self.model, num_samples, seed, space, split)
         observe_one = functools.partial(
             observe, self.model, loader, slice(0, 1), precision=experiment.training.precision
         )
         names, missing = possible(names, setting, observe_one, required=metrics not in (ALL, [ALL]))
         size = BLOCK_ROWS if "nll" in names else experiment.training.evaluation_batch_size
-        given = [Piece(split, rows) for rows in pieces(len(loader.indices), size)]
+        own = [Piece(split, rows) for rows in pieces(len(loader.indices), size)]
+        loaders: dict[str, Loader] = {split: loader}
+        observers, of_training = {str(split): observers_of(names, setting)}, []
+        if needed := training_observers_of(names, setting):
+            loaders["train"], observers["train"] = self._evaluation_loader("train", None), needed
+            most = max(len(loader.indices), MOST_TRAINING_IMAGES)
+            of_training = [Piece("train", rows) for rows in spread_pieces(len(loaders["train"].indices), most)]
         prior = None if self.fitted_prior is None else self.fitted_prior.prior
-        whole = Observation(experiment, self.model, {split: loader}, given, observers_of(names, setting), prior)
-        arrays = joined(in_order(observed(whole, run, progress)))
-        labels = self._labels(split, len(loader.indices)) | ({"num_samples": num_samples} if "nll" in names else {})
-        return evaluation_of(arrays, names, setting, split=split, labels=labels, warnings=missing)
+        whole = Observation(experiment, self.model, loaders, [*own, *of_training], observers, prior)
+        with cpu_settings(num_threads=torch.get_num_threads(), device=self.device):
+            parts = in_order(observed(whole, run, progress))
+        arrays, training = (joined(each) if each else {} for each in (parts[: len(own)], parts[len(own) :]))
+        labels = self._labels(split, loader) | ({"num_samples": num_samples} if "nll" in names else {})
+        return evaluation_of(arrays, names, setting, split=split, labels=labels, warnings=missing, training=training)
 
     def write_codes(
         self,
@@ -429,9 +445,9 @@ class TrainedVAE:
         loaders = {name: splits.loader(name, experiment, shards) for name in names if split in (name, "all")}
         for loader in loaders.values():
             self._check_labels(loader.split)
-        return write_codes(
-            self.model, experiment, loaders, str(out), what=what, weights=self._fingerprint, run=run, progress=progress
-        )
+        how: dict[str, Any] = {"what": what, "weights": self._fingerprint, "run": run, "progress": progress}
+        with cpu_settings(num_threads=torch.get_num_threads(), device=self.device):
+            return write_codes(self.model, experiment, loaders, str(out), **how)
 
     @property
     def _fingerprint(self) -> str:
@@ -460,12 +476,16 @@ class TrainedVAE:
             loader.indices = loader.indices[:num_images]
         return loader
 
-    def _labels(self, split: SplitName, num_images: int) -> dict[str, Any]:
-        """What must be equal for two evaluations to be comparable."""
+    def _labels(self, split: SplitName, loader: Loader) -> dict[str, Any]:
+        """What numbers depend on; `vae_ray.report.comparison` says in what they may differ and compare."""
+        condition = self.model.condition_on
         return {
             "data": name_of(self.experiment.data),
             "split": split,
-            "num_images": num_images,
+            "num_images": len(loader.indices),
+            "images": images_digest(loader)[:12],
+            "seed": self.experiment.run.seed,
+            **({} if condition is None else {"condition": condition}),
             "binarization": BINARIZATIONS[self.experiment.data.binarize],
             "likelihood": self.experiment.likelihood.name,
             "support": self.model.likelihood.support,

@@ -11,10 +11,17 @@ import torch
 from vae_ray import Experiment, TrainedVAE, TrainResult, UserError, train
 from vae_ray.cli.commands import evaluate
 from vae_ray.cli.main import COMMANDS
+from vae_ray.data.splits import Splits
 from vae_ray.evaluation import samples
 from vae_ray.evaluation.disentanglement import disentanglement_metrics
 from vae_ray.evaluation.evaluation import Evaluation
 from vae_ray.evaluation.features import FeatureSpace
+from vae_ray.evaluation.representation import (
+    Labelled,
+    linear_probe_accuracy,
+    neighbour_accuracy,
+    principal_components,
+)
 from vae_ray.evaluation.table import METRICS
 
 
@@ -65,12 +72,34 @@ def test_reconstructions_are_those_of_the_model(model: TrainedVAE, everything: E
 
 
 def test_sets_are_compared_in_the_space_that_is_named(model: TrainedVAE, everything: Evaluation) -> None:
-    (fid,) = [key for key in everything if key.startswith("test/fid")]
+    fid, floor = [key for key in everything if key.startswith("test/fid")]
     assert fid.startswith(f"test/fid[{HERE}, code ")
     real = FeatureSpace("", "", mean_colours, torch.device("cpu"))(model.test_images(359))
     generated = everything.arrays["generated_features"]
     assert everything[fid] == pytest.approx(samples.frechet_distance(real, generated), rel=1e-9)
     np.testing.assert_array_equal(everything.arrays["features"], real)
+    splits = Splits.open(model.experiment)  # the training images are as a perfect model's, and as many
+    training = splits.train.gather(splits.train_indices[torch.arange(359) * len(splits.train_indices) // 359]) / 255
+    assert floor.startswith("test/fid_of_training_images[")
+    assert everything[floor] == pytest.approx(samples.frechet_distance(real, mean_colours(training).double().numpy()))
+    assert everything[floor] < everything[fid]
+
+
+def test_codes_are_probed_for_labels_beside_as_many_principal_components(model: TrainedVAE) -> None:
+    found = model.evaluate("test", "representation")
+    splits = Splits.open(model.experiment)
+    images = splits.train.gather(splits.train_indices)
+    train = Labelled(model.encode(images).numpy(), splits.train.columns["label"][splits.train_indices].numpy())
+    test = Labelled(model.encode(model.test_images(359)).numpy(), model.targets()["label"].numpy())
+    assert found["test/neighbours[label]"] == pytest.approx(neighbour_accuracy(train, test), abs=1e-12)
+    assert found["test/linear_probe[label]"] == pytest.approx(linear_probe_accuracy(train, test), abs=3 / 359)
+    pixels = images.flatten(1).numpy() / 255, model.test_images(359).flatten(1).numpy()
+    pca = principal_components(*pixels, num=model.latent_dim)
+    expected = neighbour_accuracy(train._replace(codes=pca[0]), test._replace(codes=pca[1]))
+    assert found["test/neighbours[label, pca of pixels]"] == pytest.approx(expected, abs=3 / 359)
+    assert set(found.arrays) == {"codes", "small_pixels", "label:label"}
+    with pytest.raises(UserError, match="representation is not measured on the images that it is fitted to"):
+        model.evaluate("train", "representation")
 
 
 def test_a_space_that_does_not_exist_is_one_line_before_anything_is_computed(model: TrainedVAE) -> None:

@@ -15,7 +15,7 @@ from vae_ray.data.dataset import Split
 from vae_ray.evaluation import observations
 from vae_ray.evaluation.elbo import evaluate_split
 from vae_ray.evaluation.evaluation import Evaluation, evaluation_of, observers_of, possible
-from vae_ray.evaluation.observations import joined, observe, pieces
+from vae_ray.evaluation.observations import joined, observe, pieces, spread_pieces
 from vae_ray.evaluation.table import ALL, METRICS, Setting, chosen, with_unit
 from vae_ray.models.vae import VAE, build_vae
 from vae_ray.parallel.group import shards_of
@@ -62,6 +62,12 @@ def test_no_metric_depends_on_the_pieces(prior: str) -> None:
         found = evaluated(model, size=size)
         assert found.metrics == pytest.approx(whole.metrics, rel=1e-5)  # float32 products of other sizes
         assert found.standard_errors == pytest.approx(whole.standard_errors, rel=1e-4)
+
+
+def test_a_part_of_a_split_is_taken_from_all_over_it() -> None:
+    assert spread_pieces(7, 7, size=3) == [slice(0, 3), slice(3, 6), slice(6, 7)]
+    rows = spread_pieces(60_000, 10_000)
+    assert [(each.start, each.stop) for each in rows] == [(600 * n, 600 * n + 100) for n in range(100)]
 
 
 @pytest.mark.parametrize("prior", PRIORS)

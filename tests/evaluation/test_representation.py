@@ -10,10 +10,10 @@ from sklearn.datasets import load_digits
 from vae_ray.errors import UserError
 from vae_ray.evaluation.representation import (
     Labelled,
+    accuracies,
     linear_probe_accuracy,
     neighbour_accuracy,
     principal_components,
-    representation_accuracies,
 )
 
 NUM_CLASSES = 4
@@ -91,19 +91,28 @@ def test_accuracies_stand_beside_those_of_as_many_principal_components() -> None
     pixels, given = load_digits(return_X_y=True)
     pixels = pixels / 16
     train, test = (Labelled(np.eye(10)[given[rows]], given[rows]) for rows in (slice(0, 1200), slice(1200, None)))
-    found = representation_accuracies(train, test, pixels[:1200], pixels[1200:])
+    arrays = {"codes": np.eye(10)[given], "small_pixels": pixels, "label:digit": given, "label:one": 0 * given}
+    halves = ({name: each[rows] for name, each in arrays.items()} for rows in (slice(0, 1200), slice(1200, None)))
+    values, errors, _, warnings = accuracies(*halves)
     pca = principal_components(pixels[:1200], pixels[1200:], num=10)
     baseline = [Labelled(codes, split.labels) for codes, split in zip(pca, (train, test), strict=True)]
-    assert found == {
-        "linear-probe": 1.0,
-        "linear-probe[pca of pixels]": linear_probe_accuracy(*baseline),
-        "knn[k=5]": 1.0,
-        "knn[k=5, pca of pixels]": neighbour_accuracy(*baseline),
+    linear, neighbours = linear_probe_accuracy(*baseline), neighbour_accuracy(*baseline)
+    assert values == {
+        "linear_probe[digit]": 1.0,
+        "neighbours[digit]": 1.0,
+        "linear_probe[digit, pca of pixels]": linear,
+        "neighbours[digit, pca of pixels]": neighbours,
     }
-    assert 0.8 < found["linear-probe[pca of pixels]"] < found["knn[k=5, pca of pixels]"] < 1
+    assert 0.8 < linear < neighbours < 1
+    assert errors["linear_probe[digit]"] == 0
+    assert errors["linear_probe[digit, pca of pixels]"] == pytest.approx((linear * (1 - linear) / 597) ** 0.5)
+    assert warnings == (
+        "one: labels of 1 classes in the training images and 597 labels in the others, a classifier needs at least 2 "
+        "and 1",
+    )
 
 
 def test_labels_of_one_class_are_refused() -> None:
     codes = Labelled(noise(9, 2, seed=10), np.zeros(9, np.int64))
-    with pytest.raises(UserError, match="got labels of 1 classes in train and 9 labels in test"):
+    with pytest.raises(UserError, match="labels of 1 classes in the training images and 9 labels in the others"):
         linear_probe_accuracy(codes, codes)

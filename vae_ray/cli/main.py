@@ -247,7 +247,8 @@ COMMANDS: Mapping[Callable[[argparse.Namespace], dict[str, Any]], Arguments] = {
         "--split": _text("default test", default="test", choices=("train", "val", "test")),
         "--metrics": _text(
             "names with commas, or all: elbo, nll, active-units, rates, aggregated-posterior,\n"
-            "reconstruction, fid, kid, precision-recall, disentanglement (default elbo,active-units,rates)",
+            "reconstruction, fid, kid, precision-recall, representation, disentanglement\n"
+            "(default elbo,active-units,rates)",
             "NAMES",
             default="elbo,active-units,rates",
         ),

@@ -41,7 +41,7 @@ class Common(NamedTuple):
     experiment: dict[str, Any]
     image_shape: tuple[int, int, int]
     weights: Mapping[str, Tensor]
-    observers: Sequence[Observer]
+    observers: Mapping[str, Sequence[Observer]]
     fitted_prior: Prior | None
     code: dict[str, bytes]
     """The user's own modules, by path."""
@@ -73,10 +73,10 @@ def _observe_on_ray(whole: Observation, *, num_workers: int) -> Iterator[tuple[i
         prior = None if whole.fitted_prior is None else copy.deepcopy(whole.fitted_prior).cpu()
         shape = whole.model.image_shape
         common = ray.put(Common(experiment.to_dict(), shape, weights, whole.observers, prior, code, device))
-        pool = ActorPool([kind.remote(common) for _ in range(min(num_workers, len(whole.pieces)))])
+        pool = ActorPool([kind.remote() for _ in range(min(num_workers, len(whole.pieces)))])
         numbered = list(enumerate(whole.pieces))
         try:
-            yield from pool.map_unordered(lambda actor, piece: actor.observe.remote(*piece), numbered)
+            yield from pool.map_unordered(lambda actor, piece: actor.observe.remote([common], *piece), numbered)
         except RayError as error:
             cause = getattr(error, "cause", None) or error  # of a RayTaskError
             if isinstance(cause, UserError):
@@ -87,7 +87,17 @@ def _observe_on_ray(whole: Observation, *, num_workers: int) -> Iterator[tuple[i
 class _Observer:
     """An actor: one model, and the images as its node has them."""
 
-    def __init__(self, common: Common) -> None:
+    def __init__(self) -> None:
+        self.is_open = False
+
+    def observe(self, common: list[ray.ObjectRef[Common]], number: int, piece: Piece) -> tuple[int, Arrays]:
+        """The arrays of a piece. What every actor is given comes with each, for one that has started again."""
+        if not self.is_open:
+            self._open(ray.get(common[0]))
+        loader, observers = self.loader(piece.split), self.observers[piece.split]
+        return number, observe(self.model, loader, piece.rows, observers, precision=self.precision)
+
+    def _open(self, common: Common) -> None:
         user_code.install(common.code)
         experiment = Experiment.from_dict(common.experiment)
         self.precision, self.observers = experiment.training.precision, common.observers
@@ -99,7 +109,4 @@ class _Observer:
         self.model.to(common.device)
         splits, shards = Splits.open(experiment), shards_of(SingleProcess(common.device))
         self.loader = functools.cache(lambda split: splits.loader(split, experiment, shards))
-
-    def observe(self, number: int, piece: Piece) -> tuple[int, Arrays]:
-        loader = self.loader(piece.split)
-        return number, observe(self.model, loader, piece.rows, self.observers, precision=self.precision)
+        self.is_open = True

@@ -190,6 +190,11 @@ def fingerprint(loader: Loader) -> str:
     return digest.hexdigest()
 
 
+def images_digest(loader: Loader) -> str:
+    """SHA-256 of the images of a loader, in order."""
+    return hashlib.sha256(loader.split.digests[loader.indices].numpy().tobytes()).hexdigest()
+
+
 def _parts(loaders: Mapping[str, Loader], size: int, num_pieces: int) -> Iterator[Part]:
     number = 0
     for split, loader in loaders.items():
@@ -215,7 +220,7 @@ def _encoded(
     places = [(part, place) for part in parts for place in range(len(part.rows))]
     given = [Piece(part.split, part.rows[place]) for part, place in places]
     waiting: dict[int, dict[int, Arrays]] = {}
-    whole = Observation(experiment, model, loaders, given, [WHAT[what]])
+    whole = Observation(experiment, model, loaders, given, {split: [WHAT[what]] for split in loaders})
     for number, arrays in observed(whole, run, progress):
         part, place = places[number]
         waiting.setdefault(part.number, {})[place] = arrays

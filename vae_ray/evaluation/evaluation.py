@@ -9,7 +9,7 @@ from typing import Any
 
 from vae_ray.errors import UserError
 from vae_ray.evaluation.observations import Arrays, Observer
-from vae_ray.evaluation.table import METRICS, Setting
+from vae_ray.evaluation.table import METRICS, TRAINING, Setting
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,11 @@ def observers_of(names: Sequence[str], setting: Setting) -> list[Observer]:
     return list(dict.fromkeys(observer for name in names for observer in METRICS[name].observers(setting)))
 
 
+def training_observers_of(names: Sequence[str], setting: Setting) -> list[Observer]:
+    """What they need to be observed of training images too."""
+    return list(dict.fromkeys(observer for name in names for observer in METRICS[name].of_training(setting)))
+
+
 def possible(
     names: Sequence[str], setting: Setting, observe_one: Callable[[Sequence[Observer]], Arrays], *, required: bool
 ) -> tuple[list[str], list[str]]:
@@ -75,11 +80,13 @@ def evaluation_of(
     split: str,
     labels: Mapping[str, Any],
     warnings: Sequence[str] = (),
+    training: Arrays | None = None,
 ) -> Evaluation:
-    """The metrics `names` of the arrays of all images of `split`."""
+    """The metrics `names` of the arrays of all images of `split`, and of those of the training images."""
+    given = {**arrays, **{f"{TRAINING}{name}": each for name, each in (training or {}).items()}}
     found = Evaluation({}, {}, {}, dict(labels), list(warnings), arrays)
     for name in names:
-        result = METRICS[name].compute(arrays, setting)
+        result = METRICS[name].compute(given, setting)
         known = {
             key: value for key, value in result.standard_errors.items() if math.isfinite(value)
         }  # not of one image

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -30,6 +31,11 @@ from vae_ray.models.priors import Prior
 from vae_ray.models.traversal import by_channel, join_groups, rate_shares
 from vae_ray.models.vae import VAE, Output, posterior_mean
 from vae_ray.objectives.base import elbo_terms
+
+LABEL = "label:"
+"""Begins the names of arrays of labels."""
+SMALL_SIDE = 32
+"""Pixels."""
 
 Arrays = dict[str, NDArray[Any]]
 """By name, one row an image."""
@@ -120,6 +126,24 @@ def top_group(batch: EvaluationBatch) -> dict[str, Tensor]:
     return {**{name: tensor.flatten(1) for name, tensor in flat.items()}, **density}
 
 
+def labels(batch: EvaluationBatch) -> dict[str, Tensor]:
+    """Labels and factors that are whole numbers, `label:NAME` `(n,)`; but that of which a conditional model's codes are
+    made.
+    """
+    names = [name for name, values in batch.labels.items() if not values.is_floating_point()]
+    own = batch.model.condition_on
+    if not (found := [name for name in names if name != own]):
+        reason = f"these have none besides {own!r}, which the encoder is given" if own in names else "these have none"
+        raise UserError(f"metrics: representation needs images with labels, {reason}; leave it out")
+    return {f"{LABEL}{name}": batch.labels[name] for name in found}
+
+
+def small_pixels(batch: EvaluationBatch) -> dict[str, Tensor]:
+    """The images as vectors `(n, P)` in [0, 1], those with sides above `SMALL_SIDE` averaged over areas to that."""
+    height, width = (min(side, SMALL_SIDE) for side in batch.x.shape[2:])
+    return {"small_pixels": F.adaptive_avg_pool2d(batch.unchanged, (height, width)).flatten(1)}
+
+
 def reconstructions(batch: EvaluationBatch) -> dict[str, Tensor]:
     """Errors of reconstructions from the posterior means: `(n,)` each, float64."""
     x, means = batch.x, batch.model.likelihood.mean(batch.at_means[0])
@@ -146,16 +170,16 @@ class FeaturesOf:
     """Observes the features of images, and of as many that the model generates: `(n, F)` each, float64."""
 
     space: FeatureSpace
+    generates: bool = True
 
     def __call__(self, batch: EvaluationBatch) -> dict[str, Tensor]:
         """Of images without binarization, and of means of p(x|z): a binary image differs from any mean by its noise."""
-        model = batch.model
-        noise = latent_noise(
-            model.latent_shapes, batch.rows, batch.seed, "generated for metrics", device=batch.x.device
-        )
-        generated = model.generate(noise, condition=batch.condition)
-        pairs = {"features": batch.unchanged, "generated_features": generated}
-        return {name: torch.from_numpy(self.space(images)) for name, images in pairs.items()}
+        model, images = batch.model, {"features": batch.unchanged}
+        if self.generates:
+            address = (batch.rows, batch.seed, "generated for metrics")
+            noise = latent_noise(model.latent_shapes, *address, device=batch.x.device)
+            images["generated_features"] = model.generate(noise, condition=batch.condition)
+        return {name: torch.from_numpy(self.space(each)) for name, each in images.items()}
 
 
 @torch.inference_mode()
@@ -191,7 +215,8 @@ class Observation(NamedTuple):
     loaders: Mapping[str, Loader]
     """By the experiment's splits."""
     pieces: Sequence[Piece]
-    observers: Sequence[Observer]
+    observers: Mapping[str, Sequence[Observer]]
+    """By split."""
     fitted_prior: Prior | None = None
     """The model's, if it is not that of the experiment."""
 
@@ -204,7 +229,7 @@ def observe_here(whole: Observation) -> Iterator[tuple[int, Arrays]]:
     """Number and arrays of each piece, by this process."""
     for number, (split, rows) in enumerate(whole.pieces):
         precision = whole.experiment.training.precision
-        yield number, observe(whole.model, whole.loaders[split], rows, whole.observers, precision=precision)
+        yield number, observe(whole.model, whole.loaders[split], rows, whole.observers[split], precision=precision)
 
 
 def observed(whole: Observation, run: Run, progress: Progress) -> Iterator[tuple[int, Arrays]]:
@@ -224,6 +249,15 @@ def in_order(found: Iterable[tuple[int, Arrays]]) -> list[Arrays]:
 def pieces(num_images: int, size: int) -> list[slice]:
     """The rows of a split in pieces, which are the same for any number of workers: so their arrays are, to the bit."""
     return [slice(start, min(start + size, num_images)) for start in range(0, num_images, size)]
+
+
+def spread_pieces(num_images: int, most: int, size: int = 100) -> list[slice]:
+    """Pieces from all over a split, which may be sorted by class: of at most `most` images together, or of all."""
+    if num_images <= most:
+        return pieces(num_images, size)
+    whole, num = num_images // size, max(1, most // size)
+    starts = [number * whole // num * size for number in range(num)]
+    return [slice(start, min(start + size, num_images)) for start in starts]
 
 
 def joined(parts: Sequence[Arrays]) -> Arrays:

@@ -7,12 +7,15 @@ digits apart.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vae_ray.errors import UserError
+from vae_ray.evaluation.observations import LABEL, Arrays
+from vae_ray.evaluation.result import Result
 
 NUM_NEIGHBOURS = 5
 MOST_ITERATIONS = 1000
@@ -27,21 +30,33 @@ class Labelled(NamedTuple):
     """`(N,)`."""
 
 
-def representation_accuracies(
-    train: Labelled, test: Labelled, train_pixels: NDArray[np.floating], test_pixels: NDArray[np.floating]
-) -> dict[str, float]:
-    """Both accuracies, of the codes and of as many principal components of the pixels `(N, C * H * W)`, by name.
+def accuracies(train: Arrays, test: Arrays) -> Result:
+    """Both accuracies for each label of both splits, by codes and by as many principal components of the pixels.
 
-    Raises `UserError` if the labels are of fewer than two classes.
+    Of a label with fewer than two classes there is a warning instead.
+
+    Args:
+        train: `codes` `(N, d)`, `small_pixels` `(N, P)` and `label:NAME` `(N,)` of training images.
+        test: the same of those that are evaluated.
     """
-    pca = principal_components(train_pixels, test_pixels, num=train.codes.shape[1])
-    baseline = [split._replace(codes=codes) for split, codes in zip((train, test), pca, strict=True)]
-    return {
-        "linear-probe": linear_probe_accuracy(train, test),
-        "linear-probe[pca of pixels]": linear_probe_accuracy(*baseline),
-        f"knn[k={NUM_NEIGHBOURS}]": neighbour_accuracy(train, test),
-        f"knn[k={NUM_NEIGHBOURS}, pca of pixels]": neighbour_accuracy(*baseline),
-    }
+    both = (train, test)
+    pca = principal_components(train["small_pixels"], test["small_pixels"], num=train["codes"].shape[1])
+    spaces = {"": [split["codes"] for split in both], ", pca of pixels": pca}
+    values, errors, warnings = {}, {}, []
+    for key in (key for key in train if key.startswith(LABEL)):
+        label = key.removeprefix(LABEL)
+        for suffix, codes in spaces.items():
+            pair = [Labelled(each, split[key]) for each, split in zip(codes, both, strict=True)]
+            try:
+                found = {"linear_probe": linear_probe_accuracy(*pair), "neighbours": neighbour_accuracy(*pair)}
+            except UserError as error:
+                warnings.append(f"{label}: {error}")
+                break
+            num = int((test[key] >= 0).sum())
+            named = {f"{name}[{label}{suffix}]": accuracy for name, accuracy in found.items()}
+            values.update(named)
+            errors.update({name: math.sqrt(each * (1 - each) / num) for name, each in named.items()})
+    return Result(values, errors, warnings=tuple(warnings))
 
 
 def linear_probe_accuracy(train: Labelled, test: Labelled) -> float:
@@ -94,8 +109,8 @@ def _accuracy(classifier: object, train: Labelled, test: Labelled) -> float:
     num_classes = len(np.unique(train.labels))
     if num_classes < 2 or not len(test.labels):
         raise UserError(
-            f"representation: got labels of {num_classes} classes in train and {len(test.labels)} labels in test, "
-            "should be at least 2 and 1; choose other metrics"
+            f"labels of {num_classes} classes in the training images and {len(test.labels)} labels in the others, "
+            "a classifier needs at least 2 and 1"
         )
     classifier.fit(train.codes, train.labels)  # type: ignore[attr-defined]
     return float((classifier.predict(test.codes) == test.labels).mean())  # type: ignore[attr-defined]

@@ -7,8 +7,18 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
+import numpy as np
+
 from vae_ray.errors import UserError
-from vae_ray.evaluation import disentanglement, importance, latent_space, likelihood, observations, samples
+from vae_ray.evaluation import (
+    disentanglement,
+    importance,
+    latent_space,
+    likelihood,
+    observations,
+    representation,
+    samples,
+)
 from vae_ray.evaluation.features import FeatureSpace
 from vae_ray.evaluation.observations import Arrays, Observer
 from vae_ray.evaluation.result import Result, means
@@ -19,6 +29,9 @@ NATS = ("nelbo", "distortion", "rate", "nll", "mutual_information", "marginal_kl
 DEFAULT = ("elbo", "active-units", "rates")
 """What costs about one pass."""
 ALL = "all"
+MOST_TRAINING_IMAGES = 10_000
+TRAINING = "train "
+"""Begins the names of arrays of training images, among those that a metric is computed of."""
 
 
 @dataclass
@@ -31,6 +44,7 @@ class Setting:
     seed: int
     features: Callable[[], FeatureSpace]
     """Makes the feature space of metrics that compare sets of images."""
+    split: str = "test"
 
     @property
     def has_levels(self) -> bool:
@@ -51,6 +65,8 @@ class Metric(NamedTuple):
 
     compute: Callable[[Arrays, Setting], Result]
     observers: Callable[[Setting], Sequence[Observer]]
+    of_training: Callable[[Setting], Sequence[Observer]] = lambda _: ()
+    """What is observed of training images too, at most as many as are evaluated or `MOST_TRAINING_IMAGES`."""
 
 
 def _elbo(arrays: Arrays, setting: Setting) -> Result:
@@ -74,9 +90,19 @@ def _disentanglement(arrays: Arrays, setting: Setting) -> Result:
     return Result(values)
 
 
+def _representation(arrays: Arrays, setting: Setting) -> Result:
+    splits = ({name: arrays[prefix + name] for name in arrays if prefix + name in arrays} for prefix in (TRAINING, ""))
+    return representation.accuracies(*splits)
+
+
 def _fid(arrays: Arrays, setting: Setting) -> Result:
-    value = samples.frechet_distance(arrays["features"], arrays["generated_features"])
-    return Result({f"fid[{setting.feature_space.name}]": value})
+    real, space = arrays["features"], setting.feature_space.name
+    values = {f"fid[{space}]": samples.frechet_distance(real, arrays["generated_features"])}
+    training = arrays.get(f"{TRAINING}features", real[:0])
+    if len(training) >= len(real):  # as many: it is biased by its number of images
+        rows = np.arange(len(real)) * len(training) // len(real)
+        values[f"fid_of_training_images[{space}]"] = samples.frechet_distance(real, training[rows])
+    return Result(values)
 
 
 def _kid(arrays: Arrays, setting: Setting) -> Result:
@@ -94,6 +120,16 @@ def _features(setting: Setting) -> list[Observer]:
     return [observations.FeaturesOf(setting.feature_space)]
 
 
+def _training_features(setting: Setting) -> list[Observer]:
+    return [] if setting.split == "train" else [observations.FeaturesOf(setting.feature_space, generates=False)]
+
+
+def _labelled(setting: Setting) -> list[Observer]:
+    if setting.split == "train":
+        raise UserError("metrics: representation is not measured on the images that it is fitted to; use --split test")
+    return [observations.codes, observations.small_pixels, observations.labels]
+
+
 METRICS: dict[str, Metric] = {
     "elbo": Metric(_elbo, lambda _: [observations.elbo]),
     "nll": Metric(_nll, lambda setting: [setting.importance_samples]),
@@ -106,9 +142,10 @@ METRICS: dict[str, Metric] = {
         lambda arrays, _: Result(*means({name: arrays[name] for name in ("mse", "psnr", "ssim")})),
         lambda _: [observations.reconstructions],
     ),
-    "fid": Metric(_fid, _features),
+    "fid": Metric(_fid, _features, _training_features),
     "kid": Metric(_kid, _features),
     "precision-recall": Metric(_precision_recall, _features),
+    "representation": Metric(_representation, _labelled, _labelled),
     "disentanglement": Metric(_disentanglement, lambda _: [observations.factors, observations.top_group]),
 }
 

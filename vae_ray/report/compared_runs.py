@@ -95,6 +95,7 @@ def _recorded(experiment: Experiment, best: Checkpoint) -> list[Evaluation]:
                 "binarization": BINARIZATIONS[experiment.data.binarize],
                 "likelihood": name,
                 **({} if support is None else {"support": support}),
+                **({} if experiment.model.condition is None else {"condition": experiment.model.condition}),
                 "z": "sampled",
                 "weights": "averaged" if best.has_averaged_weights else "last",
                 "objective": experiment.objective.name,
@@ -114,5 +115,5 @@ def _of_images(evaluation: Evaluation, experiment: Experiment, best: Checkpoint)
     images: Any = best.fingerprints.get("test" if split == "test" else "train", "not recorded")[:12]
     if split == "val":
         images = f"{images}, {experiment.data.num_validation} by seed {experiment.run.seed}"
-    labels = {**evaluation.labels, "images": images}
+    labels = {**evaluation.labels, "images": evaluation.labels.get("images", images)}
     return Evaluation(evaluation.metrics, evaluation.standard_errors, evaluation.details, labels, evaluation.warnings)

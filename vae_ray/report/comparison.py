@@ -16,7 +16,7 @@ from vae_ray.config.experiment import Experiment, is_place_key
 from vae_ray.evaluation.evaluation import Evaluation
 from vae_ray.report.text import as_text
 
-FREE_LABELS = ("objective", "beta", "epoch")
+FREE_LABELS = ("objective", "beta", "epoch", "seed")
 """Labels in which numbers may differ: what one compares."""
 ONLY_OF = {"num_samples": ("nll", "effective_samples")}
 """Labels that concern only metrics whose names begin so."""
