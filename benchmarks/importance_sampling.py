@@ -20,7 +20,8 @@ from benchmarks.throughput import peak_gflops
 from vae_ray import TrainedVAE
 from vae_ray.distributed.evaluation import on_ray
 
-PROFILED = {"num_images": 64, "num_samples": 500}
+IMAGES, SAMPLES = 64, 500
+"""That are profiled."""
 
 
 def decoder_flops(vae: TrainedVAE) -> int:
@@ -30,12 +31,12 @@ def decoder_flops(vae: TrainedVAE) -> int:
 
 
 def seconds_of_products(vae: TrainedVAE) -> tuple[float, float]:
-    """Of the products, and of all, of `PROFILED` on one core."""
+    """Of the products, and of all, of a part on one core."""
     torch.set_num_threads(1)
     for _ in range(2):  # the first warms up
         with profile(activities=[ProfilerActivity.CPU]) as profiler:
             started = time.perf_counter()
-            vae.evaluate("test", "nll", **PROFILED)
+            vae.evaluate("test", "nll", num_images=IMAGES, num_samples=SAMPLES)
             total = time.perf_counter() - started
     products = sum(event.self_cpu_time_total for event in profiler.key_averages() if event.key == "aten::addmm")
     return products / 1e6, total
@@ -51,7 +52,7 @@ def main() -> None:
     flops, peak = decoder_flops(vae), peak_gflops() * 1e9
     print(f"{cores} cores, load average {os.getloadavg()[0]:.1f}, product peak {peak / 1e9:.0f} GFLOP/s a thread")
     products, total = seconds_of_products(vae)
-    share = PROFILED["num_images"] * PROFILED["num_samples"] * flops / peak / products
+    share = IMAGES * SAMPLES * flops / peak / products
     print(f"the decoder's products: {share:.0%} of the peak, {products / total:.0%} of the time on one core")
     started = time.perf_counter()
     found = vae.evaluate(

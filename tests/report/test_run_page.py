@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
+import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -136,6 +140,29 @@ def test_t_sne_keeps_clusters_together() -> None:
     embedding = latent_maps(centres[cluster] + generator.normal(0, 1, (90, 7)))[1].positions
     distances = np.linalg.norm(embedding[:, None] - embedding[None], axis=2) + np.diag([np.inf] * 90)
     assert (cluster[distances.argmin(1)] == cluster).all()
+
+
+def test_umap_is_drawn_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In CI it is not: there a stand-in shows that its embedding is what is drawn."""
+    codes = np.random.default_rng(6).normal(size=(40, 5))
+    if importlib.util.find_spec("umap") is None:
+
+        class Umap:
+            def __init__(self, **settings: Any) -> None:
+                assert settings == {"n_neighbors": 15, "random_state": 0, "n_jobs": 1}
+
+            def fit_transform(self, components: NDArray[np.float64]) -> NDArray[np.float32]:
+                return components[:, 2:4].astype(np.float32)
+
+        module = ModuleType("umap")
+        module.UMAP = Umap  # type: ignore[attr-defined]
+        module.__spec__ = ModuleSpec("umap", None)
+        monkeypatch.setitem(sys.modules, "umap", module)
+    maps = latent_maps(codes)
+    assert [each.title for each in maps] == ["PCA", "t-SNE", "UMAP"]
+    assert maps[2].positions.shape == (40, 2)
+    assert np.isfinite(maps[2].positions).all()
+    assert [each.title for each in latent_maps(codes[:15])] == ["PCA", "t-SNE"]  # fewer than it has neighbours
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import warnings
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +17,9 @@ PCA_DIMENSIONS = 50
 """To which codes are reduced before t-SNE, as in the paper."""
 
 
+UMAP_NEIGHBOURS = 15
+
+
 class LatentMap(NamedTuple):
     """One map."""
 
@@ -25,10 +30,11 @@ class LatentMap(NamedTuple):
 
 
 def latent_maps(codes: NDArray[np.float64]) -> list[LatentMap]:
-    """PCA and t-SNE (scikit-learn) of codes `(N, latent_dim)`; two dimensions as they are, one against its rank.
+    """PCA, t-SNE (scikit-learn) and, where umap-learn is installed, UMAP of codes `(N, latent_dim)`.
 
-    None if the codes do not differ. t-SNE keeps neighbours; its distances between clusters, and their sizes, say
-    nothing. PCA is linear: distances are right as far as the two components hold the variance.
+    Two dimensions are drawn as they are, one against its rank; no map if the codes do not differ. t-SNE and UMAP keep
+    neighbours; sizes of clusters and distances between them say nothing. PCA is linear: distances are right as far as
+    the two components hold the variance.
     """
     num, dimensions = codes.shape
     if num < 3 or not np.isfinite(codes).all() or not codes.std(axis=0).max() > 0:
@@ -42,8 +48,22 @@ def latent_maps(codes: NDArray[np.float64]) -> list[LatentMap]:
     components = pca.fit_transform(codes)
     shares = [f"component {n + 1} ({100 * pca.explained_variance_ratio_[n]:.0f} % of the variance)" for n in range(2)]
     tsne = TSNE(perplexity=min(PERPLEXITY, (num - 1) / 3), init="pca", random_state=0)
-    embedding = tsne.fit_transform(components).astype(np.float64)
+    embeddings = {"t-SNE": tsne.fit_transform(components)}
+    if importlib.util.find_spec("umap") and num > UMAP_NEIGHBOURS:
+        embeddings["UMAP"] = _umap(components)
     return [
         LatentMap("PCA", (shares[0], shares[1]), components[:, :2]),
-        LatentMap("t-SNE", ("t-SNE 1", "t-SNE 2"), embedding),
+        *(LatentMap(name, (f"{name} 1", f"{name} 2"), each.astype(np.float64)) for name, each in embeddings.items()),
     ]
+
+
+def _umap(components: NDArray[np.float64]) -> NDArray[np.float32]:
+    """McInnes et al. 2018 (arXiv:1802.03426), with the library's settings; in one thread, so that its seed decides."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that TensorFlow is not installed
+        import umap  # takes seconds
+
+    found: NDArray[np.float32] = umap.UMAP(n_neighbors=UMAP_NEIGHBOURS, random_state=0, n_jobs=1).fit_transform(
+        components
+    )
+    return found
