@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.report.pages import HOSTILE, HOSTILE_ATTRIBUTE, Page
@@ -21,6 +23,7 @@ from vae_ray.report.comparison_page import (
     families_of,
     learning_curves,
     rate_distortion,
+    table_of,
     write_comparison,
 )
 from vae_ray.storage.records import checksum, with_checksum
@@ -115,6 +118,46 @@ def test_what_training_recorded_is_left_out_only_where_an_evaluation_repeats_it(
     ]  # fmt: skip
     of_a_part = evaluation({"test/nelbo": 3.5}, num_images=50)
     assert len(groups_of([run("a", of_a_part, recorded(3.0)), run("b", of_a_part, recorded(2.0))])) == 2
+
+
+def test_differences_are_of_the_same_images() -> None:
+    """Half the images are hard for both models: the difference is known far better than either of the numbers."""
+    generator = np.random.default_rng(0)
+    hard = np.repeat([0.0, 100.0], 50)
+    runs = []
+    for name, shift in (("a", 0.5), ("b", 0.0), ("c", 0.0)):
+        arrays = {"distortion": hard + shift + generator.normal(0, 0.1, 100), "rate": np.full(100, 2.0)}
+        nelbo = arrays["distortion"] + arrays["rate"]
+        kept = {} if name == "c" else arrays
+        found = evaluation({"test/nelbo": float(nelbo.mean()) + 9 * (name == "c")})
+        runs.append(run(name, dataclasses.replace(found, arrays=kept)))
+    (group,) = groups_of(runs)
+    b, a, c = group.rows
+    assert [each.run for each in group.rows] == ["b", "a", "c"]
+    assert (b.worse_by, c.worse_by) == (None, None), "the first, and one of which nothing is kept"
+    difference = a.by_image["test/nelbo"] - b.by_image["test/nelbo"]
+    assert a.worse_by == (pytest.approx(difference.mean()), pytest.approx(difference.std(ddof=1) / 10))
+    assert a.worse_by.value == pytest.approx(0.5, abs=0.05)
+    assert a.worse_by.standard_error < 0.02
+    header, first, second, _ = (line.split() for line in comparison_text(runs).splitlines()[1:5])
+    assert header == ["run", "test/nelbo", "worse", "by", "best", "epoch"]
+    assert (first[0], first[4], second[0], second[6]) == ("b", "–", "a", "0.01")
+
+
+def test_more_numbers_than_runs_are_rows() -> None:
+    metrics = {"test/nelbo": 3.0, "test/distortion": 2.0, "test/rate": 1.0}
+    runs = [run(name, evaluation(metrics)) for name in ("a", "b")]
+    (group,) = groups_of(runs)
+    names = {each.name: each for each in runs}
+    settings = {"beta": {"a": 1.0, "b": 2.0}}
+    assert table_of(group, names, settings) == [
+        ["run", "a", "b"],
+        ["test/nelbo", "3.00 ± 0.25", "3.00 ± 0.25"],
+        ["test/distortion", "2.00", "2.00"],
+        ["test/rate", "1.00", "1.00"],
+        ["beta", "1", "2"],
+        ["best epoch", "3", "3"],
+    ]
 
 
 def test_settings_that_differ_are_those_that_change_what_is_computed() -> None:

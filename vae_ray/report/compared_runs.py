@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -116,4 +117,4 @@ def _of_images(evaluation: Evaluation, experiment: Experiment, best: Checkpoint)
     if split == "val":
         images = f"{images}, {experiment.data.num_validation} by seed {experiment.run.seed}"
     labels = {**evaluation.labels, "images": evaluation.labels.get("images", images)}
-    return Evaluation(evaluation.metrics, evaluation.standard_errors, evaluation.details, labels, evaluation.warnings)
+    return dataclasses.replace(evaluation, labels=labels)

@@ -12,8 +12,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from vae_ray.config.experiment import Experiment, is_place_key
 from vae_ray.evaluation.evaluation import Evaluation
+from vae_ray.evaluation.observations import Arrays
+from vae_ray.evaluation.result import means
 from vae_ray.report.text import as_text
 
 FREE_LABELS = ("objective", "beta", "epoch", "seed")
@@ -24,6 +29,8 @@ RECORDED = "all (recorded in training)"
 """The label `num_images` of what training recorded: a run does not say how many test images it has."""
 LOWER_IS_BETTER = ("nelbo", "nll", "bits_per_dim", "nll_bits_per_dim")
 """By the first of these rows are ranked."""
+BY_IMAGE = {"nelbo": ("distortion", "rate"), "nll": ("nll",)}
+"""What is kept of each image whose sum has the metric as its mean."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,13 @@ class Row(NamedTuple):
     run: str
     epoch: int | None
     numbers: dict[str, Number]
+    by_image: dict[str, NDArray[np.float64]]
+    """Values of each image in the order of the split, of the metrics for which they are kept."""
+    worse_by: Number | None = None
+    """Than the first row, in the metric by which rows are ranked: the mean over images of the difference of each.
+
+    What makes an image hard for every model cancels in it: its standard error is far smaller than those of both.
+    """
 
 
 Rows = dict[tuple[str, Any], Row]
@@ -96,8 +110,9 @@ def groups_of(runs: Sequence[ComparedRun]) -> list[Group]:
                 labels = labels_of(metric, evaluation.labels)
                 _, rows = found.setdefault(_canonical(labels), (labels, {}))
                 epoch = evaluation.labels.get("epoch")
-                row = rows.setdefault((run.name, epoch), Row(run.name, epoch, {}))
+                row = rows.setdefault((run.name, epoch), Row(run.name, epoch, {}, {}))
                 row.numbers.setdefault(metric, Number(value, evaluation.standard_errors.get(metric)))
+                row.by_image.setdefault(metric, values_by_image(metric, evaluation.arrays))
     parts = [(labels, rows) for labels, rows in found.values() if not _is_repeated(labels, rows, found.values())]
     parts.sort(
         key=lambda part: (
@@ -111,8 +126,24 @@ def groups_of(runs: Sequence[ComparedRun]) -> list[Group]:
         metrics = [*dict.fromkeys(metric for row in in_group for metric in row.numbers)]
         ranked_by = next((m for name in LOWER_IS_BETTER for m in metrics if m.rpartition("/")[2] == name), None)
         ranked = sorted(in_group, key=lambda row: _rank(row, ranked_by))
+        ranked = [row._replace(worse_by=_worse_by(row, ranked[0], ranked_by)) for row in ranked]
         groups.append(Group(labels, metrics, ranked, ranked_by, differences(labels, metrics, groups)))
     return groups
+
+
+def values_by_image(metric: str, arrays: Arrays) -> NDArray[np.float64]:
+    """The metric of each image, `(N,)`; of none where they are not kept."""
+    parts = BY_IMAGE.get(metric.rpartition("/")[2], ())
+    kept = [arrays[name].astype(np.float64) for name in parts if name in arrays]
+    return np.sum(kept, axis=0) if kept and len(kept) == len(parts) else np.empty(0)
+
+
+def _worse_by(row: Row, first: Row, metric: str | None) -> Number | None:
+    own, best = (each.by_image.get(metric or "", np.empty(0)) for each in (row, first))
+    if row is first or not len(own) or len(own) != len(best):
+        return None
+    values, errors = means({"": own - best})
+    return Number(values[""], errors[""])
 
 
 def labels_of(metric: str, labels: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from vae_ray.evaluation.table import with_unit
 from vae_ray.report.charts import BASE_SPEC, TOOLTIP, Spec, curves, quantity, trimmed
 from vae_ray.report.comparison import (
     ComparedRun,
+    Group,
     Number,
     differing_settings,
     groups_of,
@@ -39,6 +40,7 @@ def comparison(runs: Sequence[ComparedRun]) -> dict[str, Any]:
                         "run": row.run,
                         "epoch": row.epoch,
                         "metrics": {name: n._asdict() for name, n in row.numbers.items()},
+                        "worse_by": row.worse_by and row.worse_by._asdict(),
                     }
                     for row in group.rows
                 ],
@@ -53,12 +55,8 @@ def comparison_text(runs: Sequence[ComparedRun]) -> str:
     names = {run.name: run for run in runs}
     parts = []
     for number, group in enumerate(groups_of(runs), 1):
-        rows = [
-            [row_name(row.run, row.epoch, names), *(cell(metric, row.numbers.get(metric)) for metric in group.metrics)]
-            for row in group.rows
-        ]
         heading = f"group {number}: {', '.join(f'{key} {as_text(value)}' for key, value in group.labels.items())}"
-        parts.append("\n".join([heading, *group.differences, _aligned([["run", *group.metrics], *rows])]))
+        parts.append("\n".join([heading, *group.differences, _aligned(table_of(group, names, {}))]))
     if settings := differing_settings(runs):
         rows = [[key, *(as_text(values[run.name]) for run in runs)] for key, values in settings.items()]
         parts.append(_aligned([["settings that differ", *names], *rows]))
@@ -76,12 +74,10 @@ def write_comparison(runs: Sequence[ComparedRun], out: Path) -> None:
     values = {
         "runs": runs,
         "names": {run.name: run for run in runs},
-        "settings": settings,
-        "short": short_names(settings),
+        "settings": {short: settings[key] for key, short in short_names(settings).items()},
         "groups": groups_of(runs),
+        "table_of": table_of,
         "families": families,
-        "cell": cell,
-        "row_name": row_name,
         "charts": charts,
     }
     page = render("report/comparison.html.j2", values)
@@ -159,6 +155,21 @@ def rate_distortion(runs: Sequence[ComparedRun]) -> Spec:
 def _color(runs: Sequence[ComparedRun]) -> Spec:
     scale = {"domain": [run.name for run in runs], "scheme": "tableau10" if len(runs) <= 10 else "tableau20"}
     return {"field": "run", "type": "nominal", "title": None, "scale": scale, "legend": {"columns": 3}}
+
+
+def table_of(group: Group, runs: dict[str, ComparedRun], settings: dict[str, dict[str, Any]]) -> list[list[str]]:
+    """Header and rows, a row a run, with its settings by name; a column a run where there are more numbers than runs.
+
+    After the metric by which rows are ranked comes by how much a run is worse than the first.
+    """
+    columns = [["run", *(row_name(row.run, row.epoch, runs) for row in group.rows)]]
+    for metric in group.metrics:
+        columns.append([metric, *(cell(metric, row.numbers.get(metric)) for row in group.rows)])
+        if metric == group.ranked_by and any(row.worse_by for row in group.rows):
+            columns.append(["worse by", *(cell(metric, row.worse_by) for row in group.rows)])
+    columns += [[name, *(as_text(values[row.run]) for row in group.rows)] for name, values in settings.items()]
+    columns.append(["best epoch", *(str(runs[row.run].best_epoch) for row in group.rows)])
+    return columns if len(group.metrics) > len(group.rows) else [[*row] for row in zip(*columns, strict=True)]
 
 
 def cell(metric: str, number: Number | None) -> str:

@@ -6,8 +6,12 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from vae_ray.errors import one_line
 from vae_ray.evaluation.evaluation import Evaluation
+from vae_ray.evaluation.observations import Arrays
 from vae_ray.evaluation.store import FOLDER
 from vae_ray.storage.reading import parse_json, read_bytes
 from vae_ray.storage.records import verify
@@ -20,19 +24,28 @@ def kept_evaluations(directory: Path) -> list[Evaluation]:
     found = []
     for file in sorted((directory / FOLDER).glob("*.json")):
         try:
-            found.append(_from_dict(verify(parse_json(read_bytes(file)))))
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            found.append(_from_dict(verify(parse_json(read_bytes(file))), _by_image(file.with_suffix(".parquet"))))
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, pa.ArrowException) as error:
             logger.warning("%s: damaged and left out (%s)", file, one_line(error)[:200])
     return found
 
 
-def _from_dict(content: dict[str, Any]) -> Evaluation:
+def _by_image(file: Path) -> Arrays:
+    """The values of each image; empty where none are kept."""
+    if not file.exists():
+        return {}
+    table = pq.read_table(file)
+    return {name: table[name].to_numpy() for name in table.column_names}
+
+
+def _from_dict(content: dict[str, Any], by_image: Arrays) -> Evaluation:
     return Evaluation(
         metrics=_numbers(content["metrics"]),
         standard_errors=_numbers(content["standard_errors"]),
         details={str(key): [float(value) for value in values] for key, values in content["details"].items()},
         labels={str(key): value for key, value in content["labels"].items()},
         warnings=[str(line) for line in content["warnings"]],
+        arrays=by_image,
     )
 
 
