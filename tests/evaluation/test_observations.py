@@ -129,6 +129,7 @@ def test_metrics_are_named_with_commas_or_in_a_list() -> None:
         ("test/nelbo", 104.2149, 0.351, "104.21 ± 0.35 nats"),
         ("test/rate_group_2", 3.0, None, "3.00 nats"),
         ("val/nll_bits_per_dim", 3.5924, 0.0123, "3.592 ± 0.012 bits/dim"),
+        ("test/mse", 0.011342, 0.000211, "0.01134 ± 0.00021"),
         ("test/active_units", 21.0, None, "21"),
         ("test/prior_overlap", 0.25, None, "0.250"),
     ],

@@ -170,6 +170,8 @@ def with_unit(key: str, value: float, standard_error: float | None = None) -> st
         unit, digits = " nats", 2
     elif name == "psnr":
         unit, digits = " dB", 2
+    elif name == "mse":
+        unit, digits = "", 5
     else:
         unit, digits = "", 0 if float(value).is_integer() else 3
     error = "" if standard_error is None else f" ± {standard_error:.{max(1, digits)}f}"
