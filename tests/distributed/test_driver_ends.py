@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -11,9 +12,9 @@ import ray
 
 from tests.distributed.conftest import digits
 from tests.faults.signalled import Training
+from tests.runs import fitted, run_of
 from tests.storage.servers import ObjectStore
-from vae_ray import Experiment, TrainedVAE, TrainResult, train
-from vae_ray.checkpoints.listing import all_checkpoints
+from vae_ray import TrainedVAE, TrainResult, train
 from vae_ray.storage.filesystems import open_filesystem
 from vae_ray.storage.locations import is_uri, join_location
 
@@ -23,9 +24,12 @@ LONG = {"training.epochs": 3, "training.global_batch_size": 8, "training.test_ev
 
 
 @pytest.fixture(scope="module")
-def undisturbed(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
-    """The run whose driver lives."""
-    return train(digits(tmp_path_factory.mktemp("undisturbed"), 2, name="undisturbed", **LONG))
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
+    """The run whose driver lives, on two threads: the sum of two workers' gradients has no order."""
+    experiment = digits(tmp_path_factory.mktemp("undisturbed"), 2, name="undisturbed", **LONG)
+    run = run_of(experiment)
+    assert fitted(experiment, run, 2) == [None, None]
+    return train(experiment.with_overrides({"workers.num": 0}), resume=True)  # its summary; nothing is left to train
 
 
 def content(checkpoint: Path | str, name: str) -> bytes:
@@ -37,49 +41,44 @@ def content(checkpoint: Path | str, name: str) -> bytes:
         return bytes(stream.read())
 
 
-def assert_resumes_to_the_same_bits(experiment: Experiment, undisturbed: TrainResult) -> TrainResult:
+def test_a_run_at_a_uri_stopped_by_ctrl_c_and_then_killed_goes_on_to_the_same_bits(
+    undisturbed: TrainResult, store: ObjectStore, tmp_path: Path
+) -> None:
+    """First with a Ray of the driver's own, then on a running one."""
+    experiment = digits(tmp_path, 2, name="disturbed", **LONG, **{"run.storage": store.uri})
+
+    stopped = Training(experiment, tmp_path)
+    try:
+        stopped.wait_until(lambda: "metrics.jsonl" in store.names("disturbed"), poll_seconds=0.2)  # an epoch is done
+        # a terminal sends it to all of the foreground's processes: the driver's own Ray and its workers too
+        code, seconds, log = stopped.ends_after(signal.SIGINT, whole_group=True)
+    finally:
+        stopped.process.kill()
+    assert code == 130, log
+    assert log.count("stopping after a checkpoint; once more to stop at once") == 1
+    newest = max(name for name in store.names("disturbed") if name.endswith("manifest.json")).split("/")[1]
+    done = re.fullmatch(r"epoch=0*(\d)-step=0*(\d+)", newest)
+    assert done is not None, log
+    assert f"stopped after step {done[2]} of 161 of epoch {done[1]}; continue with: vae-ray resume {store.uri}" in log
+    assert seconds < 10
+
+    killed = Training(experiment, tmp_path, RAY_ADDRESS=ray.get_runtime_context().gcs_address)
+    try:
+        killed.wait_until(lambda: "images/samples/epoch=0002.png" in store.names("disturbed"), poll_seconds=0.2)
+    finally:
+        os.kill(killed.process.pid, signal.SIGKILL)
+        killed.process.wait()
+    assert "summary.json" not in store.names("disturbed")
+
     resumed = train(experiment, resume=True)
     assert [line["epoch"] for line in resumed.history] == [1, 2, 3]
     for name in ("weights.safetensors", "training_state.safetensors"):
         assert content(resumed.last_checkpoint, name) == content(undisturbed.last_checkpoint, name)
     assert resumed.metrics == undisturbed.metrics
     assert [line["train/nelbo"] for line in resumed.history] == [line["train/nelbo"] for line in undisturbed.history]
-    return resumed
-
-
-def test_a_run_stopped_by_ctrl_c_goes_on_to_the_same_bits(undisturbed: TrainResult, tmp_path: Path) -> None:
-    experiment = digits(tmp_path, 2, name="stopped", **LONG)
-    training = Training(experiment, tmp_path)
-    try:
-        training.wait_for_epoch(1)
-        # a terminal sends it to all of the foreground's processes: the driver's own Ray and its workers too
-        code, seconds, log = training.ends_after(signal.SIGINT, whole_group=True)
-    finally:
-        training.process.kill()
-    assert code == 130, log
-    assert log.count("stopping after a checkpoint; once more to stop at once") == 1
-    newest = all_checkpoints(training.run.checkpoints)[-1]
-    assert newest.step is not None, log
-    assert f"stopped after step {newest.step} of 161 of epoch {newest.epoch}; continue with: vae-ray resume " in log
-    assert seconds < 10
-    assert_resumes_to_the_same_bits(experiment, undisturbed)
-
-
-def test_a_run_at_a_uri_whose_driver_is_killed_goes_on_to_the_same_bits(
-    undisturbed: TrainResult, store: ObjectStore, tmp_path: Path
-) -> None:
-    experiment = digits(tmp_path, 2, name="killed", **LONG, **{"run.storage": store.uri})
-    training = Training(experiment, tmp_path, RAY_ADDRESS=ray.get_runtime_context().gcs_address)
-    try:
-        training.wait_until(lambda: "images/samples/epoch=0002.png" in store.names("killed"))
-    finally:
-        os.kill(training.process.pid, signal.SIGKILL)
-        training.process.wait()
-    assert "summary.json" not in store.names("killed")
-    resumed = assert_resumes_to_the_same_bits(experiment, undisturbed)
-    assert str(resumed.run_dir) == f"{store.uri}/killed"
+    assert str(resumed.run_dir) == f"{store.uri}/disturbed"
     assert TrainedVAE.load(resumed.best_checkpoint).evaluate("test")["test/nelbo"] > 0
-    assert not any(name.startswith((".ray", ".driver-")) for name in store.names("killed"))
+    assert not any(name.startswith((".ray", ".driver-")) for name in store.names("disturbed"))
 
 
 def test_a_sweep_ends_at_sigterm_with_130_and_leaves_no_process(tmp_path: Path) -> None:

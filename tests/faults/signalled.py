@@ -46,13 +46,15 @@ class Training:
         """Return once some steps of that epoch are done."""
         self.wait_until(lambda: self._epoch_begun() >= epoch)
 
-    def wait_until(self, condition: Callable[[], bool], *, timeout_seconds: float = 120) -> None:
+    def wait_until(
+        self, condition: Callable[[], bool], *, timeout_seconds: float = 120, poll_seconds: float = 0.01
+    ) -> None:
         """Return once `condition` holds; the process must live so long."""
         deadline = time.monotonic() + timeout_seconds
         while not condition():
             assert self.process.poll() is None, self._log.read_text()
             assert time.monotonic() < deadline, self._log.read_text()
-            time.sleep(0.01)
+            time.sleep(poll_seconds)
 
     def _epoch_begun(self) -> int:
         try:
