@@ -1,10 +1,12 @@
 """Fixtures of the unit suite: a cache of its own, the real MNIST where it is, and one small trained run."""
 
+import compileall
 import os
 import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from py_compile import PycInvalidationMode
 
 import hypothesis
 import pytest
@@ -12,6 +14,8 @@ import torch
 
 from tests.storage.servers import ObjectStore
 from vae_ray import Experiment, TrainResult, train
+
+REPOSITORY = Path(__file__).resolve().parents[1]
 
 hypothesis.settings.register_profile("any machine", deadline=None)  # a slow moment of a machine is no failure
 hypothesis.settings.load_profile("any machine")
@@ -22,12 +26,13 @@ torch.set_num_threads(1)
 # tests write modules that change within a second, which bytecode would hide, and look at what lies in directories
 sys.dont_write_bytecode = True
 os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+# hundreds of processes start, each of which would compile the package; by its content, which may change within a second
+compileall.compile_dir(REPOSITORY / "vae_ray", quiet=2, invalidation_mode=PycInvalidationMode.CHECKED_HASH)
 
 # a suite that runs under nohup, or after `&` in a script, ignores these, and so do the processes that tests start
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 MNIST_ROOT = (REPOSITORY.parent / "shared" / "data").resolve()  # hosts of tests/cluster see no link in /tmp
 
 

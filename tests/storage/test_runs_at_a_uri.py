@@ -86,7 +86,7 @@ def test_a_finished_run_at_a_uri_is_refused_again_and_returned_with_resume(
 
 
 def test_a_killed_run_at_a_uri_goes_on_to_the_same_weights(store: ObjectStore, tmp_path: Path) -> None:
-    experiment = at(store, "killed", **{"training.epochs": 24})
+    experiment = at(store, "killed", **{"training.epochs": 14})
     file = tmp_path / "experiment.yaml"
     file.write_text(experiment.to_yaml())
     process = subprocess.Popen([sys.executable, "-m", "vae_ray", "train", str(file)], stderr=subprocess.DEVNULL)
@@ -99,7 +99,7 @@ def test_a_killed_run_at_a_uri_goes_on_to_the_same_weights(store: ObjectStore, t
     process.wait()
     assert not store.names("killed") & {"summary.json"}
     result = train(experiment, resume=True)
-    assert [line["epoch"] for line in result.history] == list(range(1, 25))
+    assert [line["epoch"] for line in result.history] == list(range(1, 15))
     undisturbed = train(experiment.with_overrides({"run.name": "undisturbed", "run.storage": str(tmp_path)}))
     assert weights(result.last_checkpoint) == weights(undisturbed.last_checkpoint)
     kept = {name.split("/")[1] for name in store.names("killed") if name.startswith("checkpoints/")}
