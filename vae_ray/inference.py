@@ -457,7 +457,7 @@ class TrainedVAE:
     def _feature_space(self, spec: str) -> FeatureSpace:
         splits = Splits.open(self.experiment)
         train, test = splits.select("train"), splits.select("test")
-        return feature_space(spec, train=train, test=test, seed=self.experiment.run.seed, device=self.device)
+        return feature_space(spec, train=train, test=test, seed=self.experiment.split_seed, device=self.device)
 
     def _evaluation_loader(self, split: SplitName, num_images: int | None) -> Loader:
         """The images of a split, or the first so many; raises `UserError` where there are none, or not so many."""

@@ -4,10 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from tests.data_layer.stored import labels_of, open_split, pixels_of
 from vae_ray import Experiment
 from vae_ray.config.sections.data import DigitsData
+from vae_ray.data.batches import Shards
 from vae_ray.data.splits import Splits
 
 
@@ -49,6 +51,26 @@ def test_validation_is_taken_from_train_and_never_from_test(config: DigitsData) 
     assert not set(validation.tolist()) & set(splits.select("train")[1].tolist())
     assert splits.select("test")[0] is splits.test
     assert splits.select("test")[1].tolist() == list(range(359))
+
+
+@pytest.mark.parametrize("binarize", ["none", "fixed", "dynamic"])
+def test_runs_of_one_split_seed_have_the_same_images_in_orders_of_their_own(config: DigitsData, binarize: str) -> None:
+    data = config.model_copy(update={"num_validation": 100, "binarize": binarize})
+
+    def seen(seed: int, split_seed: int | str) -> list[torch.Tensor]:
+        """The indices and images of the validation split, those of training, and the first epoch's order."""
+        experiment = Experiment(data=data).with_overrides({"run.seed": seed, "data.split_seed": split_seed})
+        splits, alone = Splits.open(experiment), Shards(0, 1, torch.device("cpu"))
+        val, train = (splits.loader(name, experiment, alone) for name in ("val", "train"))
+        epoch = None if binarize == "none" else 1
+        images = [val.images(val.indices), train.images(train.indices, epoch=epoch)]
+        return [val.indices, *images, next(train.steps(1, global_batch_size=64))]
+
+    of_one, of_other, of_split_only, of_seed = seen(1, 1), seen(2, 1), seen(1, 2), seen(1, "auto")
+    same = [torch.equal(a, b) for a, b in zip(of_one, of_other, strict=True)]
+    assert same == [True, True, binarize != "dynamic", False]  # dynamic binarization is drawn anew: by run.seed
+    assert all(torch.equal(a, b) for a, b in zip(of_one, of_seed, strict=True)), "auto is run.seed"
+    assert not any(torch.equal(a, b) for a, b in zip(of_one, of_split_only, strict=True))
 
 
 def test_the_mean_training_image_is_that_of_the_images_that_are_trained_on(config: DigitsData) -> None:

@@ -96,6 +96,11 @@ class Experiment(Section):
         """`{"data.source": "digits", "model.network.name": "mlp", ...}` in plain data."""
         return keys.flattened(self.to_dict())
 
+    @property
+    def split_seed(self) -> int:
+        """The seed that `data.split_seed` means."""
+        return self.run.seed if self.data.split_seed == "auto" else self.data.split_seed
+
     def user_code(self) -> list[str]:
         """The import paths of a user's own code that this experiment names."""
         sections = (self.data.source, self.model.network.name, self.model.prior.name, self.likelihood.name)

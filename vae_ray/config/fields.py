@@ -186,6 +186,7 @@ def _count_text(value: int | tuple[int, int] | str) -> int | str:
 
 
 Int = Annotated[int, BeforeValidator(_refuse_bool)]
+Seed = Annotated[Int, Field(ge=0, lt=2**63)]
 Float = Annotated[float, BeforeValidator(_refuse_bool), Field(allow_inf_nan=False), AfterValidator(_refuse_overflow)]
 PixelScale = Annotated[Float, AfterValidator(_refuse_below_rounding)]
 WorkerCount = Annotated[

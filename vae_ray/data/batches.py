@@ -58,7 +58,8 @@ class Loader:
     Args:
         split: where they lie.
         indices: which images of it, sorted.
-        seed: of the order and of all random changes.
+        seed: of the order and of random changes that are drawn anew.
+        split_seed: of binarization that is drawn once; None means `seed`.
         shards: which rows this worker computes.
         augment: changes of training images, as `data.augment` has them.
         binarize: `data.binarize`.
@@ -72,6 +73,7 @@ class Loader:
         *,
         seed: int,
         shards: Shards,
+        split_seed: int | None = None,
         augment: Sequence[str] = (),
         binarize: Binarization = "none",
         window_bytes: int | None = None,
@@ -79,6 +81,7 @@ class Loader:
         self.split, self.indices, self.seed, self.shards = split, indices, seed, shards
         self._augmentations = [parse_augmentation(text) for text in augment]
         self._binarization = binarize
+        self._split_seed = seed if split_seed is None else split_seed
         num_bytes = len(indices) * math.prod(split.image_shape)
         is_windowed = window_bytes is not None and num_bytes > WHOLE_WINDOWS * window_bytes
         self._window_bytes = window_bytes if is_windowed else None
@@ -191,7 +194,8 @@ class Loader:
         numbers, split = indices.to(self.shards.device), self.split.name
         if epoch is not None:
             pixels = augment(pixels, numbers, self._augmentations, seed=self.seed, epoch=epoch, split=split)
-        return binarize(pixels, numbers, self._binarization, seed=self.seed, epoch=epoch, split=split)
+        seed = self.seed if self._binarization == "dynamic" and epoch is not None else self._split_seed
+        return binarize(pixels, numbers, self._binarization, seed=seed, epoch=epoch, split=split)
 
 
 def scaled(pixels: Tensor) -> Tensor:

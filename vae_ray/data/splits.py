@@ -51,7 +51,7 @@ class Splits(NamedTuple):
         indices = validation_indices(
             train,
             num_validation=num_set_aside,
-            seed=experiment.run.seed,
+            seed=experiment.split_seed,
             by_content=not isinstance(experiment.data, DigitsData | PublishedData),
         )
         return cls(dataset, train, dataset.splits["test"], *indices, experiment.model.condition)
@@ -85,6 +85,7 @@ class Splits(NamedTuple):
         return Loader(
             *self.select(name),
             seed=experiment.run.seed,
+            split_seed=experiment.split_seed,
             shards=shards,
             augment=data.augment,
             binarize=data.binarize,

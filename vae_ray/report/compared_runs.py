@@ -110,11 +110,11 @@ def _recorded(experiment: Experiment, best: Checkpoint) -> list[Evaluation]:
 def _of_images(evaluation: Evaluation, experiment: Experiment, best: Checkpoint) -> Evaluation:
     """The evaluation with a label of the very images, as far as the run recorded them.
 
-    Two data sets of one name may differ; and a validation split is drawn from the training images by the run's seed.
+    Two data sets of one name may differ; and a validation split is drawn from the training images by a seed.
     """
     split = evaluation.labels.get("split")
     images: Any = best.fingerprints.get("test" if split == "test" else "train", "not recorded")[:12]
     if split == "val":
-        images = f"{images}, {experiment.data.num_validation} by seed {experiment.run.seed}"
+        images = f"{images}, {experiment.data.num_validation} by seed {experiment.split_seed}"
     labels = {**evaluation.labels, "images": evaluation.labels.get("images", images)}
     return dataclasses.replace(evaluation, labels=labels)

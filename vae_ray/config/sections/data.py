@@ -19,6 +19,7 @@ from vae_ray.config.fields import (
     Location,
     Name,
     Section,
+    Seed,
     SpriteSide,
     ValueRange,
     Widths,
@@ -50,8 +51,13 @@ class DataConfig(Section):
     num_validation: Int = Field(
         0,
         ge=0,
-        description="Training images that form the validation split; drawn by run.seed and, of your own images, by "
-        "each image's content. A validation split of the source's own is used instead, and this is set to its size.",
+        description="Training images that form the validation split; drawn by data.split_seed and, of your own images, "
+        "by each image's content. A validation split of the source's own is used instead, and this is set to its size.",
+    )
+    split_seed: Seed | Literal["auto"] = Field(
+        "auto",
+        description="Seed of the validation split, and of binarization that is drawn once; auto: run.seed. With a "
+        "number runs of other seeds have the same images.",
     )
     augment: Augmentations = Field(
         (),
@@ -159,6 +165,7 @@ class UserData(BaseModel):
     source: ImportPath
     cache_dir: FilePath | None = DataConfig.model_fields["cache_dir"]  # type: ignore[assignment]
     num_validation: Int = DataConfig.model_fields["num_validation"]  # type: ignore[assignment]
+    split_seed: Seed | Literal["auto"] = DataConfig.model_fields["split_seed"]  # type: ignore[assignment]
     augment: Augmentations = DataConfig.model_fields["augment"]  # type: ignore[assignment]
     binarize: Literal["none", "dynamic", "fixed"] = DataConfig.model_fields["binarize"]  # type: ignore[assignment]
     window_mib: Int | None = DataConfig.model_fields["window_mib"]  # type: ignore[assignment]

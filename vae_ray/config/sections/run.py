@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, StringConstraints
 
-from vae_ray.config.fields import ImportPaths, Int, Location, Section, place
+from vae_ray.config.fields import ImportPaths, Int, Location, Section, Seed, place
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 NAME_RULE = "1 to 64 letters, digits, '.', '_' or '-', the first a letter or digit"
@@ -23,7 +23,7 @@ class RunConfig(Section):
         description="Directory that holds all runs, or a URI (s3://BUCKET/runs, gs://...); "
         "on several nodes one that all of them see.",
     )
-    seed: Int = Field(0, ge=0, lt=2**63, description="Seed of weights, order of images and latent noise.")
+    seed: Seed = Field(0, description="Seed of weights, order of images and latent noise.")
     initial_weights: Location | None = Field(
         None, description="Checkpoint, run or sweep whose weights training starts from; shapes must agree."
     )
