@@ -11,7 +11,7 @@ from playwright.sync_api import Browser, Page
 
 from tests.report.pages import HOSTILE
 from tests.system.chromium import DESKTOP, PHONE, check_contrast, opened, tooltip
-from tests.tuning.test_report import TRIALS, build_sweep, reported
+from tests.tuning.test_report import REPEATED, TRIALS, build_sweep, reported
 from vae_ray.report.pictures import PICTURE_KINDS
 from vae_ray.tuning.directory import SweepDirectory
 
@@ -144,6 +144,22 @@ def test_smaller_sweeps_have_no_problem_either(
     for size in (DESKTOP, PHONE):
         with opened(browser, directory.report, size=size) as page:
             assert page.locator(".chart svg").count() == num_charts
+
+
+def test_the_seeds_of_each_configuration_are_drawn_with_mean_and_interval(browser: Browser, tmp_path: Path) -> None:
+    directory = build_sweep(tmp_path / "sweep", trials=REPEATED, scheduler="none", repeats=2, num_trials=2)
+    reported(directory)
+    for size in (DESKTOP, PHONE):
+        with opened(browser, directory.report, size=size) as page:
+            marks = {"seeds": 3, "means": 2}
+            assert {name: count(page, "seeds-0", name, "path") for name in marks} == marks
+            assert count(page, "seeds-0", "intervals", "line") == 1
+            chart = page.locator("#chart-seeds-0")
+            labels = chart.locator(".role-axis-label text").all_text_contents()
+            assert [text for text in labels if text.startswith("000")] == ["0000", "0001"]
+            box = chart.bounding_box()
+            assert box is not None
+            assert box["width"] > 0.8 * size[0]
 
 
 def test_a_hundred_trials_stay_usable(browser: Browser, sweep: SweepDirectory, tmp_path: Path) -> None:

@@ -21,9 +21,17 @@ HOSTILE = "data:key:value [bold]loud[/bold] [/] [link=x] \\[red] 0x1F"
 FRAME_TAKEN_BACK = re.compile(r"(?:\x1b\[1A\x1b\[2K)+")
 
 
-def view_on(console: Console, *, num_trials: int, records: list[TrialRecord] | None = None) -> SweepView:
+def view_on(
+    console: Console, *, num_trials: int, records: list[TrialRecord] | None = None, repeats: int = 1
+) -> SweepView:
     return SweepView(
-        "mine", metric=METRIC, num_trials=num_trials, epochs=EPOCHS, records=records or [], console=console
+        "mine",
+        metric=METRIC,
+        num_trials=num_trials,
+        epochs=EPOCHS,
+        records=records or [],
+        repeats=repeats,
+        console=console,
     )
 
 
@@ -55,6 +63,19 @@ def earlier(name: str, state: str, *, epochs: int, nelbo: float = 50.0) -> Trial
 
 
 # --- off a terminal -------------------------------------------------------------------------------------
+
+
+def test_with_repeats_the_best_is_the_mean_of_a_configuration_of_which_every_seed_has_a_value() -> None:
+    console, written = file_console()
+    with view_on(console, num_trials=6, repeats=2) as view:
+        for name, best in (("0000", 20.0), ("0000-1", 31.0), ("0001", 25.0), ("0001-1", 25.5), ("0002", 1.0)):
+            run_epochs(view, name, 4, best=best)
+            view.ended(name, "finished", "", 4)
+        run_epochs(view, "0002-1", 1, best=1.0)
+        view.ended("0002-1", "diverged", "the loss is not finite", 1)
+    assert written.getvalue().splitlines()[-1] == (
+        "sweep mine: 6 of 6 trials ended (5 finished, 1 diverged) · best val/nelbo 25.25 (mean of configuration 0001)"
+    )
 
 
 def test_off_a_terminal_every_end_is_one_line_and_the_sweep_another() -> None:

@@ -204,6 +204,79 @@ def test_optuna_never_tries_again_what_an_earlier_driver_tried(directory: SweepD
     assert last == {TRIAL: "0008", **tried[8].proposed}
 
 
+# --- several seeds --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("searcher", ["random", "grid"])
+def test_more_seeds_and_configurations_add_exactly_the_missing_trials(
+    directory: SweepDirectory, searcher: str, tmp_path: Path
+) -> None:
+    first = settings_for(None if searcher == "grid" else 3, searcher=searcher, search=SMALL)  # type: ignore[arg-type]
+    grown = replace(first, num_trials=first.num_trials + 2 * (searcher == "random"), repeats=3)
+    propose_all(directory, first, seed=0)
+    before = proposed_in(directory)
+    propose_all(directory, grown, seed=0)
+    after = proposed_in(directory)
+    assert list(after)[: len(before)] == list(before)
+    assert len(after) == grown.num_runs == len(directory.journal())
+    assert all(after[f"{name}-{repeat}"] == after[name] for name in after if "-" not in name for repeat in (1, 2))
+    (tmp_path / "whole").mkdir()
+    whole = SweepDirectory(tmp_path / "whole")
+    propose_all(whole, grown, seed=0)
+    assert proposed_in(whole) == after
+
+
+def test_optuna_tries_every_seed_of_a_configuration_and_learns_their_mean(directory: SweepDirectory) -> None:
+    proposals = optuna_proposals(directory, settings_for(3, repeats=3), [])
+    configs = [suggested(proposals, trial_id) for trial_id in "abcd"]
+    assert [config.pop(TRIAL) for config in configs] == ["0000", "0000-1", "0000-2", "0001"]
+    assert configs[0] == configs[1] == configs[2] != configs[3]
+    assert list(proposed_in(directory)) == [f"{number:04d}{end}" for number in range(2) for end in ("", "-1", "-2")]
+    for trial_id, nelbo in (("b", 20.0), ("a", 30.0)):
+        proposals.on_trial_complete(trial_id, result(1, nelbo))
+        assert results(proposals) == [], "a mean over some of the seeds would not compare"
+    proposals.on_trial_complete("c", result(1, 25.0))
+    assert results(proposals) == [("COMPLETE", [25.0])]
+    assert [suggested(proposals, trial_id)[TRIAL] for trial_id in "efghi"] == [
+        *("0001-1", "0001-2", "0002", "0002-1", "0002-2")
+    ]
+    assert proposals.suggest("j") == Searcher.FINISHED
+    proposals.on_trial_complete("d", None, error=True)
+    for trial_id in "ef":
+        proposals.on_trial_complete(trial_id, result(1, 1.0))
+    assert results(proposals)[1:] == [("FAIL", None)], "a seed failed"
+
+
+def test_optuna_continues_with_the_seeds_that_are_missing(directory: SweepDirectory) -> None:
+    one = settings_for(2)
+    first = optuna_proposals(directory, one, [])
+    for number in range(2):
+        suggested(first, str(number))
+    three = replace(one, repeats=3, num_trials=3)
+    propose_all(directory, three, seed=0)
+    proposed = proposed_in(directory)
+    assert list(proposed) == ["0000", "0001", "0000-1", "0000-2", "0001-1", "0001-2"]
+    nelbo = {"0000": 30.0, "0001": 20.0, "0001-1": 21.0, "0001-2": 22.0}
+    records = [
+        trials.record_of(
+            name,
+            {"val/nelbo": nelbo[name]} if name in nelbo else None,
+            state="finished" if name in nelbo else "pending",
+            proposed=proposed[name],
+        )
+        for name in sorted(proposed)
+    ]
+    proposals = optuna_proposals(directory, three, records)
+    assert results(proposals) == [("COMPLETE", [21.0])]
+    assert [suggested(proposals, trial_id) for trial_id in "ab"] == [
+        {TRIAL: name, **proposed["0000"]} for name in ("0000-1", "0000-2")
+    ]
+    assert suggested(proposals, "c")[TRIAL] == "0002"
+    for trial_id, value in (("a", 33.0), ("b", 36.0)):
+        proposals.on_trial_complete(trial_id, result(1, value))
+    assert results(proposals) == [("COMPLETE", [33.0]), ("COMPLETE", [21.0])]
+
+
 # --- from what is known ---------------------------------------------------------------------------------
 
 

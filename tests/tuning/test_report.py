@@ -33,10 +33,11 @@ from vae_ray.report.charts import trimmed
 from vae_ray.report.pictures import data_uri, limit_of
 from vae_ray.report.text import as_text, reproduction, short_names
 from vae_ray.run_files.image_grids import png_bytes
+from vae_ray.run_files.progress import format_nats
 from vae_ray.training.fit import fit_epochs
 from vae_ray.tuning import leaderboard
 from vae_ray.tuning.directory import SweepDirectory
-from vae_ray.tuning.records import TrialRecord, read_trials
+from vae_ray.tuning.records import TrialRecord, read_trials, trial_experiment
 from vae_ray.tuning.report.page import write_report
 
 SEARCH = {"model.latent_dim": {"choice": [2, 5]}, "objective.beta": {"loguniform": [0.1, 8]}}
@@ -48,6 +49,14 @@ TRIALS: dict[str, tuple[dict[str, Any], int, str]] = {
     "0003": ({"model.latent_dim": 5, "objective.beta": 8.0}, 1, "diverged"),
     "0004": ({"model.latent_dim": 2, "objective.beta": 0.5}, 0, "failed"),
 }
+
+REPEATED = {
+    "0000": TRIALS["0000"],
+    "0000-1": TRIALS["0000"],
+    "0001": TRIALS["0001"],
+    "0001-1": (TRIALS["0001"][0], 1, "diverged"),
+}
+"""Two configurations by two seeds."""
 
 
 def build_sweep(
@@ -76,7 +85,8 @@ def build_sweep(
         )
         if epochs:
             group = SingleProcess(torch.device("cpu"))
-            training = fit_epochs(experiment.with_overrides(overrides), directory.trial(name).path, group)
+            own = trial_experiment(experiment, directory.location, name, overrides)
+            training = fit_epochs(own, directory.trial(name).path, group)
             for _ in range(epochs):
                 next(training)
             training.close()
@@ -85,8 +95,9 @@ def build_sweep(
 
 def reported(directory: SweepDirectory) -> str:
     """The report, written from the sweep's files."""
-    records = read_trials(directory)
-    write_report(directory, records, leaderboard.rows(records, directory.description()["metrics"], directory))
+    records, description = read_trials(directory), directory.description()
+    table = leaderboard.rows(records, description["metrics"], directory, description.get("repeats", 1))
+    write_report(directory, records, table)
     return directory.report.read_text(encoding="utf-8")
 
 
@@ -362,6 +373,37 @@ def test_two_metrics_are_two_curves_and_two_axes(tmp_path: Path) -> None:
     assert list(page.charts) == ["curves-0", "curves-1", "parallel", "plane"]
     assert len(page.charts["parallel"]["data"]["values"]) == 2 * (2 + 2)
     assert [layer["name"] for layer in page.charts["curves-1"]["layer"]] == ["lines", "ends"], "no rungs without ASHA"
+
+
+def test_with_repeats_configurations_are_shown_by_their_seeds(tmp_path: Path) -> None:
+    directory = build_sweep(tmp_path / "sweep", trials=REPEATED, scheduler="none", repeats=2, num_trials=2)
+    page, seed = Page(reported(directory)), Experiment.from_dict(directory.description()["experiment"]).run.seed
+    records = {record.name: record for record in read_trials(directory)}
+    first, second = leaderboard.ranked_configurations([*records.values()], ["val/nelbo"], 2)
+    assert (first.name, second.name) == ("0000", "0001")
+    assert "Best configuration: " in page.text("h2")
+    assert [text for text in page.text("td") if text.endswith("seeds") or text == "complete"] == [
+        *("complete", "1 of 2 seeds")
+    ]
+    assert f"seed {seed + 1} diverged: epoch 2: {HOSTILE} {HOSTILE_ATTRIBUTE}" in page.text("td")
+    shown = [format_nats(value) for each in (first, second) for value in each.values("val/nelbo").values()]
+    assert [text for text in page.text("span") if text in shown] == shown, "the value of each seed"
+    assert [text for text in page.text("p") if "looks better than it is" in text]
+    # charts: seeds and curves by trial, the others by configuration
+    points = page.charts["seeds-0"]["data"]["values"]
+    by_seed = sorted(point["value"] for point in points if point["kind"] == "seed")
+    assert by_seed == sorted(records[name].value("val/nelbo") for name in ("0000", "0000-1", "0001"))
+    (interval,) = (point for point in points if point["kind"] == "interval")
+    assert (interval["value"], interval["high"]) == first.interval("val/nelbo")
+    assert [point["state"] for point in points if point["kind"] == "mean"] == ["best", "incomplete"]
+    assert {point["trial"] for point in page.charts["curves-0"]["data"]["values"]} == REPEATED.keys()
+    plane = page.charts["plane"]["data"]["values"]
+    assert sorted(point["rate"] for point in plane) == sorted(each.value("val/rate") for each in (first, second))
+    # every trial's command has its seed, and the split of the first
+    commands = [_experiment_of(command) for command in page.commands]
+    assert {(each.run.seed, each.split_seed) for each in commands} == {(seed, seed), (seed + 1, seed)}
+    assert len(commands) == 1 + len(REPEATED)
+    assert len(page.pictures) == (1 + 2) * 3, "of the best seed of each, and the winner's at the top"
 
 
 def test_what_cannot_be_drawn_is_left_out(tmp_path: Path) -> None:

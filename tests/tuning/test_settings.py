@@ -34,6 +34,20 @@ def test_with_two_metrics_every_trial_runs_to_the_end() -> None:
     assert settings_of(metric=["train/rate", "train/distortion"]).metrics == ("train/rate", "train/distortion")
 
 
+@pytest.mark.parametrize("metric", ["val/nelbo", "val/rate,val/distortion"])
+def test_with_repeats_every_seed_runs_to_the_end(metric: str) -> None:
+    repeated = settings_of(metric=metric, num_trials=4, repeats=3)
+    assert (repeated.scheduler, repeated.num_trials, repeated.num_runs) == ("none", 4, 12)
+    assert repeated.to_dict()["repeats"] == 3
+    assert "repeats" not in settings_of(metric=metric).to_dict()
+    for scheduler in ("asha", "pbt"):
+        with pytest.raises(UserError, match=f"scheduler: got '{scheduler}', with .* use --scheduler none"):
+            settings_of(metric=metric, scheduler=scheduler, repeats=2)
+    for number in (0, -1, 2.0, True):
+        with pytest.raises(UserError, match=r"repeats: got .*, should be a whole number, at least 1"):
+            settings_of(metric=metric, repeats=number)
+
+
 def test_a_grid_has_as_many_trials_as_points() -> None:
     assert settings_of(search=GRID, searcher="grid").num_trials == 6
     assert settings_of(search=GRID, searcher="grid", num_trials=6).num_trials == 6

@@ -125,6 +125,13 @@ MISTAKES: list[tuple[str, list[str], str]] = [
     ("two splits", ["sweep", "digits", "--metric=val/nelbo,train/rate"], "metric: got 'train/rate'"),
     ("unknown metric", ["sweep", "digits", "--metric", "val/nebo"], "did you mean 'val/nelbo'"),
     ("pbt with workers", ["sweep", "digits", "--scheduler=pbt", "--workers.num=2"], "trials of one worker"),
+    (
+        "asha with repeats",
+        ["sweep", "digits", "--scheduler=asha", "--repeats=3"],
+        "scheduler: got 'asha', with --repeats it would compare seeds after different numbers of epochs; use --sch",
+    ),
+    ("no repeats", ["sweep", "digits", "--repeats=0"], "--repeats: got '0', should be a whole number, at least 1"),
+    ("a seed beyond the last", ["sweep", "digits", f"--run.seed={2**63 - 2}", "--repeats=3"], "run.seed: got 92233720"),
     ("pbt a few at a time", ["sweep", "digits", "--scheduler=pbt", "--max-concurrent=2"], "not supported with pbt"),
     (
         "no trials",

@@ -9,7 +9,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 
 PROGRESS_SECONDS = 10.0
+NUM_SHOWN = 5
+"""Configurations of a sweep's answer; the others are on the leaderboard."""
 
 
 def _read_experiment(options: argparse.Namespace) -> Experiment:
@@ -131,9 +133,9 @@ def _train_answer(trained: TrainResult, options: argparse.Namespace) -> dict[str
     }
 
 
-def _warnings(lines: Sequence[str]) -> dict[str, str]:
+def _warnings(lines: Sequence[str], label: str = "warning") -> dict[str, str]:
     """Lines of an answer; each needs a label of its own."""
-    return {"warning" if number == 1 else f"warning {number}": line for number, line in enumerate(lines, 1)}
+    return {label if number == 1 else f"{label} {number}": line for number, line in enumerate(lines, 1)}
 
 
 def sweep(options: argparse.Namespace) -> dict[str, Any]:
@@ -146,6 +148,7 @@ def sweep(options: argparse.Namespace) -> dict[str, Any]:
         experiment,
         search=options.search,
         num_trials=options.num_trials,
+        repeats=options.repeats,
         max_concurrent=options.max_concurrent,
         workers_per_trial=options.workers_per_trial,
         scheduler=options.scheduler,
@@ -209,12 +212,18 @@ def _readable_sweep(result: SweepResult) -> dict[str, Any]:
 
     states = ", ".join(f"{number} {state}" for state, number in result.states.items())
     answer = {"trials": f"{result.num_trials} ({states})"}
+    for row in result.configurations[:NUM_SHOWN]:
+        answer[f"{'–' if row['rank'] is None else row['rank']}. {row['configuration']}"] = _of_configuration(
+            row, result
+        )
+    answer |= _warnings(result.verdict, "verdict")
     if result.best:
-        settings = "  ".join(f"{key}={value}" for key, value in result.best["overrides"].items())
+        settings = _settings(result.best["overrides"])
         metrics = result.best["metrics"]
         terms = [f"{key} {format_nats(value)}" for key, value in metrics.items() if key.endswith("/nelbo")]
         answer |= {
             "best trial": f"{result.best['trial']}  {settings}",
+            **({"seed": str(result.best["seed"])} if "seed" in result.best else {}),
             "nats per image": ", ".join(terms),
             "checkpoint": result.best["checkpoint"],
             **_warnings(result.best["warnings"]),
@@ -222,6 +231,26 @@ def _readable_sweep(result: SweepResult) -> dict[str, Any]:
     else:
         answer["best trial"] = "none: every trial failed; the report says why"
     return answer | {"leaderboard": str(result.leaderboard), "report": str(result.report)}
+
+
+def _of_configuration(row: dict[str, Any], result: SweepResult) -> str:
+    """Means, intervals and values by seed of a row of the leaderboard, and what was searched."""
+    from vae_ray.run_files.progress import format_nats
+
+    parts = [] if row["state"] == "complete" else [row["state"]]
+    for metric in result.metrics:
+        seeds = [value for key, value in row.items() if key.startswith(f"{metric}_seed_")]
+        values = " ".join("–" if value is None else format_nats(value) for value in seeds)
+        ends = [format_nats(row[f"{metric}_{end}"]) for end in ("low", "high") if row[f"{metric}_{end}"] is not None]
+        interval = f"95 % {' to '.join(ends)}, " if ends else ""
+        if row[metric] is not None:
+            parts.append(f"{metric} {format_nats(row[metric])} ({interval}by seed {values})")
+    searched = result.best.get("overrides", {})
+    return "  ".join([*parts, _settings({key: row[key] for key in searched})])
+
+
+def _settings(overrides: Mapping[str, Any]) -> str:
+    return "  ".join(f"{key}={value}" for key, value in overrides.items())
 
 
 def evaluate(options: argparse.Namespace) -> dict[str, Any]:

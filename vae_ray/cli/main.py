@@ -205,10 +205,11 @@ COMMANDS: Mapping[Callable[[argparse.Namespace], dict[str, Any]], Arguments] = {
     commands.sweep: {
         **EXPERIMENT,
         "--search": _text("what to vary: a YAML file, default, beta or optimization", "FILE|NAME"),
-        "--num-trials": _number("how many variations (default 16; grid: all)"),
+        "--num-trials": _number("how many configurations (default 16; grid: all)"),
+        "--repeats": _number("seeds of each configuration, which is ranked by its mean", 1),
         "--max-concurrent": _number("trials at once (default: what resources allow)"),
         "--workers-per-trial": _number("data-parallel workers of each trial (default 1)"),
-        "--scheduler": _text("asha stops bad trials early (default), none, or pbt", "NAME"),
+        "--scheduler": _text("asha stops bad trials early (default), none (with --repeats), or pbt", "NAME"),
         "--searcher": _text("random (default), grid or optuna", "NAME", default="random"),
         "--metric": _text(
             "what trials are compared by; two for a Pareto front, as in\nval/distortion,val/rate (default val/nelbo)",

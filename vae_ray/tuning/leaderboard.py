@@ -8,48 +8,88 @@ distortion; the non-dominated trials are the Pareto front (Alemi et al. 2018, ar
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any, Protocol, TypeVar
 
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
+from vae_ray.tuning.configurations import Configuration, configurations
 from vae_ray.tuning.directory import SweepDirectory
 from vae_ray.tuning.records import TrialRecord
 from vae_ray.tuning.settings import TERMS
 from vae_ray.tuning.space import scalar
 
+Evaluated = Mapping[str, Mapping[str, float]]
+"""Metrics by the name of the trial of which they were evaluated."""
+NOT_EVALUATED: Evaluated = {}
 
-def ranked(records: Sequence[TrialRecord], metrics: Sequence[str]) -> list[TrialRecord]:
-    """Trials from best to worst by their best checkpoints; failed ones and those without one last.
+
+class Ranked(Protocol):
+    """What can be ranked: a trial, or a configuration."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def failed(self) -> bool: ...
+
+    @property
+    def score(self) -> float:
+        """The selection metric."""
+
+    def value(self, metric: str) -> float | None: ...
+
+
+R = TypeVar("R", bound=Ranked)
+
+
+def ranked(items: Sequence[R], metrics: Sequence[str]) -> list[R]:
+    """Trials or configurations from best to worst; failed ones and those without a value last.
 
     With two metrics the Pareto front comes first, then the front of the others, and so on; within one, by the
     selection metric.
     """
-    left = [record for record in records if is_comparable(record, metrics)]
-    order: list[TrialRecord] = []
+    left = [item for item in items if is_comparable(item, metrics)]
+    order: list[R] = []
     while left:
         front = non_dominated(left, metrics) if len(metrics) > 1 else left
-        order += sorted(front, key=lambda record: (record.best.score if record.best else 0.0, record.name))
-        left = [record for record in left if record not in front]
-    return order + [record for record in records if record not in order]
+        order += sorted(front, key=lambda item: (item.score, item.name))
+        left = [item for item in left if item not in front]
+    return order + [item for item in items if item not in order]
 
 
-def is_comparable(record: TrialRecord, metrics: Sequence[str]) -> bool:
-    """Whether a trial has not failed and has a checkpoint with these metrics."""
-    return not record.failed and all(record.value(metric) is not None for metric in metrics)
+def is_comparable(item: Ranked, metrics: Sequence[str]) -> bool:
+    """Whether it has not failed and has a value of these metrics."""
+    return not item.failed and all(item.value(metric) is not None for metric in metrics)
 
 
-def non_dominated(records: Sequence[TrialRecord], metrics: Sequence[str]) -> list[TrialRecord]:
-    """The Pareto front: trials to which no other is equal or better in all metrics and better in one."""
-    comparable = [record for record in records if is_comparable(record, metrics)]
-    points = [tuple(record.value(metric) or 0.0 for metric in metrics) for record in comparable]
+def non_dominated(items: Sequence[R], metrics: Sequence[str]) -> list[R]:
+    """The Pareto front: those to which no other is equal or better in all metrics and better in one."""
+    comparable = [item for item in items if is_comparable(item, metrics)]
+    points = [tuple(item.value(metric) or 0.0 for metric in metrics) for item in comparable]
 
     def is_dominated(point: tuple[float, ...]) -> bool:
         return any(p != point and all(a <= b for a, b in zip(p, point, strict=True)) for p in points)
 
-    return [record for record, point in zip(comparable, points, strict=True) if not is_dominated(point)]
+    return [item for item, point in zip(comparable, points, strict=True) if not is_dominated(point)]
+
+
+def ranked_configurations(records: Sequence[TrialRecord], metrics: Sequence[str], repeats: int) -> list[Configuration]:
+    """By their means, those of which every seed has a value first."""
+    every = configurations(records, repeats)
+    complete, others = ([each for each in every if each.is_complete is wanted] for wanted in (True, False))
+    return [*ranked(complete, metrics), *ranked(others, metrics)]
+
+
+def ranked_trials(records: Sequence[TrialRecord], metrics: Sequence[str], repeats: int) -> list[TrialRecord]:
+    """Trials from best to worst; with repeats by configuration, and of each the best seed first."""
+    if repeats == 1:
+        return ranked(records, metrics)
+    groups = [(each.measured, each.records) for each in ranked_configurations(records, metrics, repeats)]
+    return [record for measured, every in groups for record in [*measured, *(r for r in every if r not in measured)]]
 
 
 def rate_and_distortion(metrics: Sequence[str]) -> tuple[str, str]:
@@ -58,13 +98,31 @@ def rate_and_distortion(metrics: Sequence[str]) -> tuple[str, str]:
     return f"{split}/rate", f"{split}/distortion"
 
 
-def rows(records: Sequence[TrialRecord], metrics: Sequence[str], directory: SweepDirectory) -> list[dict[str, Any]]:
+def rows(
+    records: Sequence[TrialRecord],
+    metrics: Sequence[str],
+    directory: SweepDirectory,
+    repeats: int = 1,
+    evaluated: Evaluated = NOT_EVALUATED,
+) -> list[dict[str, Any]]:
+    """The leaderboard: one row a trial, with repeats a configuration, best first."""
+    build = configuration_rows if repeats > 1 else trial_rows
+    return build(records, metrics, directory, repeats, evaluated)
+
+
+def trial_rows(
+    records: Sequence[TrialRecord],
+    metrics: Sequence[str],
+    directory: SweepDirectory,
+    repeats: int,
+    evaluated: Evaluated,
+) -> list[dict[str, Any]]:
     """One row a trial, best first: plain values, None where there is none."""
     front = {record.name for record in non_dominated(records, rate_and_distortion(metrics))}
-    measured = {key for record in records if record.best for key in record.best.metrics if "/" in key}
-    columns = sorted(measured, key=_metric_order)
+    columns = measured_metrics(records)
+    extra = _new_columns(evaluated, columns)
     table = []
-    for rank, record in enumerate(ranked(records, metrics), start=1):
+    for rank, record in enumerate(ranked_trials(records, metrics, repeats), start=1):
         best = record.best
         table.append(
             {
@@ -74,6 +132,7 @@ def rows(records: Sequence[TrialRecord], metrics: Sequence[str], directory: Swee
                 "epochs": record.epochs_done,
                 "best_epoch": best.epoch if best else None,
                 **{key: record.value(key) for key in columns},
+                **{key: evaluated.get(record.name, {}).get(key) for key in extra},
                 "pareto_front": record.name in front,
                 **{key: scalar(value) for key, value in record.overrides.items()},
                 "seconds": sum(line["seconds"] for line in record.history),
@@ -82,6 +141,76 @@ def rows(records: Sequence[TrialRecord], metrics: Sequence[str], directory: Swee
             }
         )
     return table
+
+
+def configuration_rows(
+    records: Sequence[TrialRecord],
+    metrics: Sequence[str],
+    directory: SweepDirectory,
+    repeats: int,
+    evaluated: Evaluated,
+) -> list[dict[str, Any]]:
+    """One row a configuration, best first: of each metric the mean over seeds, of those that rank all values too.
+
+    `trial`, `best_epoch` and `checkpoint` are those of its best seed.
+    """
+    order = ranked_configurations(records, metrics, repeats)
+    front = {each.name for each in non_dominated(order, rate_and_distortion(metrics))}
+    columns = measured_metrics(records)
+    extra = _new_columns(evaluated, columns)
+    seeds = sorted({record.seed for record in records})
+    table = []
+    for rank, each in enumerate(order, start=1):
+        best = each.measured[0] if each.measured else each.records[0]
+        row: dict[str, Any] = {
+            "rank": rank if is_comparable(each, metrics) else None,
+            "configuration": each.name,
+            "state": each.state,
+            "seeds": len(each.measured),
+        }
+        for metric in metrics:
+            row |= {metric: each.value(metric), **_of_seeds(each, metric, seeds)}
+        row |= {key: each.value(key) for key in columns if key not in metrics}
+        row |= {
+            key: _mean_of_all([evaluated.get(record.name, {}).get(key) for record in each.measured]) for key in extra
+        }
+        row |= {
+            "pareto_front": each.name in front,
+            **{key: scalar(value) for key, value in best.overrides.items()},
+            "seconds": sum(line["seconds"] for record in each.records for line in record.history),
+            "trial": best.name,
+            "best_epoch": best.best.epoch if best.best else None,
+            "checkpoint": str(best.best.path.relative_to(directory.path)) if best.best else None,
+            "reason": each.reason,
+        }
+        table.append(row)
+    return table
+
+
+def _of_seeds(configuration: Configuration, metric: str, seeds: Sequence[int]) -> dict[str, float | None]:
+    """The interval of a metric's mean, and its values by seed."""
+    low, high = configuration.interval(metric) or (None, None)
+    values = configuration.values(metric)
+    by_seed = {f"{metric}_seed_{seed}": values.get(seed) for seed in seeds}
+    return {f"{metric}_low": low, f"{metric}_high": high, **by_seed}
+
+
+def _mean_of_all(values: Sequence[float | None]) -> float | None:
+    """The mean; None if one is missing: means over different seeds do not compare."""
+    known = [value for value in values if value is not None]
+    return fmean(known) if known and len(known) == len(values) else None
+
+
+def _new_columns(evaluated: Evaluated, columns: Sequence[str]) -> list[str]:
+    """The metrics of evaluations that training has not recorded."""
+    return [key for key in dict.fromkeys(key for each in evaluated.values() for key in each) if key not in columns]
+
+
+def measured_metrics(records: Sequence[TrialRecord]) -> list[str]:
+    """The metrics that training has recorded."""
+    return sorted(
+        {key for record in records if record.best for key in record.best.metrics if "/" in key}, key=_metric_order
+    )
 
 
 def _metric_order(metric: str) -> tuple[int, int, str]:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from statistics import fmean
 from types import TracebackType
 from typing import Any
 
@@ -17,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vae_ray.run_files.progress import StderrConsole, format_nats
-from vae_ray.tuning.records import FAILURES, TrialRecord
+from vae_ray.tuning.records import FAILURES, TrialRecord, configuration_of
 
 STATUS_SECONDS = 30.0
 """Time between two lines on the whole sweep, where there is no terminal."""
@@ -47,10 +48,12 @@ class SweepView:
         num_trials: int,
         epochs: int,
         records: Sequence[TrialRecord],
+        repeats: int = 1,
         quiet: bool = False,
         console: Console | None = None,
     ) -> None:
         self._name, self._metric, self._num_trials, self._epochs = name, metric, num_trials, epochs
+        self._repeats = repeats
         self._console = console or StderrConsole(quiet=quiet)
         self._trials = {
             record.name: _Trial(record.state, record.epochs_done, None, record.value(metric), record.overrides)
@@ -101,9 +104,15 @@ class SweepView:
             self._console.print(text, soft_wrap=True, markup=False, emoji=False)
 
     def _best(self) -> list[tuple[float, str]]:
-        """The best value and the name of each trial that has not failed, best first."""
-        best = [(trial.best, name) for name, trial in self._trials.items() if trial.state not in FAILURES]
-        return sorted((value, name) for value, name in best if value is not None)
+        """The best value and the name of each trial that has not failed, best first.
+
+        With repeats the mean, and the name, of each configuration of which every seed has a value.
+        """
+        values: dict[str, list[float]] = {}
+        for name, trial in self._trials.items():
+            if trial.state not in FAILURES and trial.best is not None:
+                values.setdefault(configuration_of(name) if self._repeats > 1 else name, []).append(trial.best)
+        return sorted((fmean(each), name) for name, each in values.items() if len(each) == self._repeats)
 
     def _status(self) -> str:
         trials = self._trials.values()
@@ -117,7 +126,8 @@ class SweepView:
         if num_running:
             parts.append(f"{num_running} running")
         if best := self._best():
-            parts.append(f"best {self._metric} {format_nats(best[0][0])} (trial {best[0][1]})")
+            what = "trial" if self._repeats == 1 else "mean of configuration"
+            parts.append(f"best {self._metric} {format_nats(best[0][0])} ({what} {best[0][1]})")
         epochs_seen = sum(trial.epoch for trial in trials) - self._epochs_before
         epochs_left = (self._num_trials - num_ended) * self._epochs
         epochs_left -= sum(trial.epoch for trial in trials if trial.state in ("running", "pending"))

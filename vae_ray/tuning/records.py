@@ -7,6 +7,7 @@ failures `diverged` (a loss that is not finite), `failed` (an error) and `killed
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -46,6 +47,7 @@ class TrialRecord:
     """Of whole epochs, oldest first."""
     history: list[dict[str, Any]]
     """Its records of `metrics.jsonl` up to its last complete checkpoint."""
+    seed: int = 0
 
     @property
     def epochs_done(self) -> int:
@@ -88,6 +90,11 @@ class TrialRecord:
         """The metric of the best checkpoint in nats; None without one."""
         return self.best.metrics.get(metric) if self.best is not None else None
 
+    @property
+    def score(self) -> float:
+        """The selection metric of the best checkpoint."""
+        return math.inf if self.best is None else self.best.score
+
     def _values_of(self, checkpoint: Checkpoint) -> dict[str, Any]:
         flat = checkpoint.experiment().flat()
         return {key: flat[key] for key in self.proposed}
@@ -98,17 +105,24 @@ def read_trials(directory: SweepDirectory) -> list[TrialRecord]:
     experiment = Experiment.from_dict(directory.description()["experiment"], origin=str(directory.description_file))
     proposed: dict[str, dict[str, Any]] = {}
     ended: dict[str, dict[str, Any]] = {}
-    for entry in directory.journal():
-        if not _is_entry(entry):
-            raise CorruptFile(f"{directory.journal_file}: damaged, {short_repr(entry)} is nothing that a sweep writes")
+    for entry in read_journal(directory):
         if entry["event"] == "proposed":
             proposed.setdefault(entry["trial"], entry["overrides"])
         elif entry["event"] == "ended":
             ended[entry["trial"]] = entry
     return [
-        _read_trial(directory, experiment, name, overrides, ended.get(name, {}))
-        for name, overrides in sorted(proposed.items())
+        _read_trial(directory, experiment, name, proposed[name], ended.get(name, {}))
+        for name in sorted(proposed, key=lambda name: (configuration_of(name), repeat_of(name)))
     ]
+
+
+def read_journal(directory: SweepDirectory) -> list[dict[str, Any]]:
+    """The journal's entries, oldest first; raises `CorruptFile` for one that no sweep writes."""
+    entries = directory.journal()
+    for entry in entries:
+        if not _is_entry(entry):
+            raise CorruptFile(f"{directory.journal_file}: damaged, {short_repr(entry)} is nothing that a sweep writes")
+    return entries
 
 
 def _is_entry(entry: dict[str, Any]) -> bool:
@@ -140,13 +154,32 @@ def _read_trial(
         run=run,
         checkpoints=checkpoints,
         history=[line for line in run.records.history() if line["epoch"] <= epochs_done],
+        seed=experiment.run.seed + repeat_of(name),
     )
 
 
+def trial_name(number: int, repeat: int = 0) -> str:
+    """The name of a trial: `0003` is configuration 3 by the first seed, `0003-1` the same by the next one."""
+    return f"{number:04d}-{repeat}" if repeat else f"{number:04d}"
+
+
+def configuration_of(name: str) -> str:
+    """The name of the configuration of a trial: that of its first trial."""
+    return name.partition("-")[0]
+
+
+def repeat_of(name: str) -> int:
+    """How many seeds of its configuration come before a trial's."""
+    repeat = name.partition("-")[2]
+    return int(repeat) if re.fullmatch("[1-9][0-9]{0,8}", repeat) else 0
+
+
 def trial_experiment(base: Experiment, sweep: str, name: str, overrides: dict[str, Any]) -> Experiment:
-    """What the trial of that name, of the sweep at that location, trains."""
+    """What the trial of that name, of the sweep at that location, trains: by a seed of its own, on the same images."""
     place = {"run.name": name, "run.storage": join_location(sweep, TRIALS)}
-    return base.with_overrides({**overrides, **place})
+    repeat = repeat_of(name)
+    seeds = {"run.seed": base.run.seed + repeat, "data.split_seed": base.split_seed} if repeat else {}
+    return base.with_overrides({**overrides, **place, **seeds})
 
 
 def read_lineage(run: RunDirectory) -> list[dict[str, Any]]:

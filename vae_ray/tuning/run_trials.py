@@ -58,11 +58,18 @@ def run_trials(
     """Run all trials that have not ended; Ray must be connected. Raises `KeyboardInterrupt` if it is interrupted."""
     epochs = _most_epochs(experiment, settings)
     scheduler, records = _replayed(directory, experiment, settings, epochs)
-    num_to_run = settings.num_trials - sum(record.state != "pending" for record in records)
+    num_to_run = settings.num_runs - sum(record.state != "pending" for record in records)
     if not num_to_run:
         return
-    metric, num_trials = selection_metric(experiment), settings.num_trials
-    view = SweepView(directory.name, metric=metric, num_trials=num_trials, epochs=epochs, records=records, quiet=quiet)
+    view = SweepView(
+        directory.name,
+        metric=selection_metric(experiment),
+        num_trials=settings.num_runs,
+        repeats=settings.repeats,
+        epochs=epochs,
+        records=records,
+        quiet=quiet,
+    )
     milestones = scheduler.milestones if isinstance(scheduler, ReplayableASHA) else ()
     callback = JournalCallback(
         directory, view, epochs=experiment.training.epochs, records=records, milestones=milestones
@@ -98,8 +105,7 @@ def _replayed(
 ) -> tuple[TrialScheduler, list[TrialRecord]]:
     """A scheduler that has seen what earlier drivers saw, and all trials; killed ones are pending again."""
     seed = experiment.run.seed
-    if settings.searcher != "optuna":
-        propose_all(directory, settings, seed=seed)
+    propose_all(directory, settings, seed=seed)
     if settings.scheduler == "pbt":  # it draws from the global generators
         random.seed(stream(seed, "pbt"))
         np.random.seed(stream(seed, "pbt") % 2**32)

@@ -31,8 +31,16 @@ class SweepSettings:
     metrics: tuple[str, ...]
     """One metric, or two for a Pareto front; lower is better."""
     num_trials: int
+    """Configurations."""
     scheduler: str
     searcher: str
+    repeats: int = 1
+    """Trials of each configuration, by as many seeds."""
+
+    @property
+    def num_runs(self) -> int:
+        """Trials of all configurations."""
+        return self.num_trials * self.repeats
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as `sweep.yaml` holds it."""
@@ -42,6 +50,7 @@ class SweepSettings:
             "num_trials": self.num_trials,
             "scheduler": self.scheduler,
             "searcher": self.searcher,
+            **({"repeats": self.repeats} if self.repeats > 1 else {}),
         }
 
 
@@ -53,15 +62,24 @@ def settings(
     scheduler: str | None,
     searcher: str,
     workers_per_trial: int,
+    repeats: int = 1,
 ) -> SweepSettings:
     """The settings that the arguments of `sweep` mean; raises `UserError` for those that cannot work."""
     metrics = _metrics(metric)
-    scheduler = scheduler if scheduler is not None else "asha" if len(metrics) == 1 else "none"
+    if type(repeats) is not int or repeats < 1:
+        raise UserError(f"repeats: got {repeats!r}, should be a whole number, at least 1; for example --repeats 5")
+    if scheduler is None:
+        scheduler = "asha" if len(metrics) == repeats == 1 else "none"
     _check_name("scheduler", scheduler, list(SCHEDULERS))
     _check_name("searcher", searcher, SEARCHERS)
     if len(metrics) > 1 and scheduler != "none":
         raise UserError(
             f"scheduler: got {scheduler!r}, with two metrics no trial can be stopped early; use --scheduler none"
+        )
+    if repeats > 1 and scheduler != "none":
+        raise UserError(
+            f"scheduler: got {scheduler!r}, with --repeats it would compare seeds after different numbers of epochs; "
+            "use --scheduler none"
         )
     if search is None:
         search = "optimization" if scheduler == "pbt" else "default"
@@ -72,7 +90,7 @@ def settings(
     size = math.inf if scheduler == "pbt" else space.size()
     min_trials = 2 if scheduler == "pbt" else 1
     num_trials = _num_trials(num_trials, space, searcher=searcher, min_trials=min_trials, max_trials=size)
-    return SweepSettings(space, metrics, num_trials, scheduler, searcher)
+    return SweepSettings(space, metrics, num_trials, scheduler, searcher, repeats)
 
 
 def _metrics(metric: str | Sequence[str]) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,15 @@ from vae_ray.errors import CorruptFile, UserError
 from vae_ray.inference import TrainedVAE
 from vae_ray.runs.results import versions
 from vae_ray.tuning import leaderboard
+from vae_ray.tuning.configurations import verdict
 from vae_ray.tuning.directory import SweepDirectory
 from vae_ray.tuning.records import TrialRecord, read_trials
 from vae_ray.tuning.report.page import write_report
 
 logger = logging.getLogger(__name__)
+
+OF_REPEATS = ("configurations", "verdict")
+"""Of a result, what only a sweep with repeats has."""
 
 
 @dataclass(frozen=True)
@@ -28,34 +32,46 @@ class SweepResult:
     sweep_dir: Path | str
     """A path; of a storage that is a URI, the URI. So are the files."""
     num_trials: int
+    """Of all seeds."""
     num_failed: int
     states: dict[str, int]
     """How many trials finished, were stopped, diverged, ..."""
     metrics: list[str]
     """Those by which trials are compared."""
     best: dict[str, Any]
-    """`trial`, `overrides`, `checkpoint`, `metrics` (in nats) and `warnings` of the winner."""
+    """`trial`, `overrides`, `checkpoint`, `metrics` (in nats) and `warnings` of the winner.
+
+    With repeats that is the best seed of the best configuration, and `seed` says which."""
     pareto_front: list[str]
-    """Trials that are not dominated in rate and distortion."""
+    """Trials, or configurations, that are not dominated in rate and distortion."""
     leaderboard: Path | str
     report: Path | str
     seconds: float
     """Of this call."""
     versions: dict[str, str]
+    configurations: list[dict[str, Any]] = field(default_factory=list)
+    """With repeats, the rows of the leaderboard, best first."""
+    verdict: list[str] = field(default_factory=list)
+    """With repeats, lines that say how surely the first configuration is better than the second."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
-        return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
+        content = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
+        return content if self.configurations else {key: content[key] for key in content if key not in OF_REPEATS}
 
 
 def summarize_sweep(directory: SweepDirectory, *, started_at: float, trust_code: bool) -> SweepResult:
     """Write the leaderboard, `best/`, the report and the summary of all trials as they are now."""
-    metrics = directory.description()["metrics"]
+    description = directory.description()
+    metrics, repeats = description["metrics"], description.get("repeats", 1)
     directory.pull()
     records = read_trials(directory)
-    table = leaderboard.rows(records, metrics, directory)
+    table = leaderboard.rows(records, metrics, directory, repeats)
     leaderboard.write_leaderboard(table, directory)
-    best = install_best(leaderboard.ranked(records, metrics), directory, trust_code=trust_code)
+    best = install_best(leaderboard.ranked_trials(records, metrics, repeats), directory, trust_code=trust_code)
+    ranked = leaderboard.ranked_configurations(records, metrics, repeats) if repeats > 1 else []
+    if ranked and best:
+        best["seed"] = next(record.seed for record in records if record.name == best["trial"])
     states = [record.state for record in records]
     result = SweepResult(
         sweep_dir=directory.public_path(directory.path),
@@ -64,11 +80,13 @@ def summarize_sweep(directory: SweepDirectory, *, started_at: float, trust_code:
         states={state: states.count(state) for state in sorted(set(states))},
         metrics=metrics,
         best=best,
-        pareto_front=[row["trial"] for row in table if row["pareto_front"]],
+        pareto_front=[row["configuration" if ranked else "trial"] for row in table if row["pareto_front"]],
         leaderboard=directory.public_path(directory.leaderboard_csv),
         report=directory.public_path(directory.report),
         seconds=time.time() - started_at,
         versions=versions(),
+        configurations=table if ranked else [],
+        verdict=verdict(ranked, metrics),
     )
     directory.write_summary(result.to_dict())
     write_report(directory, records, table)  # last: if it fails, all results are written

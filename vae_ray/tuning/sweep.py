@@ -50,16 +50,20 @@ def sweep(
     scheduler: str | None = None,
     searcher: str = "random",
     metric: str | Sequence[str] = "val/nelbo",
+    repeats: int = 1,
     resume: bool = False,
     quiet: bool = True,
 ) -> SweepResult:
-    """Try `num_trials` variations of `experiment` and return the best; `quiet=False` shows progress on stderr.
+    """Try `num_trials` configurations of `experiment` and return the best; `quiet=False` shows progress on stderr.
 
     `search` is the name of a space that ships with the package, a YAML file, or plain data such as
     `{"optim.lr": {"loguniform": [1e-4, 1e-2]}}`. Trials are compared by `metric` of their best checkpoints:
     `val/nelbo`, or two such as `("val/rate", "val/distortion")` for a Pareto front; never by the loss, which contains
-    beta. The best checkpoint of a trial is that of the smallest nelbo on the same split. With `resume` a sweep of that
-    name continues: what has ended is not run again.
+    beta. The best checkpoint of a trial is that of the smallest nelbo on the same split.
+
+    With `repeats` each configuration is trained by as many seeds, `run.seed` and those after it, on the same images,
+    and ranked by the mean over them; each seed is a trial. With `resume` a sweep of that name continues: what has ended
+    is not run again; more `num_trials` or `repeats` extend it.
 
     A trial that fails is marked with its reason and the others continue; the result counts them. Raises `UserError`,
     before anything starts, for what the user can correct.
@@ -75,6 +79,7 @@ def sweep(
         scheduler=scheduler,
         searcher=searcher,
         workers_per_trial=experiment.workers.max,
+        repeats=repeats,
     )
     if max_concurrent is not None and max_concurrent < 1:
         raise UserError(f"max_concurrent: got {max_concurrent}, should be at least 1; for example --max-concurrent 2")
@@ -127,6 +132,7 @@ def preflighted(checked: SweepSettings, experiment: Experiment) -> tuple[SweepSe
         experiment = experiment.with_overrides({"data.num_validation": num_validation})
     elif splits.num_validation:
         experiment = experiment.with_overrides({"data.num_validation": splits.num_validation})
+    experiment.with_overrides({"run.seed": experiment.run.seed + checked.repeats - 1})  # the last seed is one
     split = selection_metric(experiment).partition("/")[0]
     for metric in checked.metrics:
         if not metric.startswith(f"{split}/"):
@@ -194,11 +200,15 @@ def open_sweep(experiment: Experiment, description: dict[str, Any], *, resume: b
 
 
 def _difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Readable differences of two descriptions; a larger num_trials is allowed and extends the sweep."""
+    """Readable differences of two descriptions; a larger num_trials or repeats is allowed and extends the sweep."""
     experiments = [Experiment.from_dict(content["experiment"]) for content in (old, new)]
-    extends = new["searcher"] != "grid" and new["num_trials"] > old["num_trials"]
-    keys = ("search", "metrics", "scheduler", "searcher", *(() if extends else ("num_trials",)))
-    settings = [f"{key}: {old[key]!r} -> {new[key]!r}" for key in keys if old[key] != new[key]]
+    old, new = ({"repeats": 1, **content} for content in (old, new))
+    extending = {"repeats", *(() if new["searcher"] == "grid" else ("num_trials",))}
+    settings = [
+        f"{key}: {old[key]!r} -> {new[key]!r}"
+        for key in ("search", "metrics", "scheduler", "searcher", "num_trials", "repeats")
+        if old[key] != new[key] and not (key in extending and new[key] > old[key])
+    ]
     known = old.get("fingerprints", {})
     images = [f"other {split} images" for split in known if known[split] != new["fingerprints"][split]]
     return [*differing_fields(*experiments, content_only=True), *settings, *images]

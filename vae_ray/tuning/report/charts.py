@@ -8,6 +8,7 @@ from typing import Any
 
 from vae_ray.report.charts import BASE_SPEC, RAMP, TOOLTIP, Spec, curves, lines, quantity, trimmed
 from vae_ray.report.text import as_text, short_names
+from vae_ray.tuning.configurations import Configuration
 from vae_ray.tuning.leaderboard import rate_and_distortion
 from vae_ray.tuning.report.trials import ReportTrial, first_keys, in_order
 from vae_ray.tuning.space import Domain, SearchSpace, Values
@@ -20,18 +21,95 @@ STATE_COLORS = {
     "failed": "var(--failed)",
 }
 
+SEED_COLORS = {"best": "var(--accent)", "complete": "var(--muted)", "incomplete": "var(--failed)"}
+MOST_CONFIGURATIONS = 40
+ROW_PIXELS = 26
+"""Of a chart with a row for each configuration."""
+
 
 def sweep_charts(
-    trials: Sequence[ReportTrial], space: SearchSpace, metrics: Sequence[str], rungs: Sequence[int]
+    trials: Sequence[ReportTrial],
+    entries: Sequence[ReportTrial],
+    space: SearchSpace,
+    metrics: Sequence[str],
+    rungs: Sequence[int],
 ) -> dict[str, Spec]:
-    """Specifications by the id of their element, without empty charts; `trials` are in the order of the leaderboard."""
-    trials = trials[::-1]  # the best is drawn over the others
-    ranked = [trial for trial in trials if trial.row["rank"] is not None]
-    specs = {f"curves-{number}": learning_curves(trials, metric, rungs) for number, metric in enumerate(metrics)}
+    """Specifications by the id of their element, without empty charts.
+
+    `trials` and the `entries` of the leaderboard, which are the same without repeats, are in its order.
+    """
+    ranked = [entry for entry in entries[::-1] if entry.row["rank"] is not None]  # the best is drawn over the others
+    specs = {f"curves-{number}": learning_curves(trials[::-1], metric, rungs) for number, metric in enumerate(metrics)}
     if ranked:
         specs["parallel"] = parallel_coordinates(ranked, space, metrics)
         specs["plane"] = rate_distortion(ranked, space, metrics)
     return {name: spec for name, spec in specs.items() if spec["data"]["values"]}
+
+
+def seed_charts(configurations: Sequence[Configuration], metrics: Sequence[str]) -> dict[str, Spec]:
+    """The values by seed of ranked configurations, a chart for each metric; none without repeats."""
+    measured = [each for each in configurations if not each.failed][:MOST_CONFIGURATIONS]
+    return {f"seeds-{number}": values_by_seed(measured, metric) for number, metric in enumerate(metrics) if measured}
+
+
+def values_by_seed(configurations: Sequence[Configuration], metric: str) -> Spec:
+    """A row for each configuration, the best at the top: its seeds as points, its mean, and the mean's interval.
+
+    The axis is that of the values: of two seeds the interval may be ten times as long, and is cut.
+    """
+    points: list[Spec] = []
+    for place, each in enumerate(configurations):
+        state = "incomplete" if not each.is_complete else "complete" if place else "best"
+        values, mean, interval = each.values(metric), each.value(metric), each.interval(metric)
+        row = {"configuration": each.name, "state": state}
+        summary = {"configuration": each.name, "seeds": str(len(values)), f"mean {metric}": as_text(mean)}
+        if interval is not None:
+            low, high = interval
+            summary["95 % interval"] = f"{as_text(low)} to {as_text(high)}"
+            points.append({**row, "kind": "interval", "value": low, "high": high, "tooltip": summary})
+        for record in each.measured:
+            value = values[record.seed]
+            tooltip = {"trial": record.name, "seed": str(record.seed), metric: as_text(value)}
+            points.append({**row, "kind": "seed", "value": value, "tooltip": tooltip})
+        points.append({**row, "kind": "mean", "value": mean, "tooltip": summary})
+    x = quantity("value", f"{metric} (nats per image)", domain=_domain_of_seeds(metric, points))
+    states = [state for state in SEED_COLORS if any(point["state"] == state for point in points)]
+    color = {"domain": states, "range": [SEED_COLORS[state] for state in states]}
+    marks: dict[str, Spec] = {
+        "interval": {"type": "rule", "strokeWidth": 2},
+        "seed": {"type": "point", "size": 60, "opacity": 1},
+        "mean": {"type": "tick", "thickness": 3, "size": 18},
+    }
+    return {
+        **BASE_SPEC,
+        "height": ROW_PIXELS * len(configurations),
+        "description": f"{metric} of each configuration by seed, their means, and 95 % intervals of the means",
+        "data": {"values": points},
+        "encoding": {
+            "x": x,
+            "y": {"field": "configuration", "type": "nominal", "sort": None, "title": "configuration"},
+            "color": {"field": "state", "type": "nominal", "title": None, "scale": color},
+        },
+        "layer": [
+            {
+                "name": f"{kind}s",
+                "transform": [{"filter": f"datum.kind === '{kind}'"}],
+                "mark": {**mark, "clip": True, "tooltip": TOOLTIP},
+                **({"encoding": {"x2": {"field": "high"}}} if kind == "interval" else {}),
+            }
+            for kind, mark in marks.items()
+        ],
+    }
+
+
+def _domain_of_seeds(metric: str, points: Sequence[Spec]) -> list[float]:
+    """The ends of the axis: all values, and of the intervals at most half as much beside them."""
+    values = trimmed(metric, [point["value"] for point in points if point["kind"] == "seed"])
+    intervals = [point for point in points if point["kind"] == "interval"]
+    room = (max(values) - min(values)) / 2 or 0.5
+    low = max(min(values) - room, min([*values, *(each["value"] for each in intervals)]))
+    high = min(max(values) + room, max([*values, *(each["high"] for each in intervals)]))
+    return [low - room / 10, high + room / 10]
 
 
 def learning_curves(trials: Sequence[ReportTrial], metric: str, rungs: Sequence[int]) -> Spec:

@@ -12,9 +12,11 @@ from vae_ray.report.pictures import PICTURE_KINDS
 from vae_ray.report.text import as_text, short_names
 from vae_ray.runs.results import versions
 from vae_ray.storage.atomic import atomic_write
+from vae_ray.tuning.configurations import Configuration, verdict
 from vae_ray.tuning.directory import SweepDirectory
+from vae_ray.tuning.leaderboard import NOT_EVALUATED, ranked_configurations, trial_rows
 from vae_ray.tuning.records import TrialRecord
-from vae_ray.tuning.report.charts import sweep_charts
+from vae_ray.tuning.report.charts import seed_charts, sweep_charts
 from vae_ray.tuning.report.trials import ReportTrial, first_keys, in_order, report_trials
 from vae_ray.tuning.schedulers import rungs
 from vae_ray.tuning.space import SearchSpace, Values
@@ -23,6 +25,7 @@ from vae_ray.tuning.space import SearchSpace, Values
 def write_report(directory: SweepDirectory, records: Sequence[TrialRecord], table: Sequence[dict[str, Any]]) -> None:
     """Write `report.html`; `table` is `leaderboard.rows` of `records`, best first."""
     description = directory.description()
+    repeats = description.get("repeats", 1)
     base = Experiment.from_dict(description["experiment"])
     space = SearchSpace.from_dict(description["search"]).checked(base)
     metrics = description["metrics"]
@@ -30,7 +33,13 @@ def write_report(directory: SweepDirectory, records: Sequence[TrialRecord], tabl
     names = [f"{split}/{term}" for term in ("nelbo", "distortion", "rate", "bits_per_dim")]
     terms = dict.fromkeys([*metrics, *names, "test/nelbo", "test/bits_per_dim"])
     columns = [term for term in terms if table and term in table[0]]
-    trials = report_trials(directory, base, records, table, [*columns, *space.domains])
+    shown = [*columns, *space.domains]
+    entries = trials = report_trials(directory, base, records, table, shown)
+    configurations: list[Configuration] = []
+    if repeats > 1:
+        rows = trial_rows(records, metrics, directory, repeats, NOT_EVALUATED)
+        trials = report_trials(directory, base, records, rows, shown, with_pictures=False)
+        configurations = ranked_configurations(records, metrics, repeats)
     epochs = max((trial.experiment.training.epochs for trial in trials), default=base.training.epochs)
     asha_rungs = rungs(epochs) if description["scheduler"] == "asha" else []
     values = {
@@ -42,13 +51,17 @@ def write_report(directory: SweepDirectory, records: Sequence[TrialRecord], tabl
         "columns": columns,
         "epochs": epochs,
         "rungs": asha_rungs,
+        "repeats": repeats,
+        "seeds": sorted({record.seed for record in records}),
+        "entries": entries,
         "trials": trials,
-        "best": next((trial for trial in trials if trial.is_best), None),
+        "verdict": verdict(configurations, metrics),
+        "best": next((entry for entry in entries if entry.is_best), None),
         "states": Counter(trial.record.state for trial in trials),
-        "gallery": gallery(trials, space),
+        "gallery": gallery(entries, space),
         "gallery_keys": [short_names(space.domains)[key] for key in first_keys(space.domains)],
-        "picture_kinds": [kind for kind in PICTURE_KINDS if any(kind in trial.pictures for trial in trials)],
-        "charts": sweep_charts(trials, space, metrics, asha_rungs),
+        "picture_kinds": [kind for kind in PICTURE_KINDS if any(kind in entry.pictures for entry in entries)],
+        "charts": sweep_charts(trials, entries, space, metrics, asha_rungs) | seed_charts(configurations, metrics),
         "versions": versions(),
     }
     atomic_write(directory.report, render("tuning/report/sweep.html.j2", values))

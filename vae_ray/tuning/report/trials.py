@@ -12,7 +12,7 @@ from vae_ray.report.pictures import PICTURE_KINDS, data_uri, limit_of
 from vae_ray.report.text import as_text
 from vae_ray.storage.records import read_records
 from vae_ray.tuning.directory import SweepDirectory
-from vae_ray.tuning.records import LINEAGE_FILE, TrialRecord
+from vae_ray.tuning.records import LINEAGE_FILE, TrialRecord, trial_experiment
 
 FIRST_KEYS = ("model.latent_dim", "objective.beta")
 """By which pictures are ordered and points are drawn, if they were searched."""
@@ -20,7 +20,7 @@ FIRST_KEYS = ("model.latent_dim", "objective.beta")
 
 @dataclass(frozen=True)
 class ReportTrial:
-    """One trial of the report."""
+    """One trial of the report, or the best seed of a configuration with the configuration's row."""
 
     record: TrialRecord
     row: dict[str, Any]
@@ -33,6 +33,11 @@ class ReportTrial:
     """Data URIs by kind: the files of its best epoch, or smaller ones where all are too large for one page."""
     tooltip: dict[str, str]
     """Its tooltip in every chart."""
+
+    @property
+    def name(self) -> str:
+        """What its row is of: a trial, or a configuration."""
+        return str(self.row.get("configuration", self.record.name))
 
     @property
     def is_best(self) -> bool:
@@ -50,17 +55,24 @@ def report_trials(
     records: Sequence[TrialRecord],
     table: Sequence[dict[str, Any]],
     tooltip_columns: Sequence[str],
+    *,
+    with_pictures: bool = True,
 ) -> list[ReportTrial]:
-    """All trials in the order of the leaderboard `table`, whose `tooltip_columns` are the tooltip."""
+    """The trials of the rows of a `table`, in its order; its `tooltip_columns` are the tooltip."""
     by_name = {record.name: record for record in records}
-    limit = limit_of(len(PICTURE_KINDS) * sum(record.best is not None for record in records))
+    limit = limit_of(len(PICTURE_KINDS) * sum(by_name[row["trial"]].best is not None for row in table))
     trials = []
     for row in table:
         record = by_name[row["trial"]]
-        experiment = record.best.experiment() if record.best else base.with_overrides(record.proposed)
+        proposed = trial_experiment(base, directory.location, record.name, record.proposed)
+        experiment = record.best.experiment() if record.best else proposed
         lineage = read_records(record.run.path / LINEAGE_FILE)
-        tooltip = {column: as_text(row.get(column)) for column in ("trial", "state", *tooltip_columns)}
-        pictures = _pictures(directory, record, lineage, limit=limit)
+        tooltip = {
+            column: as_text(row[column])
+            for column in ("configuration", "trial", "state", *tooltip_columns)
+            if column in row
+        }
+        pictures = _pictures(directory, record, lineage, limit=limit) if with_pictures else {}
         trials.append(ReportTrial(record, row, experiment, lineage, pictures, tooltip))
     return trials
 
