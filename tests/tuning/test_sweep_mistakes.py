@@ -132,6 +132,12 @@ MISTAKES: list[tuple[str, list[str], str]] = [
     ),
     ("no repeats", ["sweep", "digits", "--repeats=0"], "--repeats: got '0', should be a whole number, at least 1"),
     ("a seed beyond the last", ["sweep", "digits", f"--run.seed={2**63 - 2}", "--repeats=3"], "run.seed: got 92233720"),
+    ("an unknown metric to evaluate", ["sweep", "digits", "--evaluate=nlll"], "evaluate: got 'nlll', should be among"),
+    (
+        "a metric that needs factors",
+        ["sweep", "digits", "--evaluate=nll,disentanglement"],
+        "evaluate: disentanglement needs images with two known factors or more, these have 1; leave it out",
+    ),
     ("pbt a few at a time", ["sweep", "digits", "--scheduler=pbt", "--max-concurrent=2"], "not supported with pbt"),
     (
         "no trials",

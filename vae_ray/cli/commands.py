@@ -149,6 +149,8 @@ def sweep(options: argparse.Namespace) -> dict[str, Any]:
         search=options.search,
         num_trials=options.num_trials,
         repeats=options.repeats,
+        evaluate=options.evaluate,
+        evaluate_best=options.evaluate_best,
         max_concurrent=options.max_concurrent,
         workers_per_trial=options.workers_per_trial,
         scheduler=options.scheduler,
@@ -208,6 +210,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _readable_sweep(result: SweepResult) -> dict[str, Any]:
+    from vae_ray.evaluation.table import with_unit
     from vae_ray.run_files.progress import format_nats
 
     states = ", ".join(f"{number} {state}" for state, number in result.states.items())
@@ -217,6 +220,8 @@ def _readable_sweep(result: SweepResult) -> dict[str, Any]:
             row, result
         )
     answer |= _warnings(result.verdict, "verdict")
+    for name, values in result.evaluations.items():
+        answer[f"evaluated {name}"] = "  ".join(f"{key} {with_unit(key, value)}" for key, value in values.items())
     if result.best:
         settings = _settings(result.best["overrides"])
         metrics = result.best["metrics"]

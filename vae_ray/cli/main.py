@@ -215,6 +215,12 @@ COMMANDS: Mapping[Callable[[argparse.Namespace], dict[str, Any]], Arguments] = {
             "what trials are compared by; two for a Pareto front, as in\nval/distortion,val/rate (default val/nelbo)",
             default="val/nelbo",
         ),
+        "--evaluate": _text(
+            "metrics of `vae-ray evaluate` that the best trials are evaluated by at the end,\nas nll,active-units: "
+            "columns of the leaderboard",
+            "METRICS",
+        ),
+        "--evaluate-best": _number("how many of the best configurations are evaluated", 5),
     },
     commands.report: {"directory": _text("the directory or URI of a run or a sweep", "DIRECTORY"), **TRUST},
     commands.compare: {

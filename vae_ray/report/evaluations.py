@@ -21,13 +21,17 @@ logger = logging.getLogger(__name__)
 
 def kept_evaluations(directory: Path) -> list[Evaluation]:
     """Those of the run or sweep in `directory`, by file name; damaged ones are left out with a warning."""
-    found = []
-    for file in sorted((directory / FOLDER).glob("*.json")):
-        try:
-            found.append(_from_dict(verify(parse_json(read_bytes(file))), _by_image(file.with_suffix(".parquet"))))
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, pa.ArrowException) as error:
-            logger.warning("%s: damaged and left out (%s)", file, one_line(error)[:200])
-    return found
+    found = [kept_evaluation(file) for file in sorted((directory / FOLDER).glob("*.json"))]
+    return [evaluation for evaluation in found if evaluation is not None]
+
+
+def kept_evaluation(file: Path) -> Evaluation | None:
+    """That of a file; None, after a warning, if it is damaged."""
+    try:
+        return _from_dict(verify(parse_json(read_bytes(file))), _by_image(file.with_suffix(".parquet")))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, pa.ArrowException) as error:
+        logger.warning("%s: damaged and left out (%s)", file, one_line(error)[:200])
+        return None
 
 
 def _by_image(file: Path) -> Arrays:

@@ -92,6 +92,13 @@ def ranked_trials(records: Sequence[TrialRecord], metrics: Sequence[str], repeat
     return [record for measured, every in groups for record in [*measured, *(r for r in every if r not in measured)]]
 
 
+def best_trials(records: Sequence[TrialRecord], metrics: Sequence[str], repeats: int, num: int) -> list[TrialRecord]:
+    """The trials with a value of the first `num` configurations, best first."""
+    if repeats == 1:
+        return [record for record in ranked(records, metrics)[:num] if is_comparable(record, metrics)]
+    return [record for each in ranked_configurations(records, metrics, repeats)[:num] for record in each.measured]
+
+
 def rate_and_distortion(metrics: Sequence[str]) -> tuple[str, str]:
     """The two metrics of the rate-distortion plane, on the split by which trials are compared."""
     split = metrics[0].partition("/")[0]
@@ -120,7 +127,7 @@ def trial_rows(
     """One row a trial, best first: plain values, None where there is none."""
     front = {record.name for record in non_dominated(records, rate_and_distortion(metrics))}
     columns = measured_metrics(records)
-    extra = _new_columns(evaluated, columns)
+    extra = new_columns(evaluated, records)
     table = []
     for rank, record in enumerate(ranked_trials(records, metrics, repeats), start=1):
         best = record.best
@@ -157,7 +164,7 @@ def configuration_rows(
     order = ranked_configurations(records, metrics, repeats)
     front = {each.name for each in non_dominated(order, rate_and_distortion(metrics))}
     columns = measured_metrics(records)
-    extra = _new_columns(evaluated, columns)
+    extra = new_columns(evaluated, records)
     seeds = sorted({record.seed for record in records})
     table = []
     for rank, each in enumerate(order, start=1):
@@ -201,9 +208,10 @@ def _mean_of_all(values: Sequence[float | None]) -> float | None:
     return fmean(known) if known and len(known) == len(values) else None
 
 
-def _new_columns(evaluated: Evaluated, columns: Sequence[str]) -> list[str]:
+def new_columns(evaluated: Evaluated, records: Sequence[TrialRecord]) -> list[str]:
     """The metrics of evaluations that training has not recorded."""
-    return [key for key in dict.fromkeys(key for each in evaluated.values() for key in each) if key not in columns]
+    recorded = measured_metrics(records)
+    return [key for key in dict.fromkeys(key for each in evaluated.values() for key in each) if key not in recorded]
 
 
 def measured_metrics(records: Sequence[TrialRecord]) -> list[str]:

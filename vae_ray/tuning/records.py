@@ -131,10 +131,18 @@ def _is_entry(entry: dict[str, Any]) -> bool:
     return (
         isinstance(name, str)
         and re.fullmatch(NAME_PATTERN, name) is not None
-        and entry.get("event") in ("proposed", "compared", "ended")
+        and entry.get("event") in ("proposed", "compared", "ended", "evaluated")
         and isinstance(overrides, dict)
         and not any(is_place_key(key) for key in overrides)
+        and (entry["event"] != "evaluated" or _is_evaluation(entry))
     )
+
+
+def _is_evaluation(entry: dict[str, Any]) -> bool:
+    """Whether it names a file of the trial's own, of an epoch and of metrics."""
+    file, metrics = entry.get("file"), entry.get("metrics")
+    is_file = isinstance(file, str) and re.fullmatch(r"[A-Za-z0-9][\w.=-]*\.json", file, re.ASCII) is not None
+    return is_file and isinstance(entry.get("epoch"), int) and isinstance(metrics, list)
 
 
 def _read_trial(

@@ -16,13 +16,14 @@ from vae_ray.runs.results import versions
 from vae_ray.tuning import leaderboard
 from vae_ray.tuning.configurations import verdict
 from vae_ray.tuning.directory import SweepDirectory
+from vae_ray.tuning.evaluations import evaluated
 from vae_ray.tuning.records import TrialRecord, read_trials
 from vae_ray.tuning.report.page import write_report
 
 logger = logging.getLogger(__name__)
 
-OF_REPEATS = ("configurations", "verdict")
-"""Of a result, what only a sweep with repeats has."""
+OPTIONAL = ("configurations", "verdict", "evaluations")
+"""Of a result, what only a sweep with repeats or evaluations has."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,13 @@ class SweepResult:
     """With repeats, the rows of the leaderboard, best first."""
     verdict: list[str] = field(default_factory=list)
     """With repeats, lines that say how surely the first configuration is better than the second."""
+    evaluations: dict[str, dict[str, float]] = field(default_factory=dict)
+    """What was evaluated of the best trials, or the means over seeds of the best configurations, by name."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
         content = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
-        return content if self.configurations else {key: content[key] for key in content if key not in OF_REPEATS}
+        return {key: value for key, value in content.items() if value or key not in OPTIONAL}
 
 
 def summarize_sweep(directory: SweepDirectory, *, started_at: float, trust_code: bool) -> SweepResult:
@@ -66,7 +69,8 @@ def summarize_sweep(directory: SweepDirectory, *, started_at: float, trust_code:
     metrics, repeats = description["metrics"], description.get("repeats", 1)
     directory.pull()
     records = read_trials(directory)
-    table = leaderboard.rows(records, metrics, directory, repeats)
+    evaluations = evaluated(directory, records)
+    table = leaderboard.rows(records, metrics, directory, repeats, evaluations)
     leaderboard.write_leaderboard(table, directory)
     best = install_best(leaderboard.ranked_trials(records, metrics, repeats), directory, trust_code=trust_code)
     ranked = leaderboard.ranked_configurations(records, metrics, repeats) if repeats > 1 else []
@@ -87,11 +91,21 @@ def summarize_sweep(directory: SweepDirectory, *, started_at: float, trust_code:
         versions=versions(),
         configurations=table if ranked else [],
         verdict=verdict(ranked, metrics),
+        evaluations=_by_name(table, leaderboard.new_columns(evaluations, records)),
     )
     directory.write_summary(result.to_dict())
-    write_report(directory, records, table)  # last: if it fails, all results are written
+    write_report(directory, records, table, evaluations)  # last: if it fails, all results are written
     directory.push()
     return result
+
+
+def _by_name(table: Sequence[dict[str, Any]], columns: Sequence[str]) -> dict[str, dict[str, float]]:
+    """The columns of the rows that have a value in one, by configuration or trial."""
+    found = {
+        row.get("configuration", row["trial"]): {key: row[key] for key in columns if row[key] is not None}
+        for row in table
+    }
+    return {name: values for name, values in found.items() if values}
 
 
 def install_best(ranked: Sequence[TrialRecord], directory: SweepDirectory, *, trust_code: bool) -> dict[str, Any]:

@@ -15,16 +15,22 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from vae_ray.config.experiment import Experiment, differing_fields
 from vae_ray.data.cache import name_of
 from vae_ray.data.splits import Splits
 from vae_ray.distributed.connection import connect
 from vae_ray.errors import UserError
+from vae_ray.run_files.progress import StderrConsole
 from vae_ray.runs.exclusive import exclusive_run, is_taken, run_location
 from vae_ray.runs.preflight import Checked, checked_model, preflight, with_absolute_paths
 from vae_ray.storage.locations import absolute
 from vae_ray.training.checkpointing import selection_metric
 from vae_ray.tuning.directory import SweepDirectory
+from vae_ray.tuning.evaluations import DEFAULT_NUM_EVALUATED, evaluate_trials, metric_names, possible_metrics
+from vae_ray.tuning.leaderboard import best_trials
+from vae_ray.tuning.records import read_trials
 from vae_ray.tuning.run_trials import run_trials
 from vae_ray.tuning.settings import SweepSettings, settings
 from vae_ray.tuning.space import SearchSpace
@@ -51,6 +57,8 @@ def sweep(
     searcher: str = "random",
     metric: str | Sequence[str] = "val/nelbo",
     repeats: int = 1,
+    evaluate: str | Sequence[str] | None = None,
+    evaluate_best: int = DEFAULT_NUM_EVALUATED,
     resume: bool = False,
     quiet: bool = True,
 ) -> SweepResult:
@@ -64,6 +72,9 @@ def sweep(
     With `repeats` each configuration is trained by as many seeds, `run.seed` and those after it, on the same images,
     and ranked by the mean over them; each seed is a trial. With `resume` a sweep of that name continues: what has ended
     is not run again; more `num_trials` or `repeats` extend it.
+
+    `evaluate` names metrics of `TrainedVAE.evaluate`, of which the `evaluate_best` best configurations are evaluated at
+    the end, on the split of `metric`; they become columns of the leaderboard, and do not rank.
 
     A trial that fails is marked with its reason and the others continue; the result counts them. Raises `UserError`,
     before anything starts, for what the user can correct.
@@ -85,9 +96,15 @@ def sweep(
         raise UserError(f"max_concurrent: got {max_concurrent}, should be at least 1; for example --max-concurrent 2")
     if max_concurrent is not None and checked.scheduler == "pbt":
         raise UserError("max_concurrent: not supported with pbt: the whole population runs concurrently; leave it out")
+    if evaluate_best < 1:
+        raise UserError(f"evaluate_best: got {evaluate_best}, should be at least 1; for example --evaluate-best 5")
+    if evaluate is not None:
+        metric_names(evaluate)
     had_validation = experiment.data.num_validation > 0
     checked, experiment, found = preflighted(checked, experiment)
     num_validation = experiment.data.num_validation
+    split = checked.metrics[0].partition("/")[0]
+    to_evaluate = [] if evaluate is None else possible_metrics(evaluate, experiment, found.splits, split)
     description = {"experiment": experiment.to_dict(), "fingerprints": found.splits.fingerprints, **checked.to_dict()}
     with open_sweep(experiment, description, resume=resume) as directory:
         for line in found.warnings:
@@ -97,7 +114,16 @@ def sweep(
         with connect(experiment, dashboard=experiment.workers.max > 1) as (experiment, device):
             directory.write_description(description)
             run_trials(directory, experiment, checked, device=device, max_concurrent=max_concurrent, quiet=quiet)
-        return summarize_sweep(directory, started_at=started_at, trust_code=True)
+        result = summarize_sweep(directory, started_at=started_at, trust_code=True)
+        best = best_trials(read_trials(directory), checked.metrics, checked.repeats, evaluate_best)
+        is_new = evaluate_trials(
+            *(directory, best, to_evaluate),
+            split=split,
+            device=device if torch.cuda.is_available() else torch.device("cpu"),
+            trust_code=True,
+            say=StderrConsole(quiet=quiet).print,
+        )
+        return summarize_sweep(directory, started_at=started_at, trust_code=True) if is_new else result
 
 
 def _base_experiment(experiment: Experiment, workers_per_trial: int | None) -> Experiment:

@@ -14,7 +14,7 @@ from vae_ray.runs.results import versions
 from vae_ray.storage.atomic import atomic_write
 from vae_ray.tuning.configurations import Configuration, verdict
 from vae_ray.tuning.directory import SweepDirectory
-from vae_ray.tuning.leaderboard import NOT_EVALUATED, ranked_configurations, trial_rows
+from vae_ray.tuning.leaderboard import NOT_EVALUATED, Evaluated, new_columns, ranked_configurations, trial_rows
 from vae_ray.tuning.records import TrialRecord
 from vae_ray.tuning.report.charts import seed_charts, sweep_charts
 from vae_ray.tuning.report.trials import ReportTrial, first_keys, in_order, report_trials
@@ -22,7 +22,12 @@ from vae_ray.tuning.schedulers import rungs
 from vae_ray.tuning.space import SearchSpace, Values
 
 
-def write_report(directory: SweepDirectory, records: Sequence[TrialRecord], table: Sequence[dict[str, Any]]) -> None:
+def write_report(
+    directory: SweepDirectory,
+    records: Sequence[TrialRecord],
+    table: Sequence[dict[str, Any]],
+    evaluated: Evaluated = NOT_EVALUATED,
+) -> None:
     """Write `report.html`; `table` is `leaderboard.rows` of `records`, best first."""
     description = directory.description()
     repeats = description.get("repeats", 1)
@@ -33,7 +38,8 @@ def write_report(directory: SweepDirectory, records: Sequence[TrialRecord], tabl
     names = [f"{split}/{term}" for term in ("nelbo", "distortion", "rate", "bits_per_dim")]
     terms = dict.fromkeys([*metrics, *names, "test/nelbo", "test/bits_per_dim"])
     columns = [term for term in terms if table and term in table[0]]
-    shown = [*columns, *space.domains]
+    extra = new_columns(evaluated, records)
+    shown = [*columns, *extra, *space.domains]
     entries = trials = report_trials(directory, base, records, table, shown)
     configurations: list[Configuration] = []
     if repeats > 1:
@@ -49,6 +55,7 @@ def write_report(directory: SweepDirectory, records: Sequence[TrialRecord], tabl
         "space": space,
         "metrics": metrics,
         "columns": columns,
+        "extra": extra,
         "epochs": epochs,
         "rungs": asha_rungs,
         "repeats": repeats,

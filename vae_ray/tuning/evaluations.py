@@ -1,0 +1,132 @@
+"""Evaluations of a sweep's best trials (`--evaluate`): kept beside each trial, and columns of the leaderboard.
+
+The journal says which metrics of which checkpoint are in which file of `RUN/evaluations`: none is computed again.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vae_ray.config.experiment import Experiment
+from vae_ray.data.batches import Shards
+from vae_ray.data.splits import Splits
+from vae_ray.errors import CorruptFile, UserError, one_line
+from vae_ray.evaluation.classifier import LABEL
+from vae_ray.evaluation.evaluation import Evaluation, possible
+from vae_ray.evaluation.features import FeatureSpace
+from vae_ray.evaluation.observations import observe
+from vae_ray.evaluation.store import FOLDER, keep
+from vae_ray.evaluation.table import ALL, Setting, chosen
+from vae_ray.inference import TrainedVAE
+from vae_ray.models.vae import build_vae
+from vae_ray.report.evaluations import kept_evaluation
+from vae_ray.tuning.directory import SweepDirectory
+from vae_ray.tuning.leaderboard import Evaluated
+from vae_ray.tuning.records import TrialRecord, read_journal
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_NUM_EVALUATED = 5
+
+
+def metric_names(names: str | Sequence[str]) -> list[str]:
+    """The metrics of a comma-separated text or a list, in the table's order; raises `UserError` for an unknown one."""
+    try:
+        return chosen(names)
+    except UserError as error:
+        raise UserError(str(error).replace("metrics:", "evaluate:", 1)) from None
+
+
+def possible_metrics(names: str | Sequence[str], experiment: Experiment, splits: Splits, split: str) -> list[str]:
+    """Those that a model of the experiment has on one of its images; of "all" those that it has.
+
+    Raises `UserError` for a metric that this model or its images do not have.
+    """
+    model, cpu = build_vae(experiment, splits.train.image_shape, seed=0), torch.device("cpu")
+    loader = splits.loader(split, experiment, Shards(0, 1, cpu))
+    setting = Setting(model, num_samples=1, seed=0, features=functools.partial(_pixels_of_labelled, splits))
+    observe_one = functools.partial(observe, model, loader, slice(0, 1))
+    try:
+        return possible(metric_names(names), setting, observe_one, required=names not in (ALL, [ALL]))[0]
+    except UserError as error:
+        raise UserError(str(error).replace("metrics:", "evaluate:", 1)) from None
+
+
+def _pixels_of_labelled(splits: Splits) -> FeatureSpace:
+    """A feature space in the place of the classifier's, whose training takes long; raises what that would raise."""
+    for name in ("train", "test"):
+        split, indices = splits.select(name)
+        labels = split.columns.get(LABEL, torch.full((len(split),), -1))[indices]
+        if len(labels[labels >= 0].unique()) < 2:
+            raise UserError(
+                f"evaluate: fid, kid and precision-recall need a classifier, but the {name} images have no labels of "
+                "two classes or more; leave them out"
+            )
+    return FeatureSpace("pixels", "pixels", lambda images: images.flatten(1), torch.device("cpu"))
+
+
+def evaluate_trials(
+    directory: SweepDirectory,
+    records: Sequence[TrialRecord],
+    names: Sequence[str],
+    *,
+    split: str,
+    device: torch.device,
+    trust_code: bool,
+    say: Callable[[str], None],
+) -> bool:
+    """Evaluate the best checkpoint of each trial, unless it was; whether there is a new evaluation.
+
+    One that fails is a warning, and the others continue.
+    """
+    is_new = False
+    for number, record in enumerate(records, 1):
+        known = {name for metrics, _ in _kept(directory, record) for name in metrics}
+        missing = [name for name in names if name not in known]
+        if record.best is None or not missing:
+            continue
+        say(f"trial {record.name}  evaluating {', '.join(missing)} ({number} of {len(records)})")
+        try:
+            directory.pull(record.best.path)
+            model = TrainedVAE.load(record.best.path, device=device, trust_code=trust_code)
+            found = model.evaluate(split, missing)  # type: ignore[arg-type]
+            file = Path(keep(found, model.checkpoint, str(record.run.path)))
+            directory.push(*file.parent.glob(f"{file.stem}.*"))
+        except (UserError, CorruptFile, OSError) as error:
+            logger.warning("trial %s: not evaluated (%s)", record.name, one_line(error))
+            continue
+        for line in found.warnings:
+            logger.warning("trial %s: %s", record.name, line)
+        entry = {"epoch": record.best.epoch, "metrics": missing, "file": file.name}
+        directory.append_to_journal({"trial": record.name, "event": "evaluated", **entry})
+        is_new = True
+    return is_new
+
+
+def evaluated(directory: SweepDirectory, records: Sequence[TrialRecord]) -> Evaluated:
+    """What the evaluations of the trials' best checkpoints have found, by trial."""
+    found = {record.name: [evaluation for _, evaluation in _kept(directory, record)] for record in records}
+    return {
+        name: {key: value for each in evaluations for key, value in each.items()}
+        for name, evaluations in found.items()
+        if evaluations
+    }
+
+
+def _kept(directory: SweepDirectory, record: TrialRecord) -> list[tuple[list[str], Evaluation]]:
+    """The intact evaluations of a trial's best checkpoint, oldest first, and which metrics each is of."""
+    entries: list[dict[str, Any]] = [
+        entry
+        for entry in read_journal(directory)
+        if entry["event"] == "evaluated" and entry["trial"] == record.name
+        if record.best is not None and entry["epoch"] == record.best.epoch
+    ]
+    files = [(entry["metrics"], record.run.path / FOLDER / entry["file"]) for entry in entries]
+    found = [(metrics, kept_evaluation(file)) for metrics, file in files if file.exists()]
+    return [(metrics, evaluation) for metrics, evaluation in found if evaluation is not None]
