@@ -478,12 +478,13 @@ class TrainedVAE:
 
     def _labels(self, split: SplitName, loader: Loader) -> dict[str, Any]:
         """What numbers depend on; `vae_ray.report.comparison` says in what they may differ and compare."""
-        condition = self.model.condition_on
+        condition, is_fixed = self.model.condition_on, self.experiment.data.binarize == "fixed"
+        binarized = f", binarized by seed {self.experiment.split_seed}" if is_fixed else ""
         return {
             "data": name_of(self.experiment.data),
             "split": split,
             "num_images": len(loader.indices),
-            "images": images_digest(loader)[:12],
+            "images": images_digest(loader)[:12] + binarized,
             "seed": self.experiment.run.seed,
             **({} if condition is None else {"condition": condition}),
             "binarization": BINARIZATIONS[self.experiment.data.binarize],

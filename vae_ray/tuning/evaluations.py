@@ -50,7 +50,9 @@ def possible_metrics(names: str | Sequence[str], experiment: Experiment, splits:
     """
     model, cpu = build_vae(experiment, splits.train.image_shape, seed=0), torch.device("cpu")
     loader = splits.loader(split, experiment, Shards(0, 1, cpu))
-    setting = Setting(model, num_samples=1, seed=0, features=functools.partial(_pixels_of_labelled, splits))
+    setting = Setting(
+        model, num_samples=1, seed=0, features=functools.partial(_pixels_of_labelled, splits), split=split
+    )
     observe_one = functools.partial(observe, model, loader, slice(0, 1))
     try:
         return possible(metric_names(names), setting, observe_one, required=names not in (ALL, [ALL]))[0]
