@@ -31,7 +31,7 @@ INCOMPARABLE = {
     "data.num_validation": "each trial would be measured on other images",
     "model.condition": "-log p(x) and -log p(x | label) are different quantities",
     "likelihood.name": "likelihoods measure images in different units (probabilities and densities)",
-    "run.seed": "each trial would have other noise and another validation split",
+    "run.seed": "each trial would have other noise and another validation split (--repeats has several seeds for each)",
 }
 """Keys that cannot be searched, and why nats of their values do not compare."""
 SEARCHABLE_DATA = ("data.augment", "data.window_mib")

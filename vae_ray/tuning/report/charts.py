@@ -78,7 +78,7 @@ def values_by_seed(configurations: Sequence[Configuration], metric: str) -> Spec
     marks: dict[str, Spec] = {
         "interval": {"type": "rule", "strokeWidth": 2},
         "seed": {"type": "point", "size": 60, "opacity": 1},
-        "mean": {"type": "tick", "thickness": 3, "size": 18},
+        "mean": {"type": "tick", "thickness": 3, "size": 18, "opacity": 1},
     }
     return {
         **BASE_SPEC,
@@ -87,7 +87,7 @@ def values_by_seed(configurations: Sequence[Configuration], metric: str) -> Spec
         "data": {"values": points},
         "encoding": {
             "x": x,
-            "y": {"field": "configuration", "type": "nominal", "sort": None, "title": "configuration"},
+            "y": {"field": "configuration", "type": "nominal", "sort": None, "title": None},
             "color": {"field": "state", "type": "nominal", "title": None, "scale": color},
         },
         "layer": [
