@@ -134,11 +134,10 @@ def verdict(ranked: Sequence[Configuration], metrics: Sequence[str]) -> list[str
         return []
     first, second = measured[:2]
     lines = [_described(first, second, metric) for metric in metrics]
-    few = min(len(first.measured), len(second.measured))
-    if 1 < few < FEW_SEEDS:
-        lines.append(
-            f"An interval of {few} seeds says little: it is itself uncertain, and assumes that values are normally distributed."
-        )
+    num_seeds = len({each.seed for each in first.measured} & {each.seed for each in second.measured})
+    if 1 < num_seeds < FEW_SEEDS:
+        uncertain = "it is itself uncertain, and assumes that values are normally distributed"
+        lines.append(f"An interval of {num_seeds} seeds says little: {uncertain}.")
     lines.append(
         f"The best of {len(measured)} configurations looks better than it is, because these values selected it; new "
         "seeds for both (another --run.seed with the same --data.split-seed) and the test images are a fair comparison."
