@@ -28,7 +28,7 @@ LAYERS = [
     {"cluster"},
     {"runs"},
     {"report"},
-    {"tuning"},
+    {"tuning", "reproduction"},
     {"cli"},
     {"__main__"},
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import resource
 from pathlib import Path
 
@@ -16,6 +17,14 @@ def num_local_cpus() -> int:
     import loky  # reads both, cgroup v1 and v2; here, because its import takes 50 ms
 
     return int(loky.cpu_count())
+
+
+def cpu_model() -> str:
+    """The name of the processor, or else its architecture."""
+    with contextlib.suppress(OSError, StopIteration):  # not Linux, or no x86
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return platform.processor() or platform.machine()
 
 
 def local_memory_bytes() -> int:

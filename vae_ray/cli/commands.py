@@ -271,8 +271,8 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
         num_samples=options.num_samples,
         num_images=options.num_images,
         features=options.features,
-        progress=_print_progress(),
-        **_on_ray(num_workers),
+        progress=print_progress(),
+        **on_ray_workers(num_workers),
     )
     owner, file = owner_of(options.checkpoint), None
     try:
@@ -304,7 +304,7 @@ def _num_workers(text: str) -> int:
     return int(text)
 
 
-def _on_ray(num_workers: int) -> dict[str, Any]:
+def on_ray_workers(num_workers: int) -> dict[str, Any]:
     """How `TrainedVAE.evaluate` and `write_codes` run on so many Ray workers."""
     if not num_workers:
         return {}
@@ -314,7 +314,7 @@ def _on_ray(num_workers: int) -> dict[str, Any]:
     return {"run": on_ray(num_workers)}
 
 
-def _print_progress() -> Callable[[int, int], None]:
+def print_progress() -> Callable[[int, int], None]:
     """A function that writes a line to stderr every ten seconds."""
     last = time.monotonic()
 
@@ -337,7 +337,7 @@ def encode(options: argparse.Namespace) -> dict[str, Any]:
     with preparation_view(quiet=False) as progress:
         open_dataset(model.experiment.data, progress=progress)
     found = model.write_codes(
-        options.codes, what=options.what, split=options.split, progress=_print_progress(), **_on_ray(num_workers)
+        options.codes, what=options.what, split=options.split, progress=print_progress(), **on_ray_workers(num_workers)
     )
     if options.json:
         return {"checkpoint": str(model.checkpoint.path), **found._asdict()}

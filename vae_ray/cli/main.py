@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from vae_ray import signals
-from vae_ray.cli import commands, data, pictures
+from vae_ray.cli import commands, data, pictures, reproduction
 from vae_ray.errors import Stopped, TrainingFailed, UserError, one_line
 
 INTERRUPTED = 130
@@ -28,6 +28,8 @@ READER_IS_GONE = 128 + signal.SIGPIPE
 """The exit code that a shell shows for a process whose output has no reader any more, as in `| head -1`."""
 AXES = "likelihood|objective"
 """Sections that are an axis: `--likelihood gaussian` is short for `--likelihood.name gaussian`."""
+NOT_REPEATED = {"data": "decodes no image", "encode": "encodes no image", "reproduce": "trains no finished run"}
+"""What an interrupted command does not do again when it is repeated."""
 DESCRIPTION = "Train variational autoencoders on Ray: on a laptop, in local processes and on a cluster."
 
 
@@ -75,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for key in overrides:
             if command == "data" and not key.startswith("data."):
                 raise UserError(f"--{key}: vae-ray data takes the keys --data.KEY, as in --data.image-size 64")
-            if command not in (*OVERRIDABLE, "data") and not (
+            if command not in (*OVERRIDABLE, "data", "reproduce") and not (
                 command in READ_IMAGES and (key.startswith("data.") or (command in ON_WORKERS and key == "workers.num"))
             ):
                 raise UserError(
@@ -94,7 +96,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, code=INTERRUPTED)
     except KeyboardInterrupt:
         runs = "vae-ray resume RUN (sweeps: the same command with --resume); before a run has begun, the same command"
-        again = {"data": "decodes no image", "encode": "encodes no image"}.get((arguments or [""])[0])
+        again = {"data": "decodes no image", "encode": "encodes no image", "reproduce": "trains no finished run"}.get(
+            (arguments or [""])[0]
+        )
         remedy = f"the same command, which {again} again" if again else runs
         return _fail(f"interrupted; continue with: {remedy}", code=INTERRUPTED)
     return _print(json.dumps(answer, indent=2) if options.json else _readable(answer)) or int(options.exit_code)
@@ -227,6 +231,15 @@ COMMANDS: Mapping[Callable[[argparse.Namespace], dict[str, Any]], Arguments] = {
         "runs": _text("directories or URIs of runs and sweeps", "RUN", nargs="+"),
         "--out": _text("where to write the page", "FILE.html"),
     },
+    reproduction.reproduce: {
+        "name": _text("an entry of the list", "NAME", nargs="?"),
+        "--stages": _text("parts of a long training, as in 6 or 1..6 (default: the last, all of it)", "N|N,N|N..N"),
+        "--seeds": _number("how many seeds, 0, 1, ..., one after the other (default 1)"),
+        "--storage": _text("the directory of all runs; they are in DIR/reproductions (default runs)", "DIR"),
+        "--results": _text("where results are kept as JSON (default: STORAGE/reproductions)", "DIR"),
+        "--page": _text("write a page of all entries and kept results", "FILE.md"),
+        "--dry-run": _flag("check everything, print cost and experiments, start nothing"),
+    },
     pictures.generate: {
         **PICTURE,
         "--num": _number("how many", 64),
@@ -356,6 +369,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
             sub.usage = "vae-ray submit {train,sweep,evaluate,data} ARGUMENT ... [--address URL] [--no-follow] [...]"
         if name in OVERRIDABLE and arguments[:1] == [name] and {"-h", "--help"} & set(arguments):
             sub.epilog = _field_help()
+        if name == "reproduce":
+            sub.epilog = "where and by whom: --data.root DIR, --workers.num N, ... Exit code 1: outside of a tolerance"
         if name in READ_IMAGES:
             sub.epilog = "where the run's images are now: --data.root DIR, --data.cache-dir DIR, --data.download BOOL"
             sub.epilog += "\non Ray workers: --workers.num N (default 0: in this process)" * (name in ON_WORKERS)

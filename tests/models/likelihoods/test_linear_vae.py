@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from torch import Tensor
-from torch.distributions import MultivariateNormal
 
+from tests.linear_gaussian import log_evidence, mean_log_evidence, principal_components
 from vae_ray import Experiment
 from vae_ray.config.fields import MIN_PIXEL_SCALE
 from vae_ray.models.vae import VAE, build_vae
@@ -49,20 +50,6 @@ def linear_vae(weight: Tensor, mean: Tensor, variance: float) -> VAE:
     return model
 
 
-def log_evidence(x: Tensor, weight: Tensor, mean: Tensor, variance: float) -> Tensor:
-    """log N(x; mean, W W' + variance I), `(N,)`."""
-    covariance = weight @ weight.T + variance * torch.eye(len(mean), dtype=torch.float64)
-    return MultivariateNormal(mean, covariance).log_prob(x.flatten(1))
-
-
-def principal_components(x: Tensor) -> tuple[Tensor, Tensor, float]:
-    """W, mean and variance of the highest likelihood (Tipping & Bishop 1999, eq. 7 and 8)."""
-    centered = x.flatten(1) - x.flatten(1).mean(0)
-    values, vectors = torch.linalg.eigh(centered.T @ centered / len(x))
-    variance = float(values[:-LATENT_DIM].mean())
-    return vectors[:, -LATENT_DIM:] * (values[-LATENT_DIM:] - variance).sqrt(), x.flatten(1).mean(0), variance
-
-
 def log_weights(model: VAE, x: Tensor, num_samples: int) -> Tensor:
     """log p(x|z) + log p(z) - log q(z|x) of samples of q, `(num_samples, N)`."""
     shape = (num_samples * len(x), LATENT_DIM)
@@ -71,23 +58,31 @@ def log_weights(model: VAE, x: Tensor, num_samples: int) -> Tensor:
     return -distortion - output.groups[0].log_ratio().view(num_samples, -1)
 
 
+def test_the_mean_by_second_moments_is_that_of_the_log_densities() -> None:
+    x, other = images().flatten(1).split(40)
+    optimum = principal_components(x, LATENT_DIM)
+    for rows in (x, other):
+        assert mean_log_evidence(rows, *optimum) == pytest.approx(float(log_evidence(rows, *optimum).mean()), rel=1e-10)
+
+
 def test_at_the_closed_form_optimum_every_sample_gives_log_p_of_x() -> None:
     """There the posterior is a diagonal Gaussian: the ELBO has no gap, and no variance either."""
     x = images()
-    optimum = principal_components(x)
+    optimum = principal_components(x.flatten(1), LATENT_DIM)
     weights = log_weights(linear_vae(*optimum), x, num_samples=3)
-    torch.testing.assert_close(weights, log_evidence(x, *optimum).expand(3, -1), rtol=0, atol=1e-10)
+    torch.testing.assert_close(weights, log_evidence(x.flatten(1), *optimum).expand(3, -1), rtol=0, atol=1e-10)
 
 
 def test_the_closed_form_optimum_is_a_stationary_point_of_the_elbo() -> None:
     """With the closed form of the rate, and z at 2 k sigma points, which give the quadratic's expectation exactly."""
     x = images()
-    model = linear_vae(*principal_components(x))
+    optimum = principal_components(x.flatten(1), LATENT_DIM)
+    model = linear_vae(*optimum)
     nodes = LATENT_DIM**0.5 * torch.cat([torch.eye(LATENT_DIM), -torch.eye(LATENT_DIM)]).double()
     output = model(x, (nodes.repeat_interleave(len(x), 0),), 2 * LATENT_DIM)
     distortion, rate = elbo_terms(output, x, model.likelihood)
     nelbo = (distortion + rate).mean()
-    torch.testing.assert_close(nelbo, -log_evidence(x, *principal_components(x)).mean(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(nelbo, -log_evidence(x.flatten(1), *optimum).mean(), rtol=1e-12, atol=0)
     for gradient in torch.autograd.grad(nelbo, list(model.parameters())):
         assert float(gradient.abs().max()) < 1e-10
 
@@ -98,7 +93,7 @@ def test_importance_samples_give_log_p_of_x_at_any_linear_decoder() -> None:
     weight = 0.4 * torch.randn(30, LATENT_DIM, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     mean = torch.full((30,), 0.45, dtype=torch.float64)
     model = linear_vae(weight, mean, 0.5)
-    expected = log_evidence(x, weight, mean, 0.5)
+    expected = log_evidence(x.flatten(1), weight, mean, 0.5)
     weights = log_weights(model, x, num_samples)
     assert bool((weights.mean(0) < expected - 0.05).all())
     ratios = torch.exp(weights - expected)  # of mean 1
