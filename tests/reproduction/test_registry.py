@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import pytest
 
-from tests.linear_gaussian import mean_log_evidence, principal_components
+from tests.linear_gaussian import Moments, principal_components
 from vae_ray.data.splits import Splits
 from vae_ray.evaluation.table import METRICS, chosen
 from vae_ray.reproduction.outcome import kept_outcomes
 from vae_ray.reproduction.page import page
-from vae_ray.reproduction.registry import EPOCHS, Entry, Stage, all_entries, entry_names, load_entry
+from vae_ray.reproduction.registry import EPOCHS, Entry, Stage, Target, all_entries, entry_names, load_entry
+from vae_ray.storage.reading import parse_yaml
 
 DOCS = Path(__file__).parents[2] / "docs"
 VALUES = {
@@ -99,15 +101,22 @@ def test_the_page_is_what_the_kept_results_say_and_has_every_entry() -> None:
         assert len(entry.stages) in stages[entry.name] or last.not_run, f"{entry.name}: why was it not run?"
 
 
+def test_the_example_of_the_docs_is_an_entry() -> None:
+    (example,) = re.findall(r"^```yaml\n(.*?)^```", (DOCS / "reproduce.md").read_text(encoding="utf-8"), re.M | re.S)
+    entry = Entry.model_validate({"name": "example", **parse_yaml(example.encode())})
+    assert entry.experiment(entry.stages[0], "vamp", 3).model.prior.name == "vamp"
+    written = set(re.findall(r"(\w+):", example))
+    assert (Entry.model_fields.keys() | Stage.model_fields.keys() | Target.model_fields.keys()) - written == {"name"}
+
+
 @pytest.mark.mnist
 def test_the_references_of_probabilistic_pca_are_the_closed_form(mnist_root: Path) -> None:
     entry = load_entry("probabilistic-pca")
     experiment = entry.experiment(entry.stages[0], "", 0).with_overrides({"data.root": str(mnist_root)})
-    splits = Splits.open(experiment)
-    pixels = {name: split.first(len(split)).flatten(1).double() / 255 for name, split in splits.dataset.splits.items()}
-    weight, mean, variance = principal_components(pixels["train"], experiment.model.latent_dim)
-    assert math.sqrt(variance) == pytest.approx(0.18673, abs=1e-5)
-    exact_nats = {name: mean_log_evidence(x, weight, mean, variance) for name, x in pixels.items()}
+    splits = Splits.open(experiment).dataset.splits
+    moments = {name: Moments.of(split.first(len(split)).flatten(1).double() / 255) for name, split in splits.items()}
+    optimum = principal_components(moments["train"], experiment.model.latent_dim)
+    assert math.sqrt(optimum.variance) == pytest.approx(0.18673, abs=1e-5)
+    exact = {name: optimum.mean_log_evidence(each) for name, each in moments.items()}
     for target in entry.stages[0].targets:
-        exact = exact_nats[target.metric.partition("/")[0]]
-        assert target.reference == pytest.approx(-exact, abs=6e-4)
+        assert target.reference == pytest.approx(-exact[target.metric.partition("/")[0]], abs=6e-4)

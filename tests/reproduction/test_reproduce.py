@@ -261,10 +261,11 @@ def test_a_dry_run_starts_nothing(reproduce: Run) -> None:
 def test_the_page_has_every_entry_also_those_that_were_not_run(reproduce: Run) -> None:
     reproduce("tiny", "--stages", "1", "--results", "kept", "--page", "docs/results.md")
     page = Path("docs/results.md").read_text()
-    assert "| [pair](#pair) | Two and five dimensions | – | not run |" in page
+    pair = "| [pair](#pair) | Two and five dimensions | test/nelbo of five − two: below 1,000.00 nats | – | not run |"
+    assert pair in page
     assert "`vae-ray reproduce tiny --stages 1`, seed 0, 20" in page
-    assert "wrong on purpose" not in page  # of a stage that was not run only the reference
-    assert "test/nelbo: 1,000.00 nats, ± 1. Not run (about 3 hours (estimated) a seed)." in page
+    not_run = "two epochs. Not run (about 3 hours (estimated) a seed). Reference: test/nelbo 1,000.00 nats, ± 1."
+    assert f"Stage 2 of 2: {not_run}" in page
     Path("docs/results.md").unlink()
     assert reproduce("--results", "kept", "--page", "docs/results.md")[0] == 0
     assert Path("docs/results.md").read_text() == page
@@ -303,6 +304,23 @@ def test_a_run_of_another_experiment_is_refused(reproduce: Run, entries: Path) -
     code, _, err = reproduce("tiny", "--stages", "1")
     assert code == 2
     assert "is a run of another experiment (model.latent_dim: 4 -> 3); choose another --storage" in err
+
+
+def test_a_damaged_evaluation_is_made_again(reproduce: Run, trained: list[str]) -> None:
+    _, first, _ = reproduce("tiny", "--stages", "1")
+    for file in Path("runs/reproductions/tiny/seed-0/evaluations").iterdir():
+        file.write_bytes(file.read_bytes()[:-9])
+    _, again, _ = reproduce("tiny", "--stages", "1")
+    assert trained[2:] == ["train seed-0 1", "evaluate elbo,nll"]
+    assert again == first
+
+
+def test_a_metric_without_values_by_image_has_no_standard_error(reproduce: Run, entries: Path) -> None:
+    text = TINY.replace('"elbo,nll", num_samples: 20', "active-units").replace("test/nll", "test/active_units")
+    (entries / "tiny.yaml").write_text(text)
+    code, answer, _ = reproduce("tiny", "--stages", "1")
+    obtained = answer["outcomes"][0]["obtained"][0]
+    assert (code, obtained["half_width"], obtained["over"]) == (0, None, "")
 
 
 def test_a_damaged_result_is_named(reproduce: Run) -> None:

@@ -7,8 +7,8 @@ say is read, and only what is missing is trained or evaluated.
 from __future__ import annotations
 
 import contextlib
-import io
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from vae_ray.config.experiment import Experiment
 from vae_ray.data.splits import Splits
-from vae_ray.errors import UserError
+from vae_ray.errors import TrainingFailed, UserError
 from vae_ray.evaluation.observations import Progress, Run, no_progress, observe_here
 from vae_ray.evaluation.store import FOLDER, keep
 from vae_ray.inference import TrainedVAE
@@ -110,7 +110,13 @@ def measure(
             progress=progress,
             run=run,
         )
-        keep(found, model.checkpoint, str(result.run_dir))
+        try:
+            keep(found, model.checkpoint, str(result.run_dir))
+        except OSError as error:
+            raise TrainingFailed(
+                f"{result.run_dir}: the evaluation could not be written there ({error.strerror}); make room, and "
+                "repeat the command: it trains nothing again"
+            ) from None
     return _read(experiment, stage)
 
 
@@ -193,13 +199,15 @@ def _kept(
             num_samples = labels.get("num_samples", evaluation.num_samples)  # not every metric takes samples
             is_it = wanted.items() <= labels.items() and num_samples == evaluation.num_samples
             if is_it and metrics <= content["metrics"].keys() and "prior" not in labels:
-                return content, _columns(file.with_suffix(".parquet").read_bytes())
+                return content, _columns(file.with_suffix(".parquet"))
     return None
 
 
-def _columns(content: bytes) -> dict[str, Floats]:
-    """The values by image in a kept evaluation's table, with those of nelbo."""
-    table = pq.read_table(io.BytesIO(content))
+def _columns(file: Path) -> dict[str, Floats]:
+    """The values by image of a kept evaluation, with those of nelbo; none where it has none."""
+    if not file.exists():
+        return {}
+    table = pq.read_table(file)
     columns = {name: table[name].to_numpy().astype(np.float64) for name in table.column_names}
     if {"distortion", "rate"} <= columns.keys():
         columns["nelbo"] = columns["distortion"] + columns["rate"]

@@ -20,8 +20,9 @@ not run, and what is outside of its tolerance, is here too.
 def cost_text(minutes: float, *, is_measured: bool) -> str:
     """An expected cost as one reads it: "about 3 hours (estimated)"."""
     number, unit = (minutes / 60, "hour") if minutes >= 100 else (minutes, "minute")
-    shown = f"{number:.0f}" if number >= 1.5 else "1"
-    return f"about {shown} {unit}{'' if shown == '1' else 's'}{'' if is_measured else ' (estimated)'}"
+    shown = f"{max(1, number):.0f}"
+    plural = "" if shown == "1" else "s"
+    return f"about {shown} {unit}{plural}{'' if is_measured else ' (estimated)'}"
 
 
 def cost_of(entry: Entry, stages: Sequence[Stage], num_seeds: int) -> str:
@@ -62,21 +63,25 @@ def _stage_title(entry: Entry, number: int) -> str:
 def page(entries: Sequence[Entry], outcomes: Mapping[str, Sequence[Outcome]]) -> str:
     """The Markdown page: a table of all entries, then one section each; `outcomes` by the entry's name."""
     rows = [_summary(entry, outcomes.get(entry.name, ())) for entry in entries]
-    head = "| entry | what | obtained | verdict |\n|---|---|---|---|"
+    head = "| entry | what | reference | obtained | |\n|---|---|---|---|---|"
     sections = [_section(entry, outcomes.get(entry.name, ())) for entry in entries]
     return "\n".join([INTRODUCTION, head, *rows, "", "\n\n".join(sections)]) + "\n"
 
 
 def _summary(entry: Entry, outcomes: Sequence[Outcome]) -> str:
-    """The row of an entry: of its last stage that was run the last target, which is the one that matters most."""
-    link = f"[{entry.name}](#{entry.name})"
-    if not outcomes:
-        return f"| {link} | {entry.title} | – | not run |"
-    last = outcomes[-1]
-    each = last.obtained[-1]
-    number = f"{target_text(each.target)}, stage {last.stage} of {len(entry.stages)}"
-    name = number if len(entry.stages) > 1 else target_text(each.target)
-    return f"| {link} | {entry.title} | {each.text} ({name}) | {_state(last)} |"
+    """The row of an entry: the last target of its last stage, and of the last stage that was run."""
+    published = entry.stages[-1].targets[-1]
+    cells = [f"[{entry.name}](#{entry.name})", entry.title]
+    cells.append(f"{target_text(published)}: {reference_text(published)}{_after(entry, len(entry.stages))}")
+    if outcomes:
+        cells += [f"{outcomes[-1].obtained[-1].text}{_after(entry, outcomes[-1].stage)}", _state(outcomes[-1])]
+    else:
+        cells += ["–", f"not run: {entry.stages[-1].not_run}".removesuffix(": ")]
+    return f"| {' | '.join(cells)} |"
+
+
+def _after(entry: Entry, stage: int) -> str:
+    return f" (stage {stage} of {len(entry.stages)})" if len(entry.stages) > 1 else ""
 
 
 def _state(outcome: Outcome) -> str:
@@ -90,18 +95,26 @@ def _state(outcome: Outcome) -> str:
 
 def _section(entry: Entry, outcomes: Sequence[Outcome]) -> str:
     lines = [f"## {entry.name}", "", f"{entry.title}. Source: {entry.source}.", "", entry.protocol.strip()]
-    by_stage = {outcome.stage: outcome for outcome in outcomes}
+    by_stage, not_run = {outcome.stage: outcome for outcome in outcomes}, []
     for number, stage in enumerate(entry.stages, start=1):
-        title = f"{_stage_title(entry, number)}{stage.what}."
-        cost = cost_of(entry, [stage], 1)
         if number in by_stage:
-            lines += ["", f"{title} {_how(by_stage[number])}", "", _table(by_stage[number].obtained)]
-            lines += [f"\nWarning: {line}" for line in by_stage[number].warnings]
-        else:
-            references = "; ".join(f"{target_text(t)}: {reference_text(t)}" for t in stage.targets if t.reference)
+            lines += ["", *_stage_lines(entry, by_stage[number])]
+        elif references := [each for each in stage.targets if each.reference is not None]:
+            published = "; ".join(f"{target_text(each)} {reference_text(each)}" for each in references)
             why = f": {stage.not_run}" if stage.not_run else ""
-            lines += ["", f"{title} {references or 'Nothing was published of it'}. Not run ({cost} a seed){why}."]
+            cost = f"{_stage_title(entry, number)}{stage.what}. Not run ({cost_of(entry, [stage], 1)} a seed){why}."
+            lines += ["", f"{cost} Reference: {published}."]
+        else:
+            not_run.append(str(number))
+    if not_run:
+        lines += ["", f"Not run, and nothing published of them: stages {', '.join(not_run)}."]
     return "\n".join([*lines, *(["", entry.notes.strip()] if entry.notes else [])])
+
+
+def _stage_lines(entry: Entry, outcome: Outcome) -> list[str]:
+    title = f"{_stage_title(entry, outcome.stage)}{entry.stages[outcome.stage - 1].what}."
+    lines = [f"{title} {_how(outcome)}", "", _table(outcome.obtained)]
+    return lines + [f"\nWarning: {line}" for line in outcome.warnings]
 
 
 def _how(outcome: Outcome) -> str:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.linear_gaussian import log_evidence, mean_log_evidence, principal_components
+from tests.linear_gaussian import LinearGaussian, Moments, principal_components
 from vae_ray import Experiment
 from vae_ray.config.fields import MIN_PIXEL_SCALE
 from vae_ray.models.vae import VAE, build_vae
@@ -32,9 +32,9 @@ def images() -> Tensor:
     return torch.sigmoid(factors @ loadings / 3 + 0.2 * noise).reshape(NUM_IMAGES, *SHAPE)
 
 
-def linear_vae(weight: Tensor, mean: Tensor, variance: float) -> VAE:
+def linear_vae(given: LinearGaussian) -> VAE:
     """p(x|z) = N(W z + mean, variance); q(z|x) has the mean of the exact posterior, and its variances."""
-    model = build_vae(CONFIG, SHAPE, seed=0).double()
+    model, (weight, mean, variance) = build_vae(CONFIG, SHAPE, seed=0).double(), given
     # p(z|x) = N(M^-1 W' (x - mean), variance M^-1) with M = W' W + variance I
     inverse = torch.linalg.inv(weight.T @ weight + variance * torch.eye(LATENT_DIM, dtype=torch.float64))
     (encoder,) = (layer for layer in model.network.encoder if hasattr(layer, "weight"))
@@ -50,6 +50,10 @@ def linear_vae(weight: Tensor, mean: Tensor, variance: float) -> VAE:
     return model
 
 
+def optimum_of(x: Tensor) -> LinearGaussian:
+    return principal_components(Moments.of(x.flatten(1)), LATENT_DIM)
+
+
 def log_weights(model: VAE, x: Tensor, num_samples: int) -> Tensor:
     """log p(x|z) + log p(z) - log q(z|x) of samples of q, `(num_samples, N)`."""
     shape = (num_samples * len(x), LATENT_DIM)
@@ -59,30 +63,31 @@ def log_weights(model: VAE, x: Tensor, num_samples: int) -> Tensor:
 
 
 def test_the_mean_by_second_moments_is_that_of_the_log_densities() -> None:
-    x, other = images().flatten(1).split(40)
-    optimum = principal_components(x, LATENT_DIM)
-    for rows in (x, other):
-        assert mean_log_evidence(rows, *optimum) == pytest.approx(float(log_evidence(rows, *optimum).mean()), rel=1e-10)
+    x, other = images().split(40)
+    optimum = optimum_of(x)
+    for rows in (x.flatten(1), other.flatten(1)):
+        mean = optimum.log_evidence(rows).mean()
+        assert optimum.mean_log_evidence(Moments.of(rows)) == pytest.approx(float(mean), rel=1e-10)
 
 
 def test_at_the_closed_form_optimum_every_sample_gives_log_p_of_x() -> None:
     """There the posterior is a diagonal Gaussian: the ELBO has no gap, and no variance either."""
     x = images()
-    optimum = principal_components(x.flatten(1), LATENT_DIM)
-    weights = log_weights(linear_vae(*optimum), x, num_samples=3)
-    torch.testing.assert_close(weights, log_evidence(x.flatten(1), *optimum).expand(3, -1), rtol=0, atol=1e-10)
+    optimum = optimum_of(x)
+    weights = log_weights(linear_vae(optimum), x, num_samples=3)
+    torch.testing.assert_close(weights, optimum.log_evidence(x.flatten(1)).expand(3, -1), rtol=0, atol=1e-10)
 
 
 def test_the_closed_form_optimum_is_a_stationary_point_of_the_elbo() -> None:
     """With the closed form of the rate, and z at 2 k sigma points, which give the quadratic's expectation exactly."""
     x = images()
-    optimum = principal_components(x.flatten(1), LATENT_DIM)
-    model = linear_vae(*optimum)
+    optimum = optimum_of(x)
+    model = linear_vae(optimum)
     nodes = LATENT_DIM**0.5 * torch.cat([torch.eye(LATENT_DIM), -torch.eye(LATENT_DIM)]).double()
     output = model(x, (nodes.repeat_interleave(len(x), 0),), 2 * LATENT_DIM)
     distortion, rate = elbo_terms(output, x, model.likelihood)
     nelbo = (distortion + rate).mean()
-    torch.testing.assert_close(nelbo, -log_evidence(x.flatten(1), *optimum).mean(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(nelbo, -optimum.log_evidence(x.flatten(1)).mean(), rtol=1e-12, atol=0)
     for gradient in torch.autograd.grad(nelbo, list(model.parameters())):
         assert float(gradient.abs().max()) < 1e-10
 
@@ -91,9 +96,9 @@ def test_importance_samples_give_log_p_of_x_at_any_linear_decoder() -> None:
     """Columns that are not orthogonal: the posterior is not diagonal, so that the ELBO has a gap and weights vary."""
     x, num_samples = images()[:20], 20_000
     weight = 0.4 * torch.randn(30, LATENT_DIM, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    mean = torch.full((30,), 0.45, dtype=torch.float64)
-    model = linear_vae(weight, mean, 0.5)
-    expected = log_evidence(x.flatten(1), weight, mean, 0.5)
+    given = LinearGaussian(weight, torch.full((30,), 0.45, dtype=torch.float64), 0.5)
+    model = linear_vae(given)
+    expected = given.log_evidence(x.flatten(1))
     weights = log_weights(model, x, num_samples)
     assert bool((weights.mean(0) < expected - 0.05).all())
     ratios = torch.exp(weights - expected)  # of mean 1
