@@ -11,6 +11,8 @@ from vae_ray import signals
 from vae_ray.errors import Stopped, UserError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from vae_ray.reproduction.registry import Entry, Stage
 
 FOLDER = "reproductions"
@@ -118,7 +120,7 @@ def _list_text(results: str) -> str:
     return "\n".join([*lines, f"results are kept in {results}; run one with: vae-ray reproduce NAME"])
 
 
-def _write_page(page: Any, results: str) -> None:
+def _write_page(page: Path, results: str) -> None:
     from vae_ray.errors import TrainingFailed
     from vae_ray.reproduction.outcome import kept_outcomes
     from vae_ray.reproduction.page import page as render

@@ -23,6 +23,7 @@ from vae_ray.evaluation.observations import Progress, Run, no_progress, observe_
 from vae_ray.evaluation.store import FOLDER, keep
 from vae_ray.inference import TrainedVAE
 from vae_ray.reproduction.registry import Entry, Evaluation, Stage, Target
+from vae_ray.run_files.progress import preparation_view
 from vae_ray.run_files.run_directory import RunDirectory
 from vae_ray.runs.exclusive import content_differences, run_location
 from vae_ray.runs.preflight import preflight, with_absolute_paths
@@ -70,7 +71,8 @@ def check(entry: Entry, stages: Sequence[Stage], seeds: Sequence[int], place: Ma
     """Raise `UserError` for all that can be known to fail before anything starts: data, storage, workers, stages."""
     for stage in stages:
         for run in entry.runs:
-            checked = preflight(placed(entry.experiment(stage, run, seeds[0]), place))
+            with preparation_view(quiet=False) as progress:
+                checked = preflight(placed(entry.experiment(stage, run, seeds[0]), place), progress=progress)
             for evaluation in stage.evaluations:
                 num = len(checked.splits.select(evaluation.split)[1])
                 if evaluation.num_images is not None and evaluation.num_images > num:
