@@ -54,7 +54,7 @@ class Obtained(NamedTuple):
         """The same in words."""
         target, deviation = self.target, self.deviation
         if deviation is None:
-            return "nothing published of this stage"
+            return "nothing published of it"
         if target.tolerance is None:
             reference = with_unit(target.metric, float(target.reference or 0))
             return f"{'is' if self.is_reproduced else 'is not'} {target.side} {reference}, as published"

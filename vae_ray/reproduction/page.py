@@ -74,7 +74,7 @@ def _summary(entry: Entry, outcomes: Sequence[Outcome]) -> str:
     cells = [f"[{entry.name}](#{entry.name})", entry.title]
     cells.append(f"{target_text(published)}: {reference_text(published)}{_after(entry, len(entry.stages))}")
     if outcomes:
-        cells += [f"{outcomes[-1].obtained[-1].text}{_after(entry, outcomes[-1].stage)}", _state(outcomes[-1])]
+        cells += [f"{outcomes[-1].obtained[-1].text}{_after(entry, outcomes[-1].stage)}", _state(entry, outcomes[-1])]
     else:
         cells += ["–", f"not run: {entry.stages[-1].not_run}".removesuffix(": ")]
     return f"| {' | '.join(cells)} |"
@@ -84,13 +84,12 @@ def _after(entry: Entry, stage: int) -> str:
     return f" (stage {stage} of {len(entry.stages)})" if len(entry.stages) > 1 else ""
 
 
-def _state(outcome: Outcome) -> str:
+def _state(entry: Entry, outcome: Outcome) -> str:
+    """In a few words, how the last stage that was run went."""
+    if outcome.stage < len(entry.stages):
+        return f"this stage: {outcome.obtained[-1].verdict}"
     states = [each.is_reproduced for each in outcome.obtained if each.is_reproduced is not None]
-    if not states:
-        return "nothing published of this stage"
-    if all(states):
-        return "reproduced"
-    return f"{states.count(False)} of {len(states)} outside of the tolerance"
+    return "reproduced" if all(states) else f"{states.count(False)} of {len(states)} outside of the tolerance"
 
 
 def _section(entry: Entry, outcomes: Sequence[Outcome]) -> str:
