@@ -102,7 +102,8 @@ def measure(
     result = train(experiment, resume=True, quiet=False)
     data = {key: value for key, value in experiment.flat().items() if key in ("data.root", "data.cache_dir")}
     device = result.device if torch.cuda.is_available() else "cpu"
-    model = TrainedVAE.load(result.last_checkpoint, data=data, device=device)
+    # what it computes is the entry's, which `train` has compared; a user's callbacks are not called
+    model = TrainedVAE.load(result.last_checkpoint, data=data, device=device, trust_code=True)
     for evaluation in _missing_evaluations(experiment, stage):
         found = model.evaluate(
             evaluation.split,
