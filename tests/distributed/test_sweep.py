@@ -8,7 +8,6 @@ import json
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from vae_ray.tuning.schedulers import rungs
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster")]
 
-EPOCHS_TO_KILL_IN = 20
+EPOCHS_TO_KILL_IN = 10
 SPACE = {
     "model.latent_dim": {"choice": [2, 6]},
     "optim.lr": {"loguniform": [5e-4, 5e-3]},
@@ -48,11 +47,51 @@ def trial_processes() -> list[int]:
     return found
 
 
+@contextlib.contextmanager
+def once(condition: Callable[[], bool], act: Callable[[], None]) -> Iterator[None]:
+    """Do `act` as soon as `condition` holds, while the body runs."""
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.005):
+            if condition():
+                act()
+                return
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
 @pytest.fixture(scope="module")
-def swept(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> SweepResult:
+def refusals() -> list[str]:
+    """The errors of a second driver of `swept`, which starts while the first runs."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def swept(cluster: None, refusals: list[str], tmp_path_factory: pytest.TempPathFactory) -> SweepResult:
     """Five trials to the end."""
-    experiment = digits(tmp_path_factory.mktemp("sweeps"), 1, name="whole")
-    return sweep(experiment, search=SPACE, num_trials=5, scheduler="none", max_concurrent=2)
+    storage = tmp_path_factory.mktemp("sweeps")
+    experiment = digits(storage, 1, name="whole")
+    arguments: dict[str, Any] = {"search": SPACE, "num_trials": 5, "scheduler": "none", "max_concurrent": 2}
+
+    def start_another() -> None:
+        with pytest.raises(UserError) as refusal:
+            sweep(experiment, **arguments, resume=True)
+        refusals.append(str(refusal.value))
+
+    with once((storage / "whole" / "trials.jsonl").exists, start_another):
+        return sweep(experiment, **arguments)
+
+
+def test_a_second_driver_is_refused_while_the_first_runs(swept: SweepResult, refusals: list[str]) -> None:
+    assert swept.states == {"finished": 5}
+    assert refusals == ["run.name: 'whole' is running right now; choose another --name"]
 
 
 def test_the_leaderboard_has_every_trial_once_and_the_best_first(swept: SweepResult) -> None:
@@ -164,26 +203,6 @@ def test_asha_stops_bad_trials_and_keeps_their_best(tmp_path: Path) -> None:
             assert len(events) == 2, "a stopped trial has its hyperparameters in TensorBoard too"
 
 
-@contextlib.contextmanager
-def once(condition: Callable[[], bool], act: Callable[[], None]) -> Iterator[None]:
-    """Do `act` as soon as `condition` holds, while the body runs."""
-    ended = threading.Event()
-
-    def watch() -> None:
-        while not ended.wait(0.005):
-            if condition():
-                act()
-                return
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
-
-
 def test_failed_trials_are_marked_with_their_reason_and_the_others_go_on(tmp_path: Path) -> None:
     experiment = digits(tmp_path, 1, name="failures", **{"training.epochs": EPOCHS_TO_KILL_IN})
     directory = SweepDirectory(tmp_path / "failures")
@@ -283,28 +302,3 @@ def test_optuna_proposes_and_a_resumed_sweep_goes_on_from_what_it_learnt(tmp_pat
     assert len({json.dumps(overrides) for overrides in proposed}) == 5
     with pytest.raises(UserError, match="num_trials: 5 -> 2"):
         sweep(experiment, num_trials=2, **arguments, resume=True)
-
-
-def test_a_second_driver_is_refused_while_the_first_runs(tmp_path: Path) -> None:
-    experiment = digits(tmp_path, 1, name="busy", **{"training.epochs": 1})
-    refusals: list[str] = []
-
-    def start_another() -> None:
-        with pytest.raises(UserError) as refusal:
-            sweep(experiment, search=SPACE, num_trials=2, resume=True)
-        refusals.append(str(refusal.value))
-
-    with once((tmp_path / "busy" / "trials.jsonl").exists, start_another):
-        sweep(experiment, search=SPACE, num_trials=2)
-    assert refusals == ["run.name: 'busy' is running right now; choose another --name"]
-
-
-def test_a_trial_of_two_workers_trains_on_a_nested_group(tmp_path: Path, swept: SweepResult) -> None:
-    experiment = digits(tmp_path, 1, name="nested")
-    started = time.monotonic()
-    result = sweep(experiment, search=SPACE, num_trials=1, scheduler="none", workers_per_trial=2)
-    assert result.states == {"finished": 1}, f"after {time.monotonic() - started:.0f} s"
-    alone = {row["trial"]: float(row["val/nelbo"]) for row in rows_of(swept)}
-    for row in rows_of(result):
-        assert float(row["val/nelbo"]) == pytest.approx(alone[row["trial"]], abs=0.5)
-        assert not (result.sweep_dir / "trials" / row["trial"] / ".ray").exists()

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.ray
 
 NUM_KILLS = int(os.environ.get("VAE_RAY_KILLS", "1"))
 SPACE = {"model.latent_dim": {"choice": [2, 6]}, "optim.lr": {"loguniform": [5e-4, 5e-3]}}
-NUM_TRIALS, EPOCHS = 6, 12
+NUM_TRIALS, EPOCHS = 6, 6
 ARGUMENTS: dict[str, Any] = {"search": SPACE, "num_trials": NUM_TRIALS, "scheduler": "none", "max_concurrent": 2}
 
 

@@ -15,7 +15,8 @@ from tests.config.test_user_code import MODULE, importable
 from tests.distributed.conftest import digits
 from tests.distributed.heads import Head
 from tests.distributed.test_submit import submit
-from vae_ray import TrainedVAE, UserError, sweep, train
+from vae_ray import SweepResult, TrainedVAE, UserError, sweep, train
+from vae_ray.run_files.run_records import RunRecords
 
 pytestmark = pytest.mark.ray
 
@@ -62,30 +63,47 @@ def test_every_kind_of_code_on_two_workers_computes_what_one_process_does(tmp_pa
 
 
 @pytest.mark.usefixtures("cluster", "module")
-@pytest.mark.parametrize("num_workers", [1, 2])
-def test_every_kind_of_code_in_a_sweep(num_workers: int, tmp_path: Path) -> None:
-    experiment = digits(tmp_path, num_workers, name="own").with_overrides(OWN)
-    space = {"model.network.width": {"grid": [8, 24]}}
-    result = sweep(experiment, search=space, num_trials=2, searcher="grid", scheduler="none")
-    assert (result.states, result.num_failed) == ({"finished": 2}, 0)
-    trials = sorted(Path(result.sweep_dir, "trials").iterdir())
-    assert [diary(trial) for trial in trials] == [DIARY] * 2
-    widths = [TrainedVAE.load(trial, trust_code=True).experiment.model.network.settings["width"] for trial in trials]
-    assert sorted(widths) == [8, 24]
+def test_every_kind_of_code_in_a_sweep(tmp_path: Path) -> None:
+    """Also where a trial trains on a nested group of two workers, with the numbers of one that trains alone."""
+
+    def swept(name: str, *widths: int, num_workers: int) -> tuple[SweepResult, dict[int, Path]]:
+        experiment = digits(tmp_path, 1, name=name).with_overrides(OWN)
+        space = {"model.network.width": {"grid": list(widths)}}
+        result = sweep(
+            experiment,
+            search=space,
+            num_trials=len(widths),
+            searcher="grid",
+            scheduler="none",
+            workers_per_trial=num_workers,
+        )
+        assert (result.states, result.num_failed) == ({"finished": len(widths)}, 0)
+        trials = sorted(Path(result.sweep_dir, "trials").iterdir())
+        assert [diary(trial) for trial in trials] == [DIARY] * len(widths)
+        experiments = [TrainedVAE.load(trial, trust_code=True).experiment for trial in trials]
+        return result, {e.model.network.settings["width"]: trial for e, trial in zip(experiments, trials, strict=True)}
+
+    result, alone = swept("own", 8, 24, num_workers=1)
+    assert sorted(alone) == [8, 24]
     with pytest.raises(UserError, match="trust_code=True"):
         TrainedVAE.load(result.sweep_dir)
+    _, nested = swept("nested", 8, num_workers=2)
+    assert RunRecords(nested[8]).attempts()[-1]["num_workers"] == 2
+    for one, other in zip(RunRecords(alone[8]).history(), RunRecords(nested[8]).history(), strict=True):
+        assert other["val/nelbo"] == pytest.approx(one["val/nelbo"], rel=1e-4)
+    assert not (nested[8] / ".ray").exists()
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_every_kind_of_code_travels_with_a_submitted_job(num_workers: int, head: Head, tmp_path: Path) -> None:
+def test_every_kind_of_code_travels_with_a_submitted_job(head: Head, tmp_path: Path) -> None:
+    """To the job itself, which checks the code before workers start, and to its two workers."""
     mine, storage = tmp_path / "mine", tmp_path / "storage"
     mine.mkdir()
     (mine / "own_code.py").write_text(MODULE)
-    options = ["--workers.num", str(num_workers), "--storage", str(storage), "--name", "sent", "--json"]
+    options = ["--workers.num", "2", "--storage", str(storage), "--name", "sent", "--json"]
     done = submit(head, "train", "digits", *FLAGS, *options, cwd=mine)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["status"] == "SUCCEEDED"
     assert diary(storage / "sent") == DIARY
     summary = json.loads((storage / "sent" / "summary.json").read_text())
-    assert summary["num_workers"] == num_workers
+    assert summary["num_workers"] == 2
     assert summary["metrics"]["train/half_rate"] == pytest.approx(summary["metrics"]["train/rate"] / 2, rel=1e-9)
