@@ -1,6 +1,7 @@
 """Truth: means, intervals and paired differences over seeds against scipy, and the ranking of configurations."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,11 @@ def sweep_of(values: Sequence[Sequence[float | None]]) -> list[TrialRecord]:
     ]
 
 
+def evaluated(records: Sequence[TrialRecord], found: dict[str, dict[str, float]]) -> list[TrialRecord]:
+    """The trials with what evaluations of them found, by name."""
+    return [replace(record, evaluated=found.get(record.name, {})) for record in records]
+
+
 def names(items: Sequence[Any]) -> list[str]:
     return [item.name for item in items]
 
@@ -69,7 +75,7 @@ pairs = st.lists(st.tuples(nats, nats), min_size=2, max_size=9)
 
 @given(pairs.filter(lambda values: len({round(b - a, 6) for a, b in values}) > 1))
 def test_the_difference_is_the_paired_one_of_student(values: list[tuple[float, float]]) -> None:
-    first, second = configurations(sweep_of(list(zip(*values, strict=True))), len(values))
+    first, second = configurations(sweep_of(list(zip(*values, strict=True))), NELBO, len(values))
     found, test = difference(first, second, "val/nelbo"), stats.ttest_rel(*zip(*values, strict=True))
     low, high = (-end for end in test.confidence_interval(0.95))  # scipy's is first - second
     assert found is not None
@@ -79,9 +85,9 @@ def test_the_difference_is_the_paired_one_of_student(values: list[tuple[float, f
 
 
 def test_only_seeds_that_both_have_are_paired() -> None:
-    first, second = configurations(sweep_of([(1.0, None, 5.0), (None, 3.0, 7.5)]), 3)
+    first, second = configurations(sweep_of([(1.0, None, 5.0), (None, 3.0, 7.5)]), NELBO, 3)
     assert difference(first, second, "val/nelbo") == Difference(2.5, None, 1)
-    alone, other = configurations(sweep_of([(1.0, None), (None, 3.0)]), 2)
+    alone, other = configurations(sweep_of([(1.0, None), (None, 3.0)]), NELBO, 2)
     assert difference(alone, other, "val/nelbo") is None
 
 
@@ -137,8 +143,9 @@ def test_the_front_is_that_of_the_means() -> None:
 
 def test_a_row_has_mean_interval_and_the_value_of_each_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # where the records' directories are
-    records, directory = sweep_of([(31.0, 33.0, 32.0), (30.0, None, 29.0)]), SweepDirectory(Path())
-    table = rows(records, NELBO, directory, 3, {"0000": {"val/nll": 1.0}, "0000-1": {"val/nll": 2.0}, "0001": {}})
+    found = {"0000": {"val/nll": 1.0}, "0000-1": {"val/nll": 2.0}, "0001": {}}
+    records, directory = evaluated(sweep_of([(31.0, 33.0, 32.0), (30.0, None, 29.0)]), found), SweepDirectory(Path())
+    table = rows(records, NELBO, directory, 3)
     first, second = table
     low, high = t_interval([31.0, 33.0, 32.0]) or (0.0, 0.0)
     assert list(first.items())[:9] == [
@@ -157,8 +164,9 @@ def test_a_row_has_mean_interval_and_the_value_of_each_seed(tmp_path: Path, monk
 
 
 def test_evaluated_metrics_are_means_over_the_seeds() -> None:
-    evaluated = {name: {"val/nll": value, "val/nelbo": -1.0} for name, value in (("0000", 1.0), ("0000-1", 2.0))}
-    table = rows(sweep_of([(31.0, 33.0), (40.0, 41.0)]), NELBO, SweepDirectory(Path()), 2, evaluated)
+    found = {name: {"val/nll": value, "val/nelbo": -1.0} for name, value in (("0000", 1.0), ("0000-1", 2.0))}
+    records = evaluated(sweep_of([(31.0, 33.0), (40.0, 41.0)]), found)
+    table = rows(records, NELBO, SweepDirectory(Path()), 2)
     assert [row["val/nll"] for row in table] == [1.5, None]
     assert table[0]["val/nelbo"] == 32.0, "what ranks is what training recorded"
 
@@ -232,7 +240,7 @@ def test_a_sweep_is_extended_by_more_seeds_and_never_shortened() -> None:
 
 
 def test_a_configuration_s_trials_are_in_the_order_of_their_seeds() -> None:
-    (each,) = configurations([seed_of(0, repeat, 40.0 - repeat) for repeat in range(12)], 12)
+    (each,) = configurations([seed_of(0, repeat, 40.0 - repeat) for repeat in range(12)], NELBO, 12)
     assert isinstance(each, Configuration)
     assert list(each.values("val/nelbo")) == list(range(FIRST_SEED, FIRST_SEED + 12))
     assert each.measured[0].seed == FIRST_SEED + 11

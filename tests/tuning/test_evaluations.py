@@ -16,7 +16,7 @@ from vae_ray import Experiment, TrainedVAE, UserError
 from vae_ray.data.splits import Splits
 from vae_ray.errors import CorruptFile
 from vae_ray.tuning.directory import SweepDirectory
-from vae_ray.tuning.evaluations import evaluate_trials, evaluated, metric_names, possible_metrics
+from vae_ray.tuning.evaluations import evaluate_trials, metric_names, possible_metrics, with_evaluations
 from vae_ray.tuning.leaderboard import best_trials
 from vae_ray.tuning.records import read_trials
 from vae_ray.tuning.summary import summarize_sweep
@@ -43,6 +43,12 @@ def directory(built: SweepDirectory, tmp_path: Path) -> SweepDirectory:
     return SweepDirectory(tmp_path / "sweep")
 
 
+def evaluated(directory: SweepDirectory) -> dict[str, dict[str, float]]:
+    """What the sweep's files hold of evaluated trials."""
+    records = with_evaluations(directory, read_trials(directory))
+    return {record.name: dict(record.evaluated) for record in records if record.evaluated}
+
+
 def evaluate(directory: SweepDirectory, names: list[str] = METRICS, *, num: int = 5) -> list[str]:
     """Evaluate the best trials; the lines that are shown."""
     said: list[str] = []
@@ -56,7 +62,7 @@ def test_the_best_trials_are_evaluated_and_the_others_columns_are_empty(director
     best = best_trials(read_trials(directory), ["val/nelbo"], 1, 1)[0]
     assert evaluate(directory, num=1) == [f"trial {best.name}  evaluating elbo, active-units (1 of 1)"]
     expected = TrainedVAE.load(best.run.path).evaluate("val", METRICS)
-    assert evaluated(directory, read_trials(directory)) == {best.name: dict(expected)}
+    assert evaluated(directory) == {best.name: dict(expected)}
     result = summarize_sweep(directory, started_at=0.0, trust_code=True)
     table = pyarrow.parquet.read_table(directory.leaderboard_parquet).to_pylist()
     assert [row["val/active_units"] for row in table] == [expected["val/active_units"], None, None]
@@ -75,7 +81,7 @@ def test_what_is_kept_and_unchanged_is_not_evaluated_again(directory: SweepDirec
     assert len(evaluate(directory)) == 2, "the one that failed is left out"
     assert evaluate(directory) == evaluate(directory, ["active-units"]) == []
     assert [line.partition("evaluating ")[2][:6] for line in evaluate(directory, ["rates", *METRICS])] == ["rates "] * 2
-    before = evaluated(directory, read_trials(directory))
+    before = evaluated(directory)
     files = [
         entry["file"] for entry in directory.journal() if (entry["trial"], entry.get("metrics")) == ("0000", METRICS)
     ]
@@ -84,7 +90,36 @@ def test_what_is_kept_and_unchanged_is_not_evaluated_again(directory: SweepDirec
     assert [line[:10] for line in evaluate(directory)] == ["trial 0000"]
     file.unlink()
     assert [line[:10] for line in evaluate(directory)] == ["trial 0000"]
-    assert evaluated(directory, read_trials(directory)) == before
+    assert evaluated(directory) == before
+
+
+def test_a_metric_of_evaluations_ranks_the_trials_that_have_it(directory: SweepDirectory) -> None:
+    metric = "val/linear_probe[label]"
+    directory.write_description({**directory.description(), "metrics": [metric]})
+    before = summarize_sweep(directory, started_at=0.0, trust_code=True)
+    assert (before.best, before.pareto_front) == ({}, ["0000", "0001"]), "nothing is said to be the best"
+    assert not directory.best.exists()
+    assert "not evaluated by" in "".join(Page(directory.report.read_text()).text("td"))
+    assert len(evaluate(directory, ["representation"])) == 2
+    assert evaluate(directory, ["representation"]) == []
+    result = summarize_sweep(directory, started_at=0.0, trust_code=True)
+    accuracy = {name: found[metric] for name, found in evaluated(directory).items()}
+    assert accuracy["0000"] != accuracy["0001"]
+    order = sorted(accuracy, key=lambda name: -accuracy[name])
+    table = pyarrow.parquet.read_table(directory.leaderboard_parquet).to_pylist()
+    ranks = [(row["trial"], row["rank"], row[metric]) for row in table]
+    assert ranks == [(order[0], 1, accuracy[order[0]]), (order[1], 2, accuracy[order[1]]), ("0002", None, None)]
+    assert (result.best["trial"], result.best["metrics"][metric]) == (order[0], accuracy[order[0]])
+    best = TrainedVAE.load(directory.best)
+    assert best.evaluate("val", "representation")[metric] == accuracy[order[0]]
+    page = Page(directory.report.read_text())
+    assert f"Trials are ranked by {metric} of their best checkpoint, that of the smallest val/nelbo" in page.html
+    assert "; higher is better." in page.html
+    assert {point["trial"] for point in page.charts["curves-0"]["data"]["values"]} == {"0000", "0001", "0002"}
+    assert page.charts["curves-0"]["layer"][0]["encoding"]["y"]["title"] == "val/nelbo (nats per image)"
+    color = page.charts["parallel"]["layer"][0]["encoding"]["color"]
+    assert (color["title"], color["scale"]["reverse"]) == (metric, True)
+    assert "val/neighbours[label]" not in page.text("th"), "what comes with it is in the files only"
 
 
 def test_an_evaluation_of_another_checkpoint_does_not_count(directory: SweepDirectory) -> None:
@@ -107,7 +142,7 @@ def test_a_trial_that_cannot_be_evaluated_is_a_warning_and_the_others_go_on(
     with caplog.at_level(logging.WARNING):
         evaluate(directory)
     assert any(line.startswith("trial 0000: not evaluated (") for line in caplog.messages)
-    assert list(evaluated(directory, read_trials(directory))) == ["0001"]
+    assert list(evaluated(directory)) == ["0001"]
 
 
 @pytest.mark.parametrize("file", ["../../../../etc/passwd.json", "/etc/passwd.json", ".hidden.json", "a/b.json", 3])

@@ -21,9 +21,9 @@ from vae_ray.checkpoints.saving import copy_checkpoint
 from vae_ray.tuning import leaderboard
 from vae_ray.tuning.directory import SweepDirectory
 from vae_ray.tuning.leaderboard import non_dominated, ranked
+from vae_ray.tuning.metrics import METRICS
 from vae_ray.tuning.progress import SweepView
 from vae_ray.tuning.records import FAILURES, TrialRecord, read_trials
-from vae_ray.tuning.settings import METRICS
 from vae_ray.tuning.summary import summarize_sweep
 
 RATE_DISTORTION = ("val/rate", "val/distortion")

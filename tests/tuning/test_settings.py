@@ -7,8 +7,9 @@ import pytest
 from tests.tuning.trials import settings_of
 from vae_ray import Experiment, UserError
 from vae_ray.config.experiment import field_docs
+from vae_ray.tuning.metrics import METRICS
 from vae_ray.tuning.schedulers import SCHEDULERS
-from vae_ray.tuning.settings import DEFAULT_NUM_TRIALS, METRICS, PBT_KEYS, SEARCHERS
+from vae_ray.tuning.settings import DEFAULT_NUM_TRIALS, PBT_KEYS, SEARCHERS
 from vae_ray.tuning.space import SearchSpace
 
 LR = {"optim.lr": {"loguniform": [1e-4, 1e-2]}}

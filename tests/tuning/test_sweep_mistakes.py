@@ -138,6 +138,22 @@ MISTAKES: list[tuple[str, list[str], str]] = [
         ["sweep", "digits", "--evaluate=nll,disentanglement"],
         "evaluate: disentanglement needs images with two known factors or more, these have 1; leave it out",
     ),
+    (
+        "ranked by what needs factors",
+        ["sweep", "digits", "--metric=val/mig_locatello"],
+        "metric: got 'val/mig_locatello', but disentanglement needs images with two known factors or more, these have",
+    ),
+    (
+        "ranked by a label that is not there",
+        ["sweep", "digits", "--metric=val/linear_probe[lable]"],
+        "metric: got 'val/linear_probe[lable]', but these images have no such label; use one of label",
+    ),
+    ("an autoencoder's metric", ["sweep", "digits", "--metric=val/psnr"], "an autoencoder (beta = 0) would win"),
+    (
+        "asha by an evaluation",
+        ["sweep", "digits", "--metric=val/nll", "--scheduler=asha"],
+        "scheduler: got 'asha', but val/nll is known only when all trials have ended; use --scheduler none",
+    ),
     ("pbt a few at a time", ["sweep", "digits", "--scheduler=pbt", "--max-concurrent=2"], "not supported with pbt"),
     (
         "no trials",

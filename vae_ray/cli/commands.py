@@ -6,6 +6,7 @@ Light until a command runs: torch and ray are imported inside the functions.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import sys
 import time
@@ -159,7 +160,7 @@ def sweep(options: argparse.Namespace) -> dict[str, Any]:
         resume=options.resume,
         quiet=False,
     )
-    if result.num_failed == result.num_trials:
+    if not result.best:
         options.exit_code = 1
     return result.to_dict() if options.json else _readable_sweep(result)
 
@@ -212,6 +213,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
 def _readable_sweep(result: SweepResult) -> dict[str, Any]:
     from vae_ray.evaluation.table import with_unit
     from vae_ray.run_files.progress import format_nats
+    from vae_ray.tuning.metrics import without_siblings
 
     states = ", ".join(f"{number} {state}" for state, number in result.states.items())
     answer = {"trials": f"{result.num_trials} ({states})"}
@@ -220,8 +222,9 @@ def _readable_sweep(result: SweepResult) -> dict[str, Any]:
             row, result
         )
     answer |= _warnings(result.verdict, "verdict")
-    for name, values in result.evaluations.items():
-        answer[f"evaluated {name}"] = "  ".join(f"{key} {with_unit(key, value)}" for key, value in values.items())
+    for name, values in itertools.islice(result.evaluations.items(), NUM_SHOWN):
+        keys = without_siblings(values, result.metrics)
+        answer[f"evaluated {name}"] = "  ".join(f"{key} {with_unit(key, values[key])}" for key in keys)
     if result.best:
         settings = _settings(result.best["overrides"])
         metrics = result.best["metrics"]
@@ -229,27 +232,40 @@ def _readable_sweep(result: SweepResult) -> dict[str, Any]:
         answer |= {
             "best trial": f"{result.best['trial']}  {settings}",
             **({"seed": str(result.best["seed"])} if "seed" in result.best else {}),
+            **_ranking(result),
             "nats per image": ", ".join(terms),
             "checkpoint": result.best["checkpoint"],
             **_warnings(result.best["warnings"]),
         }
     else:
-        answer["best trial"] = "none: every trial failed; the report says why"
+        what = "every trial failed" if result.num_failed == result.num_trials else "no trial has a rank"
+        answer["best trial"] = f"none: {what}; the report says why"
     return answer | {"leaderboard": str(result.leaderboard), "report": str(result.report)}
+
+
+def _ranking(result: SweepResult) -> dict[str, str]:
+    """Of a metric of evaluations, the winner's value and which are better."""
+    from vae_ray.evaluation.table import with_unit
+    from vae_ray.tuning.metrics import better, is_evaluated
+
+    evaluated = [metric for metric in result.metrics if is_evaluated(metric)]
+    return {key: f"{with_unit(key, result.best['metrics'][key])}, {better([key])}" for key in evaluated}
 
 
 def _of_configuration(row: dict[str, Any], result: SweepResult) -> str:
     """Means, intervals and values by seed of a row of the leaderboard, and what was searched."""
-    from vae_ray.run_files.progress import format_nats
+    from vae_ray.tuning.metrics import value_text
 
     parts = [] if row["state"] == "complete" else [row["state"]]
     for metric in result.metrics:
         seeds = [value for key, value in row.items() if key.startswith(f"{metric}_seed_")]
-        values = " ".join("–" if value is None else format_nats(value) for value in seeds)
-        ends = [format_nats(row[f"{metric}_{end}"]) for end in ("low", "high") if row[f"{metric}_{end}"] is not None]
+        values = " ".join(value_text(metric, value) for value in seeds)
+        ends = [
+            value_text(metric, row[f"{metric}_{end}"]) for end in ("low", "high") if row[f"{metric}_{end}"] is not None
+        ]
         interval = f"95 % {' to '.join(ends)}, " if ends else ""
         if row[metric] is not None:
-            parts.append(f"{metric} {format_nats(row[metric])} ({interval}by seed {values})")
+            parts.append(f"{metric} {value_text(metric, row[metric])} ({interval}by seed {values})")
     searched = result.best.get("overrides", {})
     return "  ".join([*parts, _settings({key: row[key] for key in searched})])
 

@@ -216,7 +216,8 @@ COMMANDS: Mapping[Callable[[argparse.Namespace], dict[str, Any]], Arguments] = {
         "--scheduler": _text("asha stops bad trials early (default), none (with --repeats), or pbt", "NAME"),
         "--searcher": _text("random (default), grid or optuna", "NAME", default="random"),
         "--metric": _text(
-            "what trials are compared by; two for a Pareto front, as in\nval/distortion,val/rate (default val/nelbo)",
+            "what trials are compared by; two for a Pareto front, as in\nval/distortion,val/rate; or one of `vae-ray "
+            "evaluate`, as val/mig_locatello (default val/nelbo)",
             default="val/nelbo",
         ),
         "--evaluate": _text(

@@ -161,18 +161,23 @@ def chosen(names: str | Sequence[str]) -> list[str]:
     return [name for name in METRICS if name in wanted]
 
 
-def with_unit(key: str, value: float, standard_error: float | None = None) -> str:
-    """A value of a metric as one reads it: `104.21 ± 0.35 nats` of "test/nelbo"."""
+def unit_of(key: str) -> str:
+    """The unit of a metric: "nats", "bits/dim", "dB", or none."""
     name = key.rpartition("/")[2]
     if name.endswith("bits_per_dim"):
-        unit, digits = " bits/dim", 3
-    elif name.startswith(tuple(f"{each}_" for each in NATS)) or name in NATS:
-        unit, digits = " nats", 2
-    elif name == "psnr":
-        unit, digits = " dB", 2
-    elif name == "mse":
-        unit, digits = "", 5
-    else:
-        unit, digits = "", 0 if float(value).is_integer() else 3
+        return "bits/dim"
+    if name.startswith(tuple(f"{each}_" for each in NATS)) or name in NATS:
+        return "nats"
+    return "dB" if name == "psnr" else ""
+
+
+def with_unit(key: str, value: float, standard_error: float | None = None) -> str:
+    """A value of a metric as one reads it: `104.21 ± 0.35 nats` of "test/nelbo"."""
+    unit = unit_of(key)
+    digits = {"nats": 2, "dB": 2}.get(unit, 3)
+    if key.rpartition("/")[2] == "mse":
+        digits = 5
+    elif not unit and float(value).is_integer():
+        digits = 0
     error = "" if standard_error is None else f" ± {standard_error:.{max(1, digits)}f}"
-    return f"{value:,.{digits}f}{error}{unit}"
+    return f"{value:,.{digits}f}{error} {unit}".rstrip()

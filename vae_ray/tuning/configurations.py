@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 from scipy.stats import t
 
+from vae_ray.evaluation.table import unit_of
+from vae_ray.tuning.metrics import cost
 from vae_ray.tuning.records import TrialRecord, configuration_of
 
 CONFIDENCE = 0.95
@@ -47,6 +49,8 @@ class Configuration:
 
     records: list[TrialRecord]
     """In order of their seeds."""
+    metrics: Sequence[str]
+    """Those that rank."""
     repeats: int
     """How many seeds the sweep has."""
 
@@ -56,9 +60,10 @@ class Configuration:
 
     @cached_property
     def measured(self) -> list[TrialRecord]:
-        """The trials that have ended and not failed, by whose values the configuration is measured; best first."""
-        measured = [each for each in self.records if each.state in ("finished", "stopped") and each.best is not None]
-        return sorted(measured, key=lambda record: record.score)
+        """The trials that have ended and have a value of every metric, which measure the configuration; best first."""
+        ended = [each for each in self.records if each.has_ended]
+        measured = [each for each in ended if all(each.value(metric) is not None for metric in self.metrics)]
+        return sorted(measured, key=lambda record: cost(record, self.metrics))
 
     @property
     def failed(self) -> bool:
@@ -78,7 +83,11 @@ class Configuration:
     def reason(self) -> str:
         """Which seeds have no value, and why; empty where all have."""
         missing = [each for each in self.records if each not in self.measured]
-        return "; ".join(f"seed {each.seed} {each.state}{': ' * bool(each.reason)}{each.reason}" for each in missing)
+        states = ["not evaluated" if each.has_ended else each.state for each in missing]
+        return "; ".join(
+            f"seed {each.seed} {state}{': ' * bool(each.reason)}{each.reason}"
+            for each, state in zip(missing, states, strict=True)
+        )
 
     @property
     def score(self) -> float:
@@ -86,24 +95,27 @@ class Configuration:
         return fmean(record.score for record in self.measured) if self.measured else math.inf
 
     def values(self, metric: str) -> dict[int, float]:
-        """The metric of each seed's best checkpoint, by seed, in their order; without those that have none."""
+        """The metric of each measured seed's best checkpoint, by seed, in order; without those that have none."""
         values = {each.seed: each.value(metric) for each in self.records if each in self.measured}
         return {seed: value for seed, value in values.items() if value is not None}
 
     def value(self, metric: str) -> float | None:
-        """The mean of the metric over the seeds that have a value; None without one."""
+        """The mean of the metric over the measured seeds.
+
+        None if one has no value of it: means over different seeds do not compare.
+        """
         values = self.values(metric)
-        return fmean(values.values()) if values else None
+        return fmean(values.values()) if values and len(values) == len(self.measured) else None
 
     def interval(self, metric: str) -> Interval | None:
         """The interval of that mean; None of fewer than two seeds."""
         return t_interval([*self.values(metric).values()])
 
 
-def configurations(records: Sequence[TrialRecord], repeats: int) -> list[Configuration]:
+def configurations(records: Sequence[TrialRecord], metrics: Sequence[str], repeats: int) -> list[Configuration]:
     """The trials by configuration, in their order."""
     groups = itertools.groupby(records, key=lambda record: configuration_of(record.name))
-    return [Configuration(list(group), repeats) for _, group in groups]
+    return [Configuration(list(group), metrics, repeats) for _, group in groups]
 
 
 class Difference(NamedTuple):
@@ -117,7 +129,7 @@ class Difference(NamedTuple):
 
 
 def difference(first: Configuration, second: Configuration, metric: str) -> Difference | None:
-    """Of the seeds that both have, second - first; positive where the first is better. None without such a seed.
+    """Of the seeds that both have, second - first. None without such a seed.
 
     Trials of one seed have the same order of images and the same noise, and often the same initial weights: their
     differences vary less than the values do.
@@ -149,8 +161,8 @@ def _described(first: Configuration, second: Configuration, metric: str) -> str:
     found = difference(first, second, metric)
     if found is None:
         return f"{metric}: {first.name} and {second.name} have no seed in common to be compared by."
-    how = "lower" if found.mean >= 0 else "higher"
-    text = f"{metric} of {first.name} is {abs(found.mean):.3g} nats {how} than that of {second.name}"
+    unit, how = f" {unit_of(metric)}".rstrip(), "lower" if found.mean >= 0 else "higher"
+    text = f"{metric} of {first.name} is {abs(found.mean):.3g}{unit} {how} than that of {second.name}"
     if found.interval is None:
         return f"{text}, by one seed: that says nothing about chance."
     low, high = sorted(math.copysign(1, found.mean) * end for end in found.interval)

@@ -1,4 +1,6 @@
-"""Evaluations of a sweep's best trials (`--evaluate`): kept beside each trial, and columns of the leaderboard.
+"""Evaluations of a sweep's trials, kept beside each: of those that a metric of evaluations ranks, and of the best ones.
+
+The latter (`--evaluate`) are columns of the leaderboard only.
 
 The journal says which metrics of which checkpoint are in which file of `RUN/evaluations`: none is computed again.
 """
@@ -7,7 +9,9 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,7 @@ from vae_ray.data.batches import Shards
 from vae_ray.data.splits import Splits
 from vae_ray.errors import CorruptFile, UserError, one_line
 from vae_ray.evaluation.classifier import LABEL
+from vae_ray.evaluation.disentanglement import factor_levels
 from vae_ray.evaluation.evaluation import Evaluation, possible
 from vae_ray.evaluation.features import FeatureSpace
 from vae_ray.evaluation.observations import observe
@@ -27,7 +32,7 @@ from vae_ray.inference import TrainedVAE
 from vae_ray.models.vae import build_vae
 from vae_ray.report.evaluations import kept_evaluation
 from vae_ray.tuning.directory import SweepDirectory
-from vae_ray.tuning.leaderboard import Evaluated
+from vae_ray.tuning.metrics import evaluated_by
 from vae_ray.tuning.records import TrialRecord, read_journal
 
 logger = logging.getLogger(__name__)
@@ -58,6 +63,42 @@ def possible_metrics(names: str | Sequence[str], experiment: Experiment, splits:
         return possible(metric_names(names), setting, observe_one, required=names not in (ALL, [ALL]))[0]
     except UserError as error:
         raise UserError(str(error).replace("metrics:", "evaluate:", 1)) from None
+
+
+def check_ranking(metric: str, experiment: Experiment, splits: Splits) -> None:
+    """Raise `UserError` if images or model do not allow a metric of evaluations that is to rank trials."""
+    split, _, term = metric.partition("/")
+    name = evaluated_by(metric)
+    assert name is not None
+    try:
+        possible_metrics([name], experiment, splits, split)
+        if name == "disentanglement":
+            factor_levels(torch.stack([*_whole_labels(splits, split).values()], dim=1))
+        if name == "representation":
+            _check_label(term.partition("[")[2].removesuffix("]"), experiment, splits, split)
+    except UserError as error:
+        reason = str(error).removeprefix("evaluate: ")
+        raise UserError(f"metric: got {metric!r}, but {reason}") from None
+
+
+def _check_label(label: str, experiment: Experiment, splits: Splits, split: str) -> None:
+    """Raise `UserError` if a classifier cannot be fitted to a label and tested by it."""
+    train, other = (_whole_labels(splits, name) for name in ("train", split))
+    known = [name for name in train if name in other and name != experiment.model.condition]
+    if label not in known:
+        raise UserError(f"these images have no such label; use one of {', '.join(known)}")
+    num_classes, num_labels = len(train[label][train[label] >= 0].unique()), int((other[label] >= 0).sum())
+    if num_classes < 2 or not num_labels:
+        raise UserError(
+            f"{label!r} has {num_classes} classes in the training images and {num_labels} labels in the others, a "
+            "classifier needs at least 2 and 1; use another label"
+        )
+
+
+def _whole_labels(splits: Splits, name: str) -> dict[str, torch.Tensor]:
+    """Labels and factors of a split that are whole numbers, `(N,)` by name."""
+    split, indices = splits.select(name)
+    return {key: values[indices] for key, values in split.columns.items() if not values.is_floating_point()}
 
 
 def _pixels_of_labelled(splits: Splits) -> FeatureSpace:
@@ -111,14 +152,14 @@ def evaluate_trials(
     return is_new
 
 
-def evaluated(directory: SweepDirectory, records: Sequence[TrialRecord]) -> Evaluated:
-    """What the evaluations of the trials' best checkpoints have found, by trial."""
-    found = {record.name: [evaluation for _, evaluation in _kept(directory, record)] for record in records}
-    return {
-        name: {key: value for each in evaluations for key, value in each.items()}
-        for name, evaluations in found.items()
-        if evaluations
-    }
+def with_evaluations(directory: SweepDirectory, records: Sequence[TrialRecord]) -> list[TrialRecord]:
+    """The records with the finite numbers that evaluations of the trials' best checkpoints have found."""
+    return [replace(record, evaluated=_found(directory, record)) for record in records]
+
+
+def _found(directory: SweepDirectory, record: TrialRecord) -> dict[str, float]:
+    found = [item for _, evaluation in _kept(directory, record) for item in evaluation.items()]
+    return {key: value for key, value in found if math.isfinite(value)}
 
 
 def _kept(directory: SweepDirectory, record: TrialRecord) -> list[tuple[list[str], Evaluation]]:

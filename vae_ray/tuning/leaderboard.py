@@ -1,4 +1,4 @@
-"""The leaderboard: trials in order of a metric that does not contain beta, as CSV, Parquet and `best/`.
+"""The leaderboard: trials in order of a metric that does not contain beta, as CSV and Parquet.
 
 Not the loss: it is distortion + beta * rate, so trials of different beta do not measure the same thing, and the
 smallest beta wins. `nelbo` is distortion + rate for all of them. The trade-off itself is two numbers, rate and
@@ -8,9 +8,8 @@ distortion; the non-dominated trials are the Pareto front (Alemi et al. 2018, ar
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from statistics import fmean
-from typing import Any, Protocol, TypeVar
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.csv
@@ -18,30 +17,9 @@ import pyarrow.parquet
 
 from vae_ray.tuning.configurations import Configuration, configurations
 from vae_ray.tuning.directory import SweepDirectory
+from vae_ray.tuning.metrics import TERMS, Ranked, cost
 from vae_ray.tuning.records import TrialRecord
-from vae_ray.tuning.settings import TERMS
 from vae_ray.tuning.space import scalar
-
-Evaluated = Mapping[str, Mapping[str, float]]
-"""Metrics by the name of the trial of which they were evaluated."""
-NOT_EVALUATED: Evaluated = {}
-
-
-class Ranked(Protocol):
-    """What can be ranked: a trial, or a configuration."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def failed(self) -> bool: ...
-
-    @property
-    def score(self) -> float:
-        """The selection metric."""
-
-    def value(self, metric: str) -> float | None: ...
-
 
 R = TypeVar("R", bound=Ranked)
 
@@ -49,14 +27,13 @@ R = TypeVar("R", bound=Ranked)
 def ranked(items: Sequence[R], metrics: Sequence[str]) -> list[R]:
     """Trials or configurations from best to worst; failed ones and those without a value last.
 
-    With two metrics the Pareto front comes first, then the front of the others, and so on; within one, by the
-    selection metric.
+    With two metrics the Pareto front comes first, then the front of the others, and so on; within one, by `cost`.
     """
     left = [item for item in items if is_comparable(item, metrics)]
     order: list[R] = []
     while left:
         front = non_dominated(left, metrics) if len(metrics) > 1 else left
-        order += sorted(front, key=lambda item: (item.score, item.name))
+        order += sorted(front, key=lambda item: (cost(item, metrics), item.name))
         left = [item for item in left if item not in front]
     return order + [item for item in items if item not in order]
 
@@ -79,7 +56,7 @@ def non_dominated(items: Sequence[R], metrics: Sequence[str]) -> list[R]:
 
 def ranked_configurations(records: Sequence[TrialRecord], metrics: Sequence[str], repeats: int) -> list[Configuration]:
     """By their means, those of which every seed has a value first."""
-    every = configurations(records, repeats)
+    every = configurations(records, metrics, repeats)
     complete, others = ([each for each in every if each.is_complete is wanted] for wanted in (True, False))
     return [*ranked(complete, metrics), *ranked(others, metrics)]
 
@@ -110,11 +87,10 @@ def rows(
     metrics: Sequence[str],
     directory: SweepDirectory,
     repeats: int = 1,
-    evaluated: Evaluated = NOT_EVALUATED,
 ) -> list[dict[str, Any]]:
     """The leaderboard: one row a trial, with repeats a configuration, best first."""
     build = configuration_rows if repeats > 1 else trial_rows
-    return build(records, metrics, directory, repeats, evaluated)
+    return build(records, metrics, directory, repeats)
 
 
 def trial_rows(
@@ -122,12 +98,10 @@ def trial_rows(
     metrics: Sequence[str],
     directory: SweepDirectory,
     repeats: int,
-    evaluated: Evaluated,
 ) -> list[dict[str, Any]]:
     """One row a trial, best first: plain values, None where there is none."""
     front = {record.name for record in non_dominated(records, rate_and_distortion(metrics))}
-    columns = measured_metrics(records)
-    extra = new_columns(evaluated, records)
+    columns = [*measured_metrics(records), *new_columns(records)]
     table = []
     for rank, record in enumerate(ranked_trials(records, metrics, repeats), start=1):
         best = record.best
@@ -139,12 +113,11 @@ def trial_rows(
                 "epochs": record.epochs_done,
                 "best_epoch": best.epoch if best else None,
                 **{key: record.value(key) for key in columns},
-                **{key: evaluated.get(record.name, {}).get(key) for key in extra},
                 "pareto_front": record.name in front,
                 **{key: scalar(value) for key, value in record.overrides.items()},
                 "seconds": sum(line["seconds"] for line in record.history),
                 "checkpoint": str(best.path.relative_to(directory.path)) if best else None,
-                "reason": record.reason,
+                "reason": record.reason or not_evaluated(record, metrics),
             }
         )
     return table
@@ -155,7 +128,6 @@ def configuration_rows(
     metrics: Sequence[str],
     directory: SweepDirectory,
     repeats: int,
-    evaluated: Evaluated,
 ) -> list[dict[str, Any]]:
     """One row a configuration, best first: of each metric the mean over seeds, of those that rank all values too.
 
@@ -163,8 +135,7 @@ def configuration_rows(
     """
     order = ranked_configurations(records, metrics, repeats)
     front = {each.name for each in non_dominated(order, rate_and_distortion(metrics))}
-    columns = measured_metrics(records)
-    extra = new_columns(evaluated, records)
+    columns = [*measured_metrics(records), *new_columns(records)]
     seeds = sorted({record.seed for record in records})
     table = []
     for rank, each in enumerate(order, start=1):
@@ -178,9 +149,6 @@ def configuration_rows(
         for metric in metrics:
             row |= {metric: each.value(metric), **_of_seeds(each, metric, seeds)}
         row |= {key: each.value(key) for key in columns if key not in metrics}
-        row |= {
-            key: _mean_of_all([evaluated.get(record.name, {}).get(key) for record in each.measured]) for key in extra
-        }
         row |= {
             "pareto_front": each.name in front,
             **{key: scalar(value) for key, value in best.overrides.items()},
@@ -202,16 +170,17 @@ def _of_seeds(configuration: Configuration, metric: str, seeds: Sequence[int]) -
     return {f"{metric}_low": low, f"{metric}_high": high, **by_seed}
 
 
-def _mean_of_all(values: Sequence[float | None]) -> float | None:
-    """The mean; None if one is missing: means over different seeds do not compare."""
-    known = [value for value in values if value is not None]
-    return fmean(known) if known and len(known) == len(values) else None
+def not_evaluated(record: TrialRecord, metrics: Sequence[str]) -> str:
+    """A line if a trial that has ended has no rank; else nothing."""
+    if not record.has_ended or is_comparable(record, metrics):
+        return ""
+    return f"not evaluated by {', '.join(metrics)}; --resume tries it again"
 
 
-def new_columns(evaluated: Evaluated, records: Sequence[TrialRecord]) -> list[str]:
+def new_columns(records: Sequence[TrialRecord]) -> list[str]:
     """The metrics of evaluations that training has not recorded."""
     recorded = measured_metrics(records)
-    return [key for key in dict.fromkeys(key for each in evaluated.values() for key in each) if key not in recorded]
+    return [key for key in dict.fromkeys(key for each in records for key in each.evaluated) if key not in recorded]
 
 
 def measured_metrics(records: Sequence[TrialRecord]) -> list[str]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -48,6 +49,8 @@ class TrialRecord:
     history: list[dict[str, Any]]
     """Its records of `metrics.jsonl` up to its last complete checkpoint."""
     seed: int = 0
+    evaluated: Mapping[str, float] = field(default_factory=dict)
+    """What evaluations of its best checkpoint have found (`evaluations.with_evaluations`)."""
 
     @property
     def epochs_done(self) -> int:
@@ -61,6 +64,11 @@ class TrialRecord:
     @property
     def failed(self) -> bool:
         return self.state in FAILURES
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it ended without a failure, and has a checkpoint."""
+        return self.state in ("finished", "stopped") and self.best is not None
 
     @cached_property
     def overrides(self) -> dict[str, Any]:
@@ -87,8 +95,8 @@ class TrialRecord:
         return self.proposed
 
     def value(self, metric: str) -> float | None:
-        """The metric of the best checkpoint in nats; None without one."""
-        return self.best.metrics.get(metric) if self.best is not None else None
+        """The metric of the best checkpoint, as training recorded it or else as evaluated; None without one."""
+        return self.best.metrics.get(metric, self.evaluated.get(metric)) if self.best is not None else None
 
     @property
     def score(self) -> float:

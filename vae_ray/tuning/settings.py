@@ -9,15 +9,11 @@ from typing import Any
 
 from vae_ray.config.keys import did_you_mean
 from vae_ray.errors import UserError
-from vae_ray.evaluation.metrics import ELBO_TERMS
+from vae_ray.tuning.metrics import checked_metrics, is_evaluated
 from vae_ray.tuning.schedulers import SCHEDULERS
 from vae_ray.tuning.space import Range, SearchSpace
 
 SEARCHERS = ("random", "grid", "optuna")
-TERMS = ("nelbo", *ELBO_TERMS)
-"""What trials can be compared by: beta occurs in none of them."""
-METRICS = tuple(f"{split}/{term}" for split in ("val", "train") for term in TERMS)
-WINS_ALONE = {"rate": "a collapsed trial, whose latents ignore the image,", "distortion": "an autoencoder (beta = 0)"}
 DEFAULT_NUM_TRIALS = 16
 # What may change during a trial: neither the shape of the network nor the data.
 PBT_KEYS = ("optim.lr", "optim.weight_decay", "optim.grad_clip", "objective.beta")
@@ -29,7 +25,7 @@ class SweepSettings:
 
     space: SearchSpace
     metrics: tuple[str, ...]
-    """One metric, or two for a Pareto front; lower is better."""
+    """One metric, or two for a Pareto front."""
     num_trials: int
     """Configurations."""
     scheduler: str
@@ -65,17 +61,23 @@ def settings(
     repeats: int = 1,
 ) -> SweepSettings:
     """The settings that the arguments of `sweep` mean; raises `UserError` for those that cannot work."""
-    metrics = _metrics(metric)
+    metrics = checked_metrics(metric)
     if type(repeats) is not int or repeats < 1:
         raise UserError(f"repeats: got {repeats!r}, should be a whole number, at least 1; for example --repeats 5")
     if scheduler is None:
-        scheduler = "asha" if len(metrics) == repeats == 1 else "none"
+        scheduler = "asha" if len(metrics) == repeats == 1 and not is_evaluated(metrics[0]) else "none"
     _check_name("scheduler", scheduler, list(SCHEDULERS))
     _check_name("searcher", searcher, SEARCHERS)
     if len(metrics) > 1 and scheduler != "none":
         raise UserError(
             f"scheduler: got {scheduler!r}, with two metrics no trial can be stopped early; use --scheduler none"
         )
+    if is_evaluated(metrics[0]):
+        late = f"{metrics[0]} is known only when all trials have ended"
+        if scheduler != "none":
+            raise UserError(f"scheduler: got {scheduler!r}, but {late}; use --scheduler none")
+        if searcher == "optuna":
+            raise UserError(f"searcher: got {searcher!r}, but {late}; use --searcher random or grid")
     if repeats > 1 and scheduler != "none":
         raise UserError(
             f"scheduler: got {scheduler!r}, with --repeats it would compare seeds after different numbers of epochs; "
@@ -91,33 +93,6 @@ def settings(
     min_trials = 2 if scheduler == "pbt" else 1
     num_trials = _num_trials(num_trials, space, searcher=searcher, min_trials=min_trials, max_trials=size)
     return SweepSettings(space, metrics, num_trials, scheduler, searcher, repeats)
-
-
-def _metrics(metric: str | Sequence[str]) -> tuple[str, ...]:
-    metrics = tuple(metric.replace(" ", "").split(",")) if isinstance(metric, str) else tuple(metric)
-    for name in metrics:
-        split, _, term = name.partition("/")
-        if term == "loss":
-            raise UserError(
-                f"metric: got {name!r}, trials of different beta cannot be compared by what they optimised: "
-                "the smallest beta would win; use --metric val/nelbo"
-            )
-        if split == "test":
-            raise UserError(
-                f"metric: got {name!r}, the test split must not select the winner, or its metrics are no test; "
-                f"use --metric val/{term}"
-            )
-        _check_name("metric", name, METRICS)
-        if len(metrics) == 1 and term in WINS_ALONE:
-            raise UserError(
-                f"metric: got {name!r}, {WINS_ALONE[term]} would win; use --metric {split}/nelbo, or "
-                f"--metric {split}/rate,{split}/distortion for the trade-off"
-            )
-    if not 1 <= len(metrics) <= 2 or len(set(metrics)) < len(metrics):
-        raise UserError(
-            f"metric: got {','.join(metrics)!r}, should be one metric or two different ones of {', '.join(METRICS)}"
-        )
-    return metrics
 
 
 def _check_name(key: str, value: str, names: Sequence[str]) -> None:

@@ -16,7 +16,7 @@ from vae_ray.runs.results import versions
 from vae_ray.tuning import leaderboard
 from vae_ray.tuning.configurations import verdict
 from vae_ray.tuning.directory import SweepDirectory
-from vae_ray.tuning.evaluations import evaluated
+from vae_ray.tuning.evaluations import with_evaluations
 from vae_ray.tuning.records import TrialRecord, read_trials
 from vae_ray.tuning.report.page import write_report
 
@@ -40,7 +40,7 @@ class SweepResult:
     metrics: list[str]
     """Those by which trials are compared."""
     best: dict[str, Any]
-    """`trial`, `overrides`, `checkpoint`, `metrics` (in nats) and `warnings` of the winner.
+    """`trial`, `overrides`, `checkpoint`, `metrics` and `warnings` of the winner.
 
     With repeats that is the best seed of the best configuration, and `seed` says which."""
     pareto_front: list[str]
@@ -55,7 +55,7 @@ class SweepResult:
     verdict: list[str] = field(default_factory=list)
     """With repeats, lines that say how surely the first configuration is better than the second."""
     evaluations: dict[str, dict[str, float]] = field(default_factory=dict)
-    """What was evaluated of the best trials, or the means over seeds of the best configurations, by name."""
+    """What was evaluated of trials, or the means over seeds of configurations, by name, best first."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -68,11 +68,10 @@ def summarize_sweep(directory: SweepDirectory, *, started_at: float, trust_code:
     description = directory.description()
     metrics, repeats = description["metrics"], description.get("repeats", 1)
     directory.pull()
-    records = read_trials(directory)
-    evaluations = evaluated(directory, records)
-    table = leaderboard.rows(records, metrics, directory, repeats, evaluations)
+    records = with_evaluations(directory, read_trials(directory))
+    table = leaderboard.rows(records, metrics, directory, repeats)
     leaderboard.write_leaderboard(table, directory)
-    best = install_best(leaderboard.ranked_trials(records, metrics, repeats), directory, trust_code=trust_code)
+    best = install_best(records, metrics, repeats, directory, trust_code=trust_code)
     ranked = leaderboard.ranked_configurations(records, metrics, repeats) if repeats > 1 else []
     if ranked and best:
         best["seed"] = next(record.seed for record in records if record.name == best["trial"])
@@ -91,10 +90,10 @@ def summarize_sweep(directory: SweepDirectory, *, started_at: float, trust_code:
         versions=versions(),
         configurations=table if ranked else [],
         verdict=verdict(ranked, metrics),
-        evaluations=_by_name(table, leaderboard.new_columns(evaluations, records)),
+        evaluations=_by_name(table, leaderboard.new_columns(records)),
     )
     directory.write_summary(result.to_dict())
-    write_report(directory, records, table, evaluations)  # last: if it fails, all results are written
+    write_report(directory, records, table)  # last: if it fails, all results are written
     directory.push()
     return result
 
@@ -108,13 +107,15 @@ def _by_name(table: Sequence[dict[str, Any]], columns: Sequence[str]) -> dict[st
     return {name: values for name, values in found.items() if values}
 
 
-def install_best(ranked: Sequence[TrialRecord], directory: SweepDirectory, *, trust_code: bool) -> dict[str, Any]:
-    """Copy the first intact best checkpoint to `best/`; its description, empty if there is none.
+def install_best(
+    records: Sequence[TrialRecord], metrics: Sequence[str], repeats: int, directory: SweepDirectory, *, trust_code: bool
+) -> dict[str, Any]:
+    """Copy the first intact best checkpoint of a trial with a rank to `best/`; its description, empty if there is none.
 
     The model is judged, on test images too where no epoch was, unless it is a user's own code without `trust_code`.
     """
-    for winner in ranked:
-        if winner.failed or winner.best is None:
+    for winner in leaderboard.ranked_trials(records, metrics, repeats):
+        if winner.best is None or not leaderboard.is_comparable(winner, metrics):
             continue
         try:
             directory.pull(winner.best.path)
@@ -122,12 +123,13 @@ def install_best(ranked: Sequence[TrialRecord], directory: SweepDirectory, *, tr
         except CorruptFile as error:
             logger.warning("%s; trial %s is left out", error, winner.name)
             continue
-        metrics = {key: value for key, value in winner.best.metrics.items() if "/" in key}
+        found = {key: value for key, value in winner.best.metrics.items() if "/" in key}
+        found |= {key: value for key, value in winner.evaluated.items() if key in metrics}
         warnings: list[str] = []
         try:
             model = TrainedVAE.load(directory.best, trust_code=trust_code)
-            if "test/nelbo" not in metrics:  # no epoch evaluated it
-                metrics |= model.evaluate("test", "elbo").metrics
+            if "test/nelbo" not in found:  # no epoch evaluated it
+                found |= model.evaluate("test", "elbo").metrics
             warnings = model.failures()
         except UserError as error:  # its code is not trusted, or this machine has no data
             logger.warning("trial %s: its model is not examined (%s)", winner.name, error)
@@ -135,7 +137,7 @@ def install_best(ranked: Sequence[TrialRecord], directory: SweepDirectory, *, tr
             "trial": winner.name,
             "overrides": winner.overrides,
             "checkpoint": str(directory.public_path(directory.best)),
-            "metrics": metrics,
+            "metrics": found,
             "warnings": warnings,
         }
     return {}

@@ -28,8 +28,16 @@ from vae_ray.runs.preflight import Checked, checked_model, preflight, with_absol
 from vae_ray.storage.locations import absolute
 from vae_ray.training.checkpointing import selection_metric
 from vae_ray.tuning.directory import SweepDirectory
-from vae_ray.tuning.evaluations import DEFAULT_NUM_EVALUATED, evaluate_trials, metric_names, possible_metrics
+from vae_ray.tuning.evaluations import (
+    DEFAULT_NUM_EVALUATED,
+    check_ranking,
+    evaluate_trials,
+    metric_names,
+    possible_metrics,
+    with_evaluations,
+)
 from vae_ray.tuning.leaderboard import best_trials
+from vae_ray.tuning.metrics import evaluated_by, is_evaluated
 from vae_ray.tuning.records import read_trials
 from vae_ray.tuning.run_trials import run_trials
 from vae_ray.tuning.settings import SweepSettings, settings
@@ -67,7 +75,8 @@ def sweep(
     `search` is the name of a space that ships with the package, a YAML file, or plain data such as
     `{"optim.lr": {"loguniform": [1e-4, 1e-2]}}`. Trials are compared by `metric` of their best checkpoints:
     `val/nelbo`, or two such as `("val/rate", "val/distortion")` for a Pareto front; never by the loss, which contains
-    beta. The best checkpoint of a trial is that of the smallest nelbo on the same split.
+    beta. The best checkpoint of a trial is that of the smallest nelbo on the same split. A value of
+    `TrainedVAE.evaluate`, such as `val/mig_locatello`, ranks trials after they have ended, each by that checkpoint.
 
     With `repeats` each configuration is trained by as many seeds, `run.seed` and those after it, on the same images,
     and ranked by the mean over them; each seed is a trial. With `resume` a sweep of that name continues: what has ended
@@ -104,6 +113,9 @@ def sweep(
     checked, experiment, found = preflighted(checked, experiment)
     num_validation = experiment.data.num_validation
     split = checked.metrics[0].partition("/")[0]
+    ranking = [metric for metric in checked.metrics if is_evaluated(metric)]
+    for each in ranking:
+        check_ranking(each, experiment, found.splits)
     to_evaluate = [] if evaluate is None else possible_metrics(evaluate, experiment, found.splits, split)
     description = {"experiment": experiment.to_dict(), "fingerprints": found.splits.fingerprints, **checked.to_dict()}
     with open_sweep(experiment, description, resume=resume) as directory:
@@ -115,14 +127,17 @@ def sweep(
             directory.write_description(description)
             run_trials(directory, experiment, checked, device=device, max_concurrent=max_concurrent, quiet=quiet)
         result = summarize_sweep(directory, started_at=started_at, trust_code=True)
-        best = best_trials(read_trials(directory), checked.metrics, checked.repeats, evaluate_best)
-        is_new = evaluate_trials(
-            *(directory, best, to_evaluate),
-            split=split,
-            device=device if torch.cuda.is_available() else torch.device("cpu"),
-            trust_code=True,
-            say=StderrConsole(quiet=quiet).print,
-        )
+        how: dict[str, Any] = {
+            "split": split,
+            "device": device if torch.cuda.is_available() else torch.device("cpu"),
+            "trust_code": True,
+            "say": StderrConsole(quiet=quiet).print,
+        }
+        ended = [record for record in read_trials(directory) if record.has_ended]
+        is_new = evaluate_trials(directory, ended, [name for name in map(evaluated_by, ranking) if name], **how)
+        records = with_evaluations(directory, read_trials(directory))
+        best = best_trials(records, checked.metrics, checked.repeats, evaluate_best)
+        is_new |= evaluate_trials(directory, best, to_evaluate, **how)
         return summarize_sweep(directory, started_at=started_at, trust_code=True) if is_new else result
 
 
@@ -164,7 +179,7 @@ def preflighted(checked: SweepSettings, experiment: Experiment) -> tuple[SweepSe
         if not metric.startswith(f"{split}/"):
             raise UserError(
                 f"metric: got {metric!r}, but the checkpoints of each trial are selected on the validation split; "
-                "use --metric val/nelbo, or --data.num-validation 0"
+                f"use --metric {split}/{metric.partition('/')[2]}, or --data.num-validation 0"
             )
     space = checked.space.checked(experiment)
     found = preflight(experiment)

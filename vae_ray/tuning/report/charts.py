@@ -10,6 +10,7 @@ from vae_ray.report.charts import BASE_SPEC, RAMP, TOOLTIP, Spec, curves, lines,
 from vae_ray.report.text import as_text, short_names
 from vae_ray.tuning.configurations import Configuration
 from vae_ray.tuning.leaderboard import rate_and_distortion
+from vae_ray.tuning.metrics import better, curve_metrics, higher_is_better, with_its_unit
 from vae_ray.tuning.report.trials import ReportTrial, first_keys, in_order
 from vae_ray.tuning.space import Domain, SearchSpace, Values
 
@@ -39,7 +40,10 @@ def sweep_charts(
     `trials` and the `entries` of the leaderboard, which are the same without repeats, are in its order.
     """
     ranked = [entry for entry in entries[::-1] if entry.row["rank"] is not None]  # the best is drawn over the others
-    specs = {f"curves-{number}": learning_curves(trials[::-1], metric, rungs) for number, metric in enumerate(metrics)}
+    specs = {
+        f"curves-{number}": learning_curves(trials[::-1], metric, rungs)
+        for number, metric in enumerate(curve_metrics(metrics))
+    }
     if ranked:
         specs["parallel"] = parallel_coordinates(ranked, space, metrics)
         specs["plane"] = rate_distortion(ranked, space, metrics)
@@ -72,7 +76,9 @@ def values_by_seed(configurations: Sequence[Configuration], metric: str) -> Spec
             tooltip = {"trial": record.name, "seed": str(record.seed), metric: as_text(value)}
             points.append({**row, "kind": "seed", "value": value, "tooltip": tooltip})
         points.append({**row, "kind": "mean", "value": mean, "tooltip": summary})
-    x = quantity("value", f"{metric} (nats per image)", domain=_domain_of_seeds(metric, points))
+    x = quantity(
+        "value", f"{with_its_unit(metric, per_image=True)}, {better([metric])}", domain=_domain_of_seeds(metric, points)
+    )
     states = [state for state in SEED_COLORS if any(point["state"] == state for point in points)]
     color = {"domain": states, "range": [SEED_COLORS[state] for state in states]}
     marks: dict[str, Spec] = {
@@ -104,7 +110,7 @@ def values_by_seed(configurations: Sequence[Configuration], metric: str) -> Spec
 
 def _domain_of_seeds(metric: str, points: Sequence[Spec]) -> list[float]:
     """The ends of the axis: all values, and of the intervals at most half as much beside them."""
-    values = trimmed(metric, [point["value"] for point in points if point["kind"] == "seed"])
+    values = _trimmed(metric, [point["value"] for point in points if point["kind"] == "seed"])
     intervals = [point for point in points if point["kind"] == "interval"]
     room = (max(values) - min(values)) / 2 or 0.5
     low = max(min(values) - room, min([*values, *(each["value"] for each in intervals)]))
@@ -131,7 +137,7 @@ def learning_curves(trials: Sequence[ReportTrial], metric: str, rungs: Sequence[
     spec = curves(
         points,
         series="trial",
-        title=f"{metric} (nats per image)",
+        title=with_its_unit(metric, per_image=True),
         description=f"{metric} of each trial by epoch",
         color=color,
         shape=end,
@@ -150,7 +156,7 @@ def learning_curves(trials: Sequence[ReportTrial], metric: str, rungs: Sequence[
 def parallel_coordinates(trials: Sequence[ReportTrial], space: SearchSpace, metrics: Sequence[str]) -> Spec:
     """A line for each ranked trial through its searched values and its metrics."""
     points, labels = [], []
-    colors = trimmed(metrics[0], [trial.row[metrics[0]] for trial in trials])
+    colors = _trimmed(metrics[0], [trial.row[metrics[0]] for trial in trials])
     for column, domain in {**space.domains, **dict.fromkeys(metrics)}.items():
         positions, texts = _axis(column, [trial.row[column] for trial in trials], domain)
         points += [
@@ -161,7 +167,7 @@ def parallel_coordinates(trials: Sequence[ReportTrial], space: SearchSpace, metr
     axis = {"orient": "top", "labelAngle": 0, "labelPadding": 14, "domain": False, "ticks": False, "grid": True}
     x = {"field": "axis", "type": "nominal", "sort": None, "title": None, "axis": axis}
     y = {"field": "position", "type": "quantitative", "axis": None, "scale": {"domain": [0, 1]}}
-    color = quantity("value", f"{metrics[0]} (nats)", **RAMP)
+    color = quantity("value", with_its_unit(metrics[0]), **RAMP, reverse=higher_is_better(metrics[0]))
     label = {
         "name": "labels",
         "data": {"values": labels},
@@ -189,7 +195,7 @@ def _axis(column: str, values: Sequence[Any], domain: Domain | None) -> tuple[li
         places = {value: (number + 0.5) / len(distinct) for number, value in enumerate(distinct)}
         return [places[value] for value in values], {as_text(value): place for value, place in places.items()}
     scale, inverse = (math.log, math.exp) if domain is not None and domain.log else (float, float)
-    numbers = [scale(value) for value in (values if domain else trimmed(column, values))]
+    numbers = [scale(value) for value in (values if domain else _trimmed(column, values))]
     low, high = min(numbers), max(numbers)
     texts = {f"{inverse(low + place * (high - low)):.4g}": place for place in (1.0, 0.5, 0.0)}  # equal ones: at 0
     return [(number - low) / ((high - low) or 1) for number in numbers], texts
@@ -248,6 +254,11 @@ def rate_distortion(trials: Sequence[ReportTrial], space: SearchSpace, metrics: 
         },
         "layer": [front, marks],
     }
+
+
+def _trimmed(metric: str, values: Sequence[float]) -> list[float]:
+    """The values, cut where one that diverges would flatten the others; where high ones are the best, none is."""
+    return list(values) if higher_is_better(metric) else trimmed(metric, values)
 
 
 def _point(trial: ReportTrial, **values: Any) -> Spec:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vae_ray.config.experiment import Experiment
+from vae_ray.evaluation.table import unit_of
 from vae_ray.report.page import render
 from vae_ray.report.pictures import PICTURE_KINDS
 from vae_ray.report.text import as_text, short_names
@@ -14,7 +15,8 @@ from vae_ray.runs.results import versions
 from vae_ray.storage.atomic import atomic_write
 from vae_ray.tuning.configurations import Configuration, verdict
 from vae_ray.tuning.directory import SweepDirectory
-from vae_ray.tuning.leaderboard import NOT_EVALUATED, Evaluated, new_columns, ranked_configurations, trial_rows
+from vae_ray.tuning.leaderboard import new_columns, ranked_configurations, trial_rows
+from vae_ray.tuning.metrics import better, curve_metrics, value_text, without_siblings
 from vae_ray.tuning.records import TrialRecord
 from vae_ray.tuning.report.charts import seed_charts, sweep_charts
 from vae_ray.tuning.report.trials import ReportTrial, first_keys, in_order, report_trials
@@ -22,12 +24,7 @@ from vae_ray.tuning.schedulers import rungs
 from vae_ray.tuning.space import SearchSpace, Values
 
 
-def write_report(
-    directory: SweepDirectory,
-    records: Sequence[TrialRecord],
-    table: Sequence[dict[str, Any]],
-    evaluated: Evaluated = NOT_EVALUATED,
-) -> None:
+def write_report(directory: SweepDirectory, records: Sequence[TrialRecord], table: Sequence[dict[str, Any]]) -> None:
     """Write `report.html`; `table` is `leaderboard.rows` of `records`, best first."""
     description = directory.description()
     repeats = description.get("repeats", 1)
@@ -38,12 +35,12 @@ def write_report(
     names = [f"{split}/{term}" for term in ("nelbo", "distortion", "rate", "bits_per_dim")]
     terms = dict.fromkeys([*metrics, *names, "test/nelbo", "test/bits_per_dim"])
     columns = [term for term in terms if table and term in table[0]]
-    extra = new_columns(evaluated, records)
-    shown = [*columns, *extra, *space.domains]
+    columns += [key for key in without_siblings(new_columns(records), metrics) if key not in columns]
+    shown = [*columns, *space.domains]
     entries = trials = report_trials(directory, base, records, table, shown)
     configurations: list[Configuration] = []
     if repeats > 1:
-        rows = trial_rows(records, metrics, directory, repeats, NOT_EVALUATED)
+        rows = trial_rows(records, metrics, directory, repeats)
         trials = report_trials(directory, base, records, rows, shown, with_pictures=False)
         configurations = ranked_configurations(records, metrics, repeats)
     epochs = max((trial.experiment.training.epochs for trial in trials), default=base.training.epochs)
@@ -54,8 +51,11 @@ def write_report(
         "base": base,
         "space": space,
         "metrics": metrics,
+        "better": better(metrics),
+        "curves_of": curve_metrics(metrics),
+        "value_text": value_text,
+        "unit_of": unit_of,
         "columns": columns,
-        "extra": extra,
         "epochs": epochs,
         "rungs": asha_rungs,
         "repeats": repeats,
