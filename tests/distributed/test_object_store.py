@@ -24,5 +24,7 @@ def test_a_sweep_at_a_uri_leaves_its_best_model_and_report_there(store: ObjectSt
     best = TrainedVAE.load(f"{store.uri}/sweep")
     assert best.evaluate("test")["test/nelbo"] == pytest.approx(result.best["metrics"]["test/nelbo"], abs=1e-4)
     assert TrainedVAE.load(f"{store.uri}/sweep/trials/0001").checkpoint.epoch in (1, 2)
-    grown = sweep(experiment, search=SPACE, num_trials=3, scheduler="none", resume=True)
+    grown = sweep(experiment, search=SPACE, num_trials=3, scheduler="none", evaluate="active-units", resume=True)
+    assert grown.evaluations.keys() == {"0000", "0001", "0002"}
+    assert sum("/evaluations/epoch=" in name and name.endswith(".json") for name in store.names("sweep")) == 3
     assert grown.states == {"finished": 3}
