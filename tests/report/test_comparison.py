@@ -218,7 +218,7 @@ def runs(trained_run: TrainResult, tmp_path: Path) -> list[Path]:
     first, second = tmp_path / HOSTILE, tmp_path / HOSTILE_ATTRIBUTE / "b"
     sweep = tmp_path / "sweep"
     for path in (first, second, sweep / "trials" / "0001"):
-        shutil.copytree(trained_run.run_dir, path)
+        shutil.copytree(trained_run.run_dir, path, ignore=shutil.ignore_patterns("evaluations"))
     (sweep / "sweep.yaml").touch()
     (sweep / "summary.json").write_text(json.dumps(with_checksum({"best": {"trial": "0001"}})))
     kept = evaluation({"test/nelbo": 1.5, HOSTILE: 2.0}, note=HOSTILE_ATTRIBUTE)

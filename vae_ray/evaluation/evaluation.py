@@ -7,6 +7,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from vae_ray.errors import UserError
 from vae_ray.evaluation.observations import Arrays, Observer
 from vae_ray.evaluation.table import METRICS, TRAINING, Setting
@@ -36,6 +39,17 @@ class Evaluation(Mapping[str, float]):
 
     def __len__(self) -> int:
         return len(self.metrics)
+
+    def by_image(self, metric: str) -> NDArray[np.float64] | None:
+        """The values `(N,)` whose mean is the metric, in the order of the split; None where they are not known."""
+        arrays, name = self.arrays, metric.rpartition("/")[2]
+        if name == "nelbo" and {"distortion", "rate"} <= arrays.keys():
+            return arrays["distortion"].astype(np.float64) + arrays["rate"]
+        if name == "nll" and "log_p" in arrays:
+            values: NDArray[np.float64] = -arrays["log_p"][:, -1]
+            return values
+        found = arrays.get(name)
+        return found.astype(np.float64) if found is not None and found.ndim == 1 else None
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON takes it, without the arrays."""

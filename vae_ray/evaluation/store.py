@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import logging
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,13 @@ import pyarrow.parquet as pq
 
 from vae_ray.checkpoints.finding import BEST
 from vae_ray.checkpoints.loading import MANIFEST, Checkpoint
+from vae_ray.errors import one_line
 from vae_ray.evaluation.evaluation import Evaluation
 from vae_ray.run_files.run_directory import CHECKPOINTS, SWEEP_FILE
 from vae_ray.storage.directory import open_directory
 from vae_ray.storage.locations import absolute, join_location, split_location
-from vae_ray.storage.records import with_checksum
+from vae_ray.storage.reading import parse_json, read_bytes
+from vae_ray.storage.records import verify, with_checksum
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +51,7 @@ def keep(evaluation: Evaluation, checkpoint: Checkpoint, owner: str) -> str:
     stem = f"{checkpoint.path.name}-{evaluation.labels['split']}-{hashlib.sha256(what.encode()).hexdigest()[:8]}"
     location = join_location(owner, FOLDER)
     directory = open_directory(location, key="checkpoint")
-    if table := values_by_image(evaluation):
+    if table := _values_by_image(evaluation):
         sink = io.BytesIO()
         pq.write_table(table, sink)
         directory.write(f"{stem}.parquet", sink.getvalue())
@@ -56,9 +59,38 @@ def keep(evaluation: Evaluation, checkpoint: Checkpoint, owner: str) -> str:
     return join_location(location, f"{stem}.json")
 
 
-def values_by_image(evaluation: Evaluation) -> pa.Table | None:
+def kept_evaluations(directory: Path) -> list[Evaluation]:
+    """Those of the run or sweep in `directory`, by file name; damaged ones are left out with a warning."""
+    found = [kept_evaluation(file) for file in sorted((directory / FOLDER).glob("*.json"))]
+    return [evaluation for evaluation in found if evaluation is not None]
+
+
+def kept_evaluation(file: Path) -> Evaluation | None:
+    """That of a file, with the values of each image; None, after a warning, if it is damaged."""
+    table = file.with_suffix(".parquet")
+    try:
+        content = verify(parse_json(read_bytes(file)))
+        columns = pq.read_table(table) if table.exists() else pa.table({})
+        return Evaluation(
+            metrics=_numbers(content["metrics"]),
+            standard_errors=_numbers(content["standard_errors"]),
+            details={str(key): [float(value) for value in values] for key, values in content["details"].items()},
+            labels={str(key): value for key, value in content["labels"].items()},
+            warnings=[str(line) for line in content["warnings"]],
+            arrays={name: columns[name].to_numpy() for name in columns.column_names},
+        )
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, pa.ArrowException) as error:
+        logger.warning("%s: damaged and left out (%s)", file, one_line(error)[:200])
+        return None
+
+
+def _numbers(content: dict[str, Any]) -> dict[str, float]:
+    return {str(key): float(value) for key, value in content.items()}
+
+
+def _values_by_image(evaluation: Evaluation) -> pa.Table | None:
     """What was observed of each image as single numbers, in the order of the split; None where that is nothing."""
     columns: dict[str, Any] = {name: each for name, each in evaluation.arrays.items() if each.ndim == 1}
     if "log_p" in evaluation.arrays:
-        columns["nll"] = -evaluation.arrays["log_p"][:, -1]
+        columns["nll"] = evaluation.by_image("nll")
     return pa.table({name: np.ascontiguousarray(each) for name, each in columns.items()}) if columns else None

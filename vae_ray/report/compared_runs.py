@@ -16,10 +16,10 @@ from vae_ray.config.sections.run import NAME_PATTERN
 from vae_ray.data.cache import name_of
 from vae_ray.errors import UserError
 from vae_ray.evaluation.evaluation import Evaluation
+from vae_ray.evaluation.store import kept_evaluations
 from vae_ray.inference import BINARIZATIONS
 from vae_ray.models.likelihoods import LIKELIHOODS
 from vae_ray.report.comparison import RECORDED, ComparedRun
-from vae_ray.report.evaluations import kept_evaluations
 from vae_ray.report.pictures import data_uri, limit_of
 from vae_ray.run_files.run_directory import SWEEP_FILE, TRIALS, RunDirectory
 from vae_ray.storage.locations import absolute

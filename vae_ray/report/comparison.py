@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from vae_ray.config.experiment import Experiment, is_place_key
 from vae_ray.evaluation.evaluation import Evaluation
-from vae_ray.evaluation.observations import Arrays
 from vae_ray.evaluation.result import means
 from vae_ray.report.text import as_text
 
@@ -29,8 +28,6 @@ RECORDED = "all (recorded in training)"
 """The label `num_images` of what training recorded: a run does not say how many test images it has."""
 LOWER_IS_BETTER = ("nelbo", "nll", "bits_per_dim", "nll_bits_per_dim")
 """By the first of these rows are ranked."""
-BY_IMAGE = {"nelbo": ("distortion", "rate"), "nll": ("nll",)}
-"""What is kept of each image whose sum has the metric as its mean."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +65,8 @@ class Row(NamedTuple):
     run: str
     epoch: int | None
     numbers: dict[str, Number]
-    by_image: dict[str, NDArray[np.float64]]
-    """Values of each image in the order of the split, of the metrics for which they are kept."""
+    by_image: dict[str, NDArray[np.float64] | None]
+    """Of each metric the values of each image, in the order of the split, where they are kept."""
     worse_by: Number | None = None
     """Than the first row, in the metric by which rows are ranked: the mean over images of the difference of each.
 
@@ -112,7 +109,7 @@ def groups_of(runs: Sequence[ComparedRun]) -> list[Group]:
                 epoch = evaluation.labels.get("epoch")
                 row = rows.setdefault((run.name, epoch), Row(run.name, epoch, {}, {}))
                 row.numbers.setdefault(metric, Number(value, evaluation.standard_errors.get(metric)))
-                row.by_image.setdefault(metric, values_by_image(metric, evaluation.arrays))
+                row.by_image.setdefault(metric, evaluation.by_image(metric))
     parts = [(labels, rows) for labels, rows in found.values() if not _is_repeated(labels, rows, found.values())]
     parts.sort(
         key=lambda part: (
@@ -131,16 +128,9 @@ def groups_of(runs: Sequence[ComparedRun]) -> list[Group]:
     return groups
 
 
-def values_by_image(metric: str, arrays: Arrays) -> NDArray[np.float64]:
-    """The metric of each image, `(N,)`; of none where they are not kept."""
-    parts = BY_IMAGE.get(metric.rpartition("/")[2], ())
-    kept = [arrays[name].astype(np.float64) for name in parts if name in arrays]
-    return np.sum(kept, axis=0) if kept and len(kept) == len(parts) else np.empty(0)
-
-
 def _worse_by(row: Row, first: Row, metric: str | None) -> Number | None:
-    own, best = (each.by_image.get(metric or "", np.empty(0)) for each in (row, first))
-    if row is first or not len(own) or len(own) != len(best):
+    own, best = (each.by_image.get(metric or "") for each in (row, first))
+    if row is first or own is None or best is None or len(own) != len(best):
         return None
     values, errors = means({"": own - best})
     return Number(values[""], errors[""])

@@ -13,9 +13,9 @@ from vae_ray.checkpoints.loading import Checkpoint
 from vae_ray.data.cache import name_of
 from vae_ray.errors import UserError
 from vae_ray.evaluation.evaluation import Evaluation
+from vae_ray.evaluation.store import kept_evaluations
 from vae_ray.evaluation.table import with_unit
 from vae_ray.inference import TrainedVAE
-from vae_ray.report.evaluations import kept_evaluations
 from vae_ray.report.examination import Examination, examine
 from vae_ray.report.latent_map import latent_maps
 from vae_ray.report.page import render

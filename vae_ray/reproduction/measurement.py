@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
 from vae_ray.config.experiment import Experiment
 from vae_ray.data.splits import Splits
 from vae_ray.errors import TrainingFailed, UserError
+from vae_ray.evaluation.evaluation import Evaluation as KeptEvaluation
 from vae_ray.evaluation.observations import Progress, Run, no_progress, observe_here
-from vae_ray.evaluation.store import FOLDER, keep
+from vae_ray.evaluation.store import keep, kept_evaluations
 from vae_ray.inference import TrainedVAE
 from vae_ray.reproduction.registry import Entry, Evaluation, Stage, Target
 from vae_ray.run_files.progress import preparation_view
@@ -28,8 +27,6 @@ from vae_ray.run_files.run_directory import RunDirectory
 from vae_ray.runs.exclusive import content_differences, run_location
 from vae_ray.runs.preflight import preflight, with_absolute_paths
 from vae_ray.runs.train import train
-from vae_ray.storage.reading import parse_json
-from vae_ray.storage.records import verify
 
 Floats = NDArray[np.float64]
 
@@ -178,43 +175,25 @@ def _read(experiment: Experiment, stage: Stage) -> Measured:
             kept = _kept(run, evaluation, experiment, stage)
             if kept is None:
                 raise _Missing
-            content, columns = kept
-            measured.labels[evaluation.split] = content["labels"]
-            measured.warnings.extend(content["warnings"])
-            for metric, value in content["metrics"].items():
-                by_image = columns.get(metric.partition("/")[2])
-                measured.values[metric] = Value(value, content["standard_errors"].get(metric), by_image)
+            measured.labels[evaluation.split] = kept.labels
+            measured.warnings.extend(kept.warnings)
+            for metric, value in kept.items():
+                measured.values[metric] = Value(value, kept.standard_errors.get(metric), kept.by_image(metric))
         return measured
 
 
-def _kept(
-    run: RunDirectory, evaluation: Evaluation, experiment: Experiment, stage: Stage
-) -> tuple[dict[str, Any], dict[str, Floats]] | None:
-    """The kept evaluation that is this one, with its values by image; None if there is none, or it is damaged."""
+def _kept(run: RunDirectory, evaluation: Evaluation, experiment: Experiment, stage: Stage) -> KeptEvaluation | None:
+    """The kept evaluation that is this one; None if there is none."""
     num_images = evaluation.num_images or _num_images(experiment, evaluation.split)
     wanted = {"split": evaluation.split, "epoch": experiment.training.epochs, "num_images": num_images}
     metrics = {each.metric for each in stage.targets if each.epoch is None}
     metrics = {metric for metric in metrics if metric.startswith(f"{evaluation.split}/")}
-    for file in sorted((run.path / FOLDER).glob("*.json")):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            content = verify(parse_json(file.read_bytes()))
-            labels = content["labels"]
-            num_samples = labels.get("num_samples", evaluation.num_samples)  # not every metric takes samples
-            is_it = wanted.items() <= labels.items() and num_samples == evaluation.num_samples
-            if is_it and metrics <= content["metrics"].keys() and "prior" not in labels:
-                return content, _columns(file.with_suffix(".parquet"))
+    for kept in kept_evaluations(run.path):
+        num_samples = kept.labels.get("num_samples", evaluation.num_samples)  # not every metric takes samples
+        is_it = wanted.items() <= kept.labels.items() and num_samples == evaluation.num_samples
+        if is_it and metrics <= kept.keys() and "prior" not in kept.labels:
+            return kept
     return None
-
-
-def _columns(file: Path) -> dict[str, Floats]:
-    """The values by image of a kept evaluation, with those of nelbo; none where it has none."""
-    if not file.exists():
-        return {}
-    table = pq.read_table(file)
-    columns = {name: table[name].to_numpy().astype(np.float64) for name in table.column_names}
-    if {"distortion", "rate"} <= columns.keys():
-        columns["nelbo"] = columns["distortion"] + columns["rate"]
-    return columns
 
 
 def _num_images(experiment: Experiment, split: str) -> int:

@@ -26,11 +26,10 @@ from vae_ray.evaluation.disentanglement import factor_levels
 from vae_ray.evaluation.evaluation import Evaluation, possible
 from vae_ray.evaluation.features import FeatureSpace
 from vae_ray.evaluation.observations import observe
-from vae_ray.evaluation.store import FOLDER, keep
+from vae_ray.evaluation.store import FOLDER, keep, kept_evaluation
 from vae_ray.evaluation.table import ALL, Setting, chosen
 from vae_ray.inference import TrainedVAE
 from vae_ray.models.vae import build_vae
-from vae_ray.report.evaluations import kept_evaluation
 from vae_ray.tuning.directory import SweepDirectory
 from vae_ray.tuning.metrics import evaluated_by
 from vae_ray.tuning.records import TrialRecord, read_journal
