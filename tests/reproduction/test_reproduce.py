@@ -17,6 +17,7 @@ import pytest
 from vae_ray import TrainedVAE
 from vae_ray.cli.main import main
 from vae_ray.reproduction import measurement, registry
+from vae_ray.reproduction.outcome import Obtained
 from vae_ray.storage.records import verify
 
 COMMON = """
@@ -247,6 +248,26 @@ def test_over_seeds_there_is_an_interval_of_the_mean(reproduce: Run) -> None:
     # Student's t of two degrees of freedom has 97.5 % below 4.3027
     assert difference["half_width"] == pytest.approx(4.302653 * np.std(difference["by_seed"], ddof=1) / 3**0.5)
     assert difference["over"] == "seeds"
+
+
+@pytest.mark.parametrize(
+    ("value", "half_width", "over", "side", "expected"),
+    [
+        (-3.0, 2.9, "seeds", "below", True),
+        (-3.0, 3.1, "seeds", "below", None),
+        (3.0, 2.9, "seeds", "below", False),
+        (3.0, 1.5, "images", "above", True),  # 1.96 standard errors are a 95 % interval
+        (3.0, 1.6, "images", "above", None),
+        (3.0, None, "", "above", True),
+    ],
+)
+def test_on_which_side_a_value_is_is_decided_by_its_interval(
+    value: float, half_width: float | None, over: Any, side: Any, expected: bool | None
+) -> None:
+    target = registry.Target(metric="test/nelbo", reference=0, side=side)
+    obtained = Obtained(target, value, half_width, over, [value])
+    assert obtained.is_reproduced is expected
+    assert obtained.verdict.startswith({True: "is ", False: "is not ", None: "not decided"}[expected])
 
 
 def test_a_dry_run_starts_nothing(reproduce: Run) -> None:

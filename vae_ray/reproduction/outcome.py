@@ -41,22 +41,30 @@ class Obtained(NamedTuple):
 
     @property
     def is_reproduced(self) -> bool | None:
-        """Whether the value is within the tolerance, or on the published side; None without a reference."""
+        """Whether the value is within the tolerance, or its interval on the published side of the reference.
+
+        None without a reference, and where the interval contains the reference of a side.
+        """
         target, deviation = self.target, self.deviation
         if deviation is None:
             return None
         if target.tolerance is not None:
             return abs(deviation) <= target.tolerance
-        return deviation < 0 if target.side == "below" else deviation > 0
+        quantile = 1.96 if self.over == "images" else 1.0  # of the standard error; that of seeds is in the interval
+        if abs(deviation) <= quantile * (self.half_width or 0.0):
+            return None
+        return (deviation < 0) == (target.side == "below")
 
     @property
     def verdict(self) -> str:
         """The same in words."""
         target, deviation = self.target, self.deviation
-        if deviation is None:
+        if deviation is None or target.reference is None:
             return "nothing published of it"
         if target.tolerance is None:
-            reference = with_unit(target.metric, float(target.reference or 0))
+            reference = with_unit(target.metric, target.reference)
+            if self.is_reproduced is None:
+                return f"not decided: the 95 % interval contains {reference}; more seeds narrow it"
             return f"{'is' if self.is_reproduced else 'is not'} {target.side} {reference}, as published"
         side = "above" if deviation > 0 else "below"
         where = "within" if self.is_reproduced else "outside of"
@@ -90,7 +98,7 @@ class Outcome(NamedTuple):
 
     @property
     def is_reproduced(self) -> bool:
-        """Whether no target is outside of its tolerance."""
+        """Whether no target is outside of its tolerance, or on the other side; what is not decided may be."""
         return all(each.is_reproduced is not False for each in self.obtained)
 
     def to_dict(self) -> dict[str, Any]:

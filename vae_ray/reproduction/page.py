@@ -88,8 +88,9 @@ def _state(entry: Entry, outcome: Outcome) -> str:
     """In a few words, how the last stage that was run went."""
     if outcome.stage < len(entry.stages):
         return f"this stage: {outcome.obtained[-1].verdict}"
-    states = [each.is_reproduced for each in outcome.obtained if each.is_reproduced is not None]
-    return "reproduced" if all(states) else f"{states.count(False)} of {len(states)} outside of the tolerance"
+    states = [each.is_reproduced for each in outcome.obtained if each.target.reference is not None]
+    missing = {"outside of the tolerance": states.count(False), "not decided": states.count(None)}
+    return ", ".join(f"{num} of {len(states)} {what}" for what, num in missing.items() if num) or "reproduced"
 
 
 def _section(entry: Entry, outcomes: Sequence[Outcome]) -> str:
