@@ -87,3 +87,28 @@ def test_more_seeds_extend_a_sweep_and_whatever_a_kill_leaves_resumes_to_the_sam
     written = directory.journal_file.read_bytes()
     sweep(experiment, **ARGUMENTS, repeats=2, evaluate="active-units", evaluate_best=1, resume=True)
     assert directory.journal_file.read_bytes() == written, "neither run nor evaluated again"
+
+
+def test_a_metric_of_evaluations_ranks_by_means_over_seeds_and_only_what_is_missing_is_evaluated(
+    tmp_path: Path,
+) -> None:
+    metric, directory = "val/linear_probe[label]", SweepDirectory(tmp_path / "probed")
+    arguments = {**ARGUMENTS, "metric": metric, "repeats": 2, "scheduler": None}
+    experiment = digits(tmp_path, 1, name="probed")
+    result = sweep(experiment, **arguments)
+    models = {name: TrainedVAE.load(directory.trial(name).path) for name in NAMES}
+    accuracy = {name: model.evaluate("val", "representation")[metric] for name, model in models.items()}
+    means = {name: (accuracy[name] + accuracy[f"{name}-1"]) / 2 for name in ("0000", "0001")}
+    order = sorted(means, key=lambda name: -means[name])
+    rows = leaderboard(directory)
+    assert [(row["configuration"], float(row[metric])) for row in rows] == [(name, means[name]) for name in order]
+    winner = max((order[0], f"{order[0]}-1"), key=lambda name: accuracy[name])
+    assert (result.best["trial"], result.best["metrics"][metric]) == (winner, accuracy[winner])
+
+    # a kill before the last two evaluations
+    lines = directory.journal_file.read_bytes().splitlines(keepends=True)
+    directory.journal_file.write_bytes(b"".join(lines[:-2]))
+    assert [json.loads(line)["event"] for line in lines[-3:]] == ["evaluated"] * 3
+    sweep(experiment, **arguments, resume=True)
+    assert leaderboard(directory) == rows
+    assert directory.journal_file.read_bytes().splitlines(keepends=True)[:-2] == lines[:-2]

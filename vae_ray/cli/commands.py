@@ -223,8 +223,10 @@ def _readable_sweep(result: SweepResult) -> dict[str, Any]:
         )
     answer |= _warnings(result.verdict, "verdict")
     for name, values in itertools.islice(result.evaluations.items(), NUM_SHOWN):
-        keys = without_siblings(values, result.metrics)
-        answer[f"evaluated {name}"] = "  ".join(f"{key} {with_unit(key, values[key])}" for key in keys)
+        shown = result.metrics if result.configurations else ()  # above, with the intervals
+        keys = [key for key in without_siblings(values, result.metrics) if key not in shown]
+        if keys:
+            answer[f"evaluated {name}"] = "  ".join(f"{key} {with_unit(key, values[key])}" for key in keys)
     if result.best:
         settings = _settings(result.best["overrides"])
         metrics = result.best["metrics"]

@@ -37,6 +37,7 @@ from vae_ray.tuning.records import TrialRecord, read_journal
 logger = logging.getLogger(__name__)
 
 DEFAULT_NUM_EVALUATED = 5
+Journal = Sequence[dict[str, Any]]
 
 
 def metric_names(names: str | Sequence[str]) -> list[str]:
@@ -127,9 +128,9 @@ def evaluate_trials(
 
     One that fails is a warning, and the others continue.
     """
-    is_new = False
+    is_new, journal = False, read_journal(directory)
     for number, record in enumerate(records, 1):
-        known = {name for metrics, _ in _kept(directory, record) for name in metrics}
+        known = {name for metrics, _ in _kept(journal, record) for name in metrics}
         missing = [name for name in names if name not in known]
         if record.best is None or not missing:
             continue
@@ -153,19 +154,20 @@ def evaluate_trials(
 
 def with_evaluations(directory: SweepDirectory, records: Sequence[TrialRecord]) -> list[TrialRecord]:
     """The records with the finite numbers that evaluations of the trials' best checkpoints have found."""
-    return [replace(record, evaluated=_found(directory, record)) for record in records]
+    journal = read_journal(directory)
+    return [replace(record, evaluated=_found(journal, record)) for record in records]
 
 
-def _found(directory: SweepDirectory, record: TrialRecord) -> dict[str, float]:
-    found = [item for _, evaluation in _kept(directory, record) for item in evaluation.items()]
+def _found(journal: Journal, record: TrialRecord) -> dict[str, float]:
+    found = [item for _, evaluation in _kept(journal, record) for item in evaluation.items()]
     return {key: value for key, value in found if math.isfinite(value)}
 
 
-def _kept(directory: SweepDirectory, record: TrialRecord) -> list[tuple[list[str], Evaluation]]:
+def _kept(journal: Journal, record: TrialRecord) -> list[tuple[list[str], Evaluation]]:
     """The intact evaluations of a trial's best checkpoint, oldest first, and which metrics each is of."""
-    entries: list[dict[str, Any]] = [
+    entries = [
         entry
-        for entry in read_journal(directory)
+        for entry in journal
         if entry["event"] == "evaluated" and entry["trial"] == record.name
         if record.best is not None and entry["epoch"] == record.best.epoch
     ]
