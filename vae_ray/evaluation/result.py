@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import statistics
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +22,19 @@ class Result(NamedTuple):
     """What the values are summaries of, by latent dimension for example."""
     warnings: tuple[str, ...] = ()
     """Lines that say why a value may mislead."""
+
+
+CONFIDENCE = 0.95
+
+
+def half_interval(values: Sequence[float]) -> float:
+    """Half the 95 % confidence interval of the mean of at least two normally distributed values (Student 1908).
+
+    t(0.975; n - 1) s / sqrt(n), with the sample standard deviation s.
+    """
+    from scipy.stats import t  # takes a second to import
+
+    return float(t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def means(values: Mapping[str, NDArray[Any]]) -> tuple[dict[str, float], dict[str, float]]:

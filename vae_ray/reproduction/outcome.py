@@ -11,15 +11,13 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from vae_ray.errors import CorruptFile, one_line
+from vae_ray.evaluation.result import half_interval
 from vae_ray.evaluation.table import with_unit
 from vae_ray.reproduction.measurement import Measured
 from vae_ray.reproduction.registry import Entry, Stage, Target
 from vae_ray.storage.directory import open_directory
 from vae_ray.storage.reading import parse_json
 from vae_ray.storage.records import verify, with_checksum
-
-CONFIDENCE = 0.95
-"""Of the interval over seeds."""
 
 
 class Obtained(NamedTuple):
@@ -133,14 +131,6 @@ def _paired_error(one: Any, other: Any) -> float | None:
     if one is None or other is None or len(one) != len(other):
         return None
     return float(np.std(one - other, ddof=1)) / math.sqrt(len(one))
-
-
-def half_interval(numbers: Sequence[float]) -> float:
-    """Half the 95 % interval of the mean of at least two numbers, by Student's t."""
-    from scipy.stats import t  # takes a second to import
-
-    quantile = float(t.ppf(0.5 + CONFIDENCE / 2, len(numbers) - 1))
-    return quantile * statistics.stdev(numbers) / math.sqrt(len(numbers))
 
 
 def file_name(entry: Entry, stage: int) -> str:

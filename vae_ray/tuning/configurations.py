@@ -11,16 +11,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import NamedTuple
 
-from scipy.stats import t
-
+from vae_ray.evaluation.result import half_interval
 from vae_ray.evaluation.table import unit_of
 from vae_ray.tuning.metrics import cost
 from vae_ray.tuning.records import TrialRecord, configuration_of
 
-CONFIDENCE = 0.95
 FEW_SEEDS = 10
 """Of fewer, an interval is itself uncertain: with 5, its width varies by a third from one experiment to the next."""
 
@@ -33,13 +31,10 @@ class Interval(NamedTuple):
 
 
 def t_interval(values: Sequence[float]) -> Interval | None:
-    """The 95 % confidence interval of the mean of normally distributed values (Student 1908); None of fewer than two.
-
-    mean +- t(0.975; n - 1) s / sqrt(n), with the sample standard deviation s.
-    """
+    """The 95 % confidence interval of the mean; None of fewer than two values."""
     if len(values) < 2:
         return None
-    half = float(t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
+    half = half_interval(values)
     return Interval(fmean(values) - half, fmean(values) + half)
 
 
