@@ -53,7 +53,15 @@ from vae_ray.evaluation.observations import (
     spread_pieces,
 )
 from vae_ray.evaluation.store import owner_of
-from vae_ray.evaluation.table import ALL, DEFAULT, MOST_TRAINING_IMAGES, Setting, chosen
+from vae_ray.evaluation.table import (
+    ALL,
+    DEFAULT,
+    DEFAULT_FEATURES,
+    MOST_TRAINING_IMAGES,
+    Setting,
+    check_features,
+    chosen,
+)
 from vae_ray.models.coordinates import coordinates
 from vae_ray.models.interpolation import INTERPOLATIONS
 from vae_ray.models.latents import Distribution, Group
@@ -352,7 +360,7 @@ class TrainedVAE:
         *,
         num_samples: int = 5000,
         num_images: int | None = None,
-        features: str = "classifier",
+        features: str = DEFAULT_FEATURES,
         progress: Progress = no_progress,
         run: Run = observe_here,
     ) -> Evaluation:
@@ -379,6 +387,7 @@ class TrainedVAE:
         """
         names, experiment = chosen(metrics), self.experiment
         check_whole("num_samples", num_samples, least=1)
+        check_features(features, names)
         loader, seed = self._evaluation_loader(split, num_images), experiment.run.seed
         space = functools.partial(self._feature_space, features)
         setting = Setting(self.model, num_samples, seed, space, split)

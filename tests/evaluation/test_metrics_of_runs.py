@@ -107,6 +107,27 @@ def test_a_space_that_does_not_exist_is_one_line_before_anything_is_computed(mod
         model.evaluate("test", "fid", features="inception")
 
 
+def test_a_space_that_nothing_is_measured_in_is_a_mistake(model: TrainedVAE) -> None:
+    with pytest.raises(UserError, match=r"^features: got 'mine:f', which no metric of these uses; add one of fid, kid"):
+        model.evaluate("test", "elbo", features="mine:f")
+
+
+def constant(images: torch.Tensor) -> torch.Tensor:
+    return torch.ones(len(images), 4)
+
+
+def test_what_these_images_do_not_allow_is_a_warning_beside_the_other_numbers(model: TrainedVAE) -> None:
+    found = model.evaluate("test", "elbo,kid", num_images=2, features=HERE)
+    assert found["test/nelbo"] > 0
+    assert found.warnings == [
+        "kid: got 2 real and 2 generated images, should be at least 20 of each; try more --num-images"
+    ]
+    with pytest.raises(UserError, match="fid: the features of all images are the same"):
+        model.evaluate("test", "fid", features=f"{__name__}:constant")
+    (warning,) = model.evaluate("test", "active-units", num_images=1).warnings
+    assert warning == "active-units: one image has no variance; try more --num-images"
+
+
 def test_disentanglement_is_that_of_the_codes_and_factors(tmp_path: Path) -> None:
     experiment = Experiment.from_dict(
         {

@@ -121,6 +121,8 @@ def test_metrics_are_named_with_commas_or_in_a_list() -> None:
     assert chosen("all") == [*METRICS]
     with pytest.raises(UserError, match=r"metrics: got 'nope', should be among elbo, nll, .*, or all"):
         chosen("elbo,nope")
+    with pytest.raises(UserError, match="metrics: got 3, should be names with commas or a list of elbo"):
+        chosen(3)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -132,6 +134,8 @@ def test_metrics_are_named_with_commas_or_in_a_list() -> None:
         ("test/mse", 0.011342, 0.000211, "0.01134 ± 0.00021"),
         ("test/active_units", 21.0, None, "21"),
         ("test/prior_overlap", 0.25, None, "0.250"),
+        ("test/mutual_information", -0.001, None, "0.00 nats"),
+        ("test/neighbours[label]", 1.0, 0.0, "1.000 ± 0.000"),
     ],
 )
 def test_values_are_read_with_their_unit(key: str, value: float, error: float | None, text: str) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from vae_ray import TrainResult
 from vae_ray.cli.main import main
-from vae_ray.evaluation.store import owner_of
+from vae_ray.evaluation.store import kept_evaluations, owner_of
 from vae_ray.storage.records import verify
 
 
@@ -49,6 +49,21 @@ def test_the_same_evaluation_again_replaces_and_another_stands_beside(
     assert len(list((run / "evaluations").glob("*.json"))) == 1
     evaluate(capsys, run, "--num-images", "70")
     assert len(list((run / "evaluations").glob("*.json"))) == 2
+
+
+def test_damaged_values_of_images_do_not_lose_the_numbers(
+    run: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    file = Path(str(evaluate(capsys, run)["file"]))
+    (whole,) = kept_evaluations(run)
+    assert whole.by_image("test/nelbo") is not None
+    file.with_suffix(".parquet").write_bytes(b"PAR1")
+    (damaged,) = kept_evaluations(run)
+    assert (damaged.metrics, damaged.by_image("test/nelbo")) == (whole.metrics, None)
+    assert f"{file.with_suffix('.parquet')}: damaged and left out" in caplog.text
+    file.write_text("{}")
+    assert kept_evaluations(run) == []
+    assert "evaluate again to replace it" in caplog.text
 
 
 def test_the_owner_of_a_checkpoint(run: Path, tmp_path: Path) -> None:

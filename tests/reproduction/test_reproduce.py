@@ -274,7 +274,9 @@ def test_a_dry_run_starts_nothing(reproduce: Run) -> None:
     code, answer, err = reproduce("pair", "--seeds", "2", "--dry-run")
     assert code == 0
     assert answer["unfinished"] == 4
-    assert [each["model"]["latent_dim"] for each in answer["experiments"]] == [2, 5]
+    assert answer["minutes"] > 0
+    assert [each["model"]["latent_dim"] for each in answer["experiments"]] == [2, 5, 2, 5]
+    assert [each["run"]["seed"] for each in answer["experiments"]] == [0, 0, 1, 1]
     assert "about 1 minute" in err
     assert not Path("runs").exists()
 
@@ -296,6 +298,7 @@ MISTAKES = [
     (["tinny"], "entry 'tinny' does not exist; did you mean 'tiny'?"),
     (["tiny", "--stages", "3"], "--stages: got '3', tiny has the stages 1 to 2; for example --stages 2"),
     (["tiny", "--stages", "2..9"], "--stages: got '2..9'"),
+    (["tiny", "--stages", "2..1"], "--stages: got '2..1'"),
     (["tiny", "--stages", "first"], "--stages: got 'first'"),
     (["tiny", "--seeds", "0"], "--seeds: got '0'"),
     (["tiny", "--optim.lr", "1"], "--optim.lr: reproduce takes the keys that say where and by whom"),

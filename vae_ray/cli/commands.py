@@ -384,6 +384,7 @@ def fit_prior(options: argparse.Namespace) -> dict[str, Any]:
         "log density": f"{nats['fitted']} nats per test image, under the model's own prior {nats['own']}",
         "gain": f"{nats['gain']} nats",
         "use it by": f"--prior {fitted.name}, of generate and evaluate",
+        **_warnings(["it is worse than the model's own prior, which is to be preferred"] * (found["nats"]["gain"] < 0)),
     }
 
 

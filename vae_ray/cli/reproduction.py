@@ -69,10 +69,13 @@ def _reproduce(
     check(entry, stages, seeds, place)
     todo, num = num_unfinished(entry, stages, seeds, place), len(stages) * len(seeds) * len(entry.runs)
     sys.stderr.write(f"vae-ray: {num - todo} of {num} runs are already trained and evaluated\n")
-    experiments = [placed(entry.experiment(stage, run, seeds[0]), place) for stage in stages for run in entry.runs]
+    runs = [(stage, run, seed) for stage in stages for seed in seeds for run in entry.runs]
+    experiments = [placed(entry.experiment(*each), place) for each in runs]
     if options.dry_run:
         if options.json:
-            return {"entry": entry.name, "unfinished": todo, "experiments": [each.to_dict() for each in experiments]}
+            found = [each.to_dict() for each in experiments]
+            minutes = len(seeds) * entry.minutes(list(stages))
+            return {"entry": entry.name, "minutes": minutes, "unfinished": todo, "experiments": found}
         return {"text": "\n".join(f"# {each.run.name}\n{each.to_yaml()}" for each in experiments)}
     num_workers = experiments[0].workers.num if "workers.num" in options.overrides else 0
     on_ray = on_ray_workers(num_workers if isinstance(num_workers, int) else 0)

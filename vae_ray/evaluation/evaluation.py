@@ -100,7 +100,13 @@ def evaluation_of(
     given = {**arrays, **{f"{TRAINING}{name}": each for name, each in (training or {}).items()}}
     found = Evaluation({}, {}, {}, dict(labels), list(warnings), arrays)
     for name in names:
-        result = METRICS[name].compute(given, setting)
+        try:
+            result = METRICS[name].compute(given, setting)
+        except UserError as error:  # of these images or features: what the others have found is not lost
+            if len(names) == 1:
+                raise
+            found.warnings.append(str(error))
+            continue
         known = {
             key: value for key, value in result.standard_errors.items() if math.isfinite(value)
         }  # not of one image

@@ -31,7 +31,8 @@ def active_units(arrays: Arrays) -> Result:
     """
     variances = arrays["codes"].astype(np.float64).var(axis=0)
     active = float((variances > ACTIVE_VARIANCE).sum())
-    return Result({"active_units": active}, details={"variance_of_mean": variances.tolist()})
+    warnings = () if len(arrays["codes"]) > 1 else ("active-units: one image has no variance; try more --num-images",)
+    return Result({"active_units": active}, details={"variance_of_mean": variances.tolist()}, warnings=warnings)
 
 
 def rates(arrays: Arrays, *, group_sizes: list[int]) -> Result:
@@ -88,7 +89,7 @@ def aggregated_posterior(arrays: Arrays) -> Result:
         warnings.append(
             f"aggregated-posterior: of {num:,} of the {total:,} images, as there are {dimensions} dimensions"
         )
-    if found["mutual_information"] < 0.9 * math.log(num):
+    if num > 1 and found["mutual_information"] < 0.9 * math.log(num):
         return Result(found, warnings=tuple(warnings))
     warning = (
         f"aggregated-posterior: the mutual information of {num:,} images, {found['mutual_information']:.2f} nats, is "

@@ -136,5 +136,7 @@ def _check_sizes(metric: str, real: Features, generated: Features, *, least: int
     if min(len(real), len(generated)) < least:
         raise UserError(
             f"{metric}: got {len(real)} real and {len(generated)} generated images, should be at least {least} of "
-            "each; try more --num-samples"
+            "each; try more --num-images"
         )
+    if not (real.std(0).any() or generated.std(0).any()):
+        raise UserError(f"{metric}: the features of all images are the same, so that they tell none apart; try others")

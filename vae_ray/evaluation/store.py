@@ -17,6 +17,7 @@ from vae_ray.checkpoints.finding import BEST
 from vae_ray.checkpoints.loading import MANIFEST, Checkpoint
 from vae_ray.errors import one_line
 from vae_ray.evaluation.evaluation import Evaluation
+from vae_ray.evaluation.observations import Arrays
 from vae_ray.run_files.run_directory import CHECKPOINTS, SWEEP_FILE
 from vae_ray.storage.directory import open_directory
 from vae_ray.storage.locations import absolute, join_location, split_location
@@ -67,21 +68,33 @@ def kept_evaluations(directory: Path) -> list[Evaluation]:
 
 def kept_evaluation(file: Path) -> Evaluation | None:
     """That of a file, with the values of each image; None, after a warning, if it is damaged."""
-    table = file.with_suffix(".parquet")
     try:
         content = verify(parse_json(read_bytes(file)))
-        columns = pq.read_table(table) if table.exists() else pa.table({})
         return Evaluation(
             metrics=_numbers(content["metrics"]),
             standard_errors=_numbers(content["standard_errors"]),
             details={str(key): [float(value) for value in values] for key, values in content["details"].items()},
             labels={str(key): value for key, value in content["labels"].items()},
             warnings=[str(line) for line in content["warnings"]],
-            arrays={name: columns[name].to_numpy() for name in columns.column_names},
+            arrays=_read_table(file.with_suffix(".parquet")),
         )
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, pa.ArrowException) as error:
-        logger.warning("%s: damaged and left out (%s)", file, one_line(error)[:200])
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        _warn_of_damage(file, error)
         return None
+
+
+def _read_table(file: Path) -> Arrays:
+    """The values of each image; empty where none are kept, or, after a warning, if they are damaged."""
+    try:
+        table = pq.read_table(file) if file.exists() else pa.table({})
+        return {name: table[name].to_numpy() for name in table.column_names}
+    except (OSError, ValueError, pa.ArrowException) as error:
+        _warn_of_damage(file, error)
+        return {}
+
+
+def _warn_of_damage(file: Path, error: Exception) -> None:
+    logger.warning("%s: damaged and left out (%s); evaluate again to replace it", file, one_line(error)[:200])
 
 
 def _numbers(content: dict[str, Any]) -> dict[str, float]:

@@ -29,6 +29,7 @@ NATS = ("nelbo", "distortion", "rate", "nll", "mutual_information", "marginal_kl
 DEFAULT = ("elbo", "active-units", "rates")
 """What costs about one pass."""
 ALL = "all"
+DEFAULT_FEATURES = "classifier"
 MOST_TRAINING_IMAGES = 10_000
 TRAINING = "train "
 """Begins the names of arrays of training images, among those that a metric is computed of."""
@@ -152,6 +153,8 @@ METRICS: dict[str, Metric] = {
 
 def chosen(names: str | Sequence[str]) -> list[str]:
     """The metrics of a comma-separated text or a list, in the table's order; raises `UserError` for an unknown one."""
+    if not isinstance(names, str | Sequence):
+        raise UserError(f"metrics: got {names!r}, should be names with commas or a list of {', '.join(METRICS)}")
     wanted = [name.strip() for name in names.split(",")] if isinstance(names, str) else [*names]
     if wanted == [ALL]:
         return [*METRICS]
@@ -159,6 +162,13 @@ def chosen(names: str | Sequence[str]) -> list[str]:
         if name not in METRICS:
             raise UserError(f"metrics: got {name!r}, should be among {', '.join(METRICS)}, or {ALL}")
     return [name for name in METRICS if name in wanted]
+
+
+def check_features(features: str, names: Sequence[str]) -> None:
+    """Raise `UserError` for a feature space that no metric uses."""
+    users = [name for name in METRICS if METRICS[name].observers is _features]
+    if features != DEFAULT_FEATURES and not {*users} & {*names}:
+        raise UserError(f"features: got {features!r}, which no metric of these uses; add one of {', '.join(users)}")
 
 
 def unit_of(key: str) -> str:
@@ -177,7 +187,7 @@ def with_unit(key: str, value: float, standard_error: float | None = None) -> st
     digits = {"nats": 2, "dB": 2}.get(unit, 3)
     if key.rpartition("/")[2] == "mse":
         digits = 5
-    elif not unit and float(value).is_integer():
+    elif not unit and standard_error is None and float(value).is_integer():
         digits = 0
-    error = "" if standard_error is None else f" ± {standard_error:.{max(1, digits)}f}"
-    return f"{value:,.{digits}f}{error} {unit}".rstrip()
+    error = "" if standard_error is None else f" ± {standard_error:.{digits}f}"
+    return f"{value:z,.{digits}f}{error} {unit}".rstrip()

@@ -152,10 +152,14 @@ def differences(labels: Mapping[str, Any], metrics: Sequence[str], others: Seque
     for number, other in enumerate(others, 1):
         if common := [metric for metric in metrics if metric in other.metrics]:
             keys = [key for key in {**other.labels, **labels} if labels.get(key) != other.labels.get(key)]
+            if "num_images" in keys:
+                keys = [key for key in keys if key != "images"]  # which are others then
             which = "; ".join(
                 f"{key} {as_text(labels.get(key))} here, {as_text(other.labels.get(key))} there" for key in keys
             )
-            lines.append(f"{', '.join(common)} must not be compared with group {number}: {which}")
+            is_recorded = RECORDED in (labels.get("num_images"), other.labels.get("num_images"))
+            hint = "; vae-ray evaluate RUN gives numbers that compare" if is_recorded else ""
+            lines.append(f"{', '.join(common)} must not be compared with group {number}: {which}{hint}")
     return lines
 
 

@@ -158,16 +158,18 @@ def _color(runs: Sequence[ComparedRun]) -> Spec:
 
 
 def table_of(group: Group, runs: dict[str, ComparedRun], settings: dict[str, dict[str, Any]]) -> list[list[str]]:
-    """Header and rows, a row a run, with its settings by name; a column a run where there are more numbers than runs.
+    """Header and rows, a row a run; a column a run where there are more numbers than runs.
 
-    After the metric by which rows are ranked comes by how much a run is worse than the first.
+    After the metric by which rows are ranked comes by how much a run is worse than the first; after all metrics, the
+    settings by name in which these runs differ.
     """
     columns = [["run", *(row_name(row.run, row.epoch, runs) for row in group.rows)]]
     for metric in group.metrics:
         columns.append([metric, *(cell(metric, row.numbers.get(metric)) for row in group.rows)])
         if metric == group.ranked_by and any(row.worse_by for row in group.rows):
             columns.append(["worse by", *(cell(metric, row.worse_by) for row in group.rows)])
-    columns += [[name, *(as_text(values[row.run]) for row in group.rows)] for name, values in settings.items()]
+    of_rows = {name: [as_text(values[row.run]) for row in group.rows] for name, values in settings.items()}
+    columns += [[name, *texts] for name, texts in of_rows.items() if len(set(texts)) > 1]
     columns.append(["best epoch", *(str(runs[row.run].best_epoch) for row in group.rows)])
     return columns if len(group.metrics) > len(group.rows) else [[*row] for row in zip(*columns, strict=True)]
 

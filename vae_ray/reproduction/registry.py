@@ -118,7 +118,7 @@ class Entry(Section):
         numbers: set[int] = set()
         for part in text.split(","):
             first, _, last = part.partition("..")
-            if not first.isdecimal() or not (last or first).isdecimal():
+            if not first.isdecimal() or not (last or first).isdecimal() or int(last or first) < int(first):
                 numbers.add(0)
             else:
                 numbers |= {int(first), int(last or first)} | set(range(int(first), min(int(last or first), num) + 1))
