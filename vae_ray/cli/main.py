@@ -66,6 +66,15 @@ def _read_and_write_any_text() -> None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (for as long as the process lives)
 
 
+CONTINUE = {
+    "data": "the same command, which decodes no image again",
+    "encode": "the same command, which encodes no image again",
+    "reproduce": "the same command, which trains no finished run again",
+    "sweep": "the same command with --resume; before a trial has begun, without",
+}
+"""What a command that was interrupted is continued by."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -95,11 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Stopped as error:
         return _fail(error, code=INTERRUPTED)
     except KeyboardInterrupt:
-        runs = "vae-ray resume RUN (sweeps: the same command with --resume); before a run has begun, the same command"
-        again = {"data": "decodes no image", "encode": "encodes no image", "reproduce": "trains no finished run"}.get(
-            (arguments or [""])[0]
-        )
-        remedy = f"the same command, which {again} again" if again else runs
+        remedy = CONTINUE.get((arguments or [""])[0], "vae-ray resume RUN; before a run has begun, the same command")
         return _fail(f"interrupted; continue with: {remedy}", code=INTERRUPTED)
     return _print(json.dumps(answer, indent=2) if options.json else _readable(answer)) or int(options.exit_code)
 

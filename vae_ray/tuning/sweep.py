@@ -234,7 +234,10 @@ def open_sweep(experiment: Experiment, description: dict[str, Any], *, resume: b
                 "continue it, or choose another --name"
             )
         if difference:
-            raise UserError(f"sweep {name!r}: cannot be resumed as {what}")
+            raise UserError(
+                f"sweep {name!r}: cannot be resumed as {what}; the same settings continue it, and a larger "
+                "--num-trials or --repeats extends it"
+            )
 
     with exclusive_run(directory, name=name, before=refuse_other_uses):
         yield directory
