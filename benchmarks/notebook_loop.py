@@ -1,10 +1,14 @@
 """The loop that users come from: the notebook's VAE with torchvision transforms, a DataLoader, Adam and sigmoid + BCE.
 
 An independent implementation that shares no code with vae_ray; the benchmarks compare against it.
+
+    python -m benchmarks.notebook_loop --seed 0        # its own curve: train loss of each epoch, nats per image
 """
 
 from __future__ import annotations
 
+import argparse
+import itertools
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -76,3 +80,19 @@ def test_nelbo(model: NotebookVAE, root: Path) -> float:
     batches = loader(root, train=False, batch_size=1000)
     total = sum(float(negative_elbo(x.view(-1, 784), *model(x.view(-1, 784)))) for x, _ in batches)
     return total / 10_000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train loss of each epoch, in nats per image.")
+    parser.add_argument("--root", type=Path, default=Path("../shared/data"), help="MNIST in torchvision's layout")
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    runs = epochs(options.root, batch_size=64, seed=options.seed)
+    for epoch, (_, loss, seconds) in enumerate(itertools.islice(runs, options.epochs), 1):
+        print(f"epoch {epoch}: {loss:.2f} nats, {seconds:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
